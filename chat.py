@@ -3,10 +3,11 @@
 ChatML writes every message as `<|im_start|>{role}\\n{content}<|im_end|>\\n`. What the assistant says is supervised: its
 content, its `<|im_end|>` and the newline after it. Everything else is context, label -100.
 
-The pieces are encoded one by one, and the two control tokens are put in as ids: text can therefore never become a control
-token, and a reply is encoded exactly as the model meets it at inference, right after the header.
+The pieces are encoded one by one and the two control tokens are put in as ids: text can therefore never become a
+control token, and a reply is encoded as the model meets it at inference, right after its header.
 """
 
+import itertools
 import sys
 from typing import NamedTuple
 
@@ -19,8 +20,10 @@ IGNORE = -100  # torch's cross_entropy skips this label
 ROLES = ("system", "user", "assistant")
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -43,8 +46,8 @@ def load_tokenizer(path, local_files_only=False):
         path, local_files_only: as `hub.find_model` returns them.
 
     Returns:
-        The tokenizer. `<|im_end|>` is its eos token, `model_max_length` is what the model attends to. Where ChatML tokens
-        had to be added it has more tokens than the model has embeddings: `model.load_model` resizes.
+        The tokenizer. `<|im_end|>` is its eos token, `model_max_length` is what the model attends to. Where tokens had
+        to be added it has more of them than the model has embeddings: `model.load_model` resizes.
 
     Raises:
         UserError: there is no tokenizer at `path`, or it cannot keep ChatML's tokens apart from text.
@@ -66,12 +69,16 @@ def load_tokenizer(path, local_files_only=False):
     tokenizer.chat_template = CHATML
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     if {START, END} & set(tokenizer.convert_ids_to_tokens(encode_texts([START + END], tokenizer)[0])):
-        raise UserError(f"--model {path}: its tokenizer reads {START} in a message as a control token; it cannot be used")
+        raise UserError(
+            f"--model {path}: its tokenizer reads {START} in a message as a control token; it cannot be used"
+        )
     return tokenizer
 
 
 def encode_texts(texts, tokenizer):
     """Ids of plain texts, a list each; what looks like a special token in them stays text."""
+    if not texts:
+        return []
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
@@ -113,7 +120,7 @@ def preview(example, tokenizer, color):
     supervised = (example.labels != IGNORE).tolist()
     edges = [i for i in range(len(supervised)) if i == 0 or supervised[i] != supervised[i - 1]] + [len(supervised)]
     text = ""
-    for begin, stop in zip(edges, edges[1:], strict=False):
+    for begin, stop in itertools.pairwise(edges):
         span = tokenizer.decode(example.input_ids[begin:stop])
         if color:
             text += (GREEN if supervised[begin] else RED) + span + PLAIN

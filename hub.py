@@ -111,7 +111,7 @@ def ask_hub(kind, name):
 
 
 def choose_preset(named):
-    """The preset that a user's settings ask for, and why: `(name, reason)`; decides what `auto` means on this machine."""
+    """The preset that a user's settings ask for, and why: `(name, reason)`. What `auto` means is decided here."""
     if named.get("preset", "auto") != "auto":
         return named["preset"], "as asked"
     if not torch.cuda.is_available():

@@ -30,7 +30,7 @@ class Precision:
 
 
 def choose_precision(device="auto", dtype="auto"):
-    """The `Precision` that flags ask for; `auto` takes the GPU, and bf16 where it is native, else fp16 on a GPU, else fp32.
+    """The `Precision` that flags ask for; `auto` is the GPU, and bf16 where native, else fp16 on a GPU, else fp32.
 
     Raises:
         UserError: the device is unknown or not in this machine.
@@ -60,7 +60,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
         path, local_files_only: as `hub.find_model` returns them.
 
     Raises:
-        UserError: there is no causal language model at `path`, or its logits are not those its loss is computed from here.
+        UserError: there is no causal language model at `path`, or it computes its logits in a way of its own.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=local_files_only)
@@ -82,7 +82,7 @@ def save_model(model, tokenizer, directory):
 
 
 def supervised_logits(model, batch):
-    """Logits where a token is supervised, and those tokens: (N, V) and (N,). Only these N positions reach the output head.
+    """Logits where a token is supervised, (N, V), and those tokens, (N,); only these N positions reach the output head.
 
     Args:
         batch: `input_ids`, `attention_mask` and `labels`, each (B, T), as `data.collate` makes them.
@@ -102,13 +102,15 @@ def token_loss(logits, targets):
 
 @torch.no_grad()
 def check_logits(model, path):
-    """Raise `UserError` unless `supervised_logits` are the model's own: some models scale or cap them after the head."""
+    """Raise `UserError` unless `supervised_logits` are the model's own: some models scale or cap theirs at the end."""
     ids = torch.arange(1, 9).remainder(model.get_input_embeddings().num_embeddings)[None]  # (1, T)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     model.eval()
     ours, own = supervised_logits(model, batch)[0], model(**batch).logits[0, :-1]
     if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4):
-        raise UserError(f"--model {path}: it changes its logits after the output head, which the loss here does not know")
+        raise UserError(
+            f"--model {path}: it scales or caps its logits after the output head, which the loss here does not"
+        )
 
 
 def ties_hold(model):

@@ -52,8 +52,10 @@ def write_config(run, config, data):
     """Write `config.json`: every setting, the versions of the libraries, and what the data was."""
     described = {
         "config": asdict(config),
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "data": {"fingerprint": data.fingerprint} | {name: len(split.examples) for name, split in data._asdict().items()},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "data": {"fingerprint": data.fingerprint}
+        | {name: len(split.examples) for name, split in data._asdict().items()},
     }
     (Path(run) / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
@@ -66,31 +68,32 @@ def plan(config, data, model, precision, total_steps):
     windows = [window_at(step, train, config.batch_size, config.seed) for step in range(per_epoch)]
     cuts = sum(len(micro_batches(window, config.micro_batch_tokens)) for window in windows)
     cut, dropped = (sum(getattr(split, name) for split in data) for name in ("cut", "dropped"))
-    never = ", which is never reached" if config.warmup_steps >= total_steps else ""
+    never = " that is never reached" if config.warmup_steps >= total_steps else ""
     lines = {
         "model": f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters",
         "device": f"{precision.device}, {precision.name} forward and backward over fp32 weights",
-        "data": f"{config.dataset}",
-        "": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
-        f"{len(data.test.examples):,} to test; {cut:,} cut for length, {dropped:,} dropped with nothing supervised",
+        "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
+        f"{len(data.test.examples):,} to test ({cut:,} cut for length, {dropped:,} dropped: nothing supervised)",
         "tokens": f"{tokens:,} an epoch, {supervised / tokens:.1%} of them supervised",
-        "updates": f"{per_epoch:,} an epoch, {total_steps:,} in all, each over a window of {config.batch_size} conversations "
-        f"in {cuts / per_epoch:.1f} micro-batches (gradient accumulation)",
-        "schedule": f"warm-up of {config.warmup_steps} updates to a learning rate of {config.lr:g}{never}, then a cosine to 0",
+        "updates": f"{per_epoch:,} an epoch, {total_steps:,} in all, each over a window of {config.batch_size} "
+        f"conversations in {cuts / per_epoch:.1f} micro-batches (gradient accumulation)",
+        "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
+        f"{never}, then a cosine to 0",
     }
     return "\n".join(f"  {name:<10}{text}" for name, text in lines.items())
 
 
 def summary(run):
-    """What came of a run, from the files in its directory: losses before and after, answers side by side, what to do next."""
+    """What came of a run, read from its directory: losses, answers before and after side by side, what to do next."""
     metrics = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    best_step = min((line for line in metrics if line["kind"] == "eval" and line["step"]), key=lambda line: line["loss"])["step"]
+    by_step = {kind: {line["step"]: line for line in metrics if line["kind"] == kind} for kind in ("eval", "test")}
+    best_step = min((step for step in by_step["eval"] if step), key=lambda step: by_step["eval"][step]["loss"])
     lines = [f"  {'':<18}{'before':>10}{f'best, update {best_step}':>22}"]
-    for kind in ("eval", "test"):
-        before, after = ({line["step"]: line for line in metrics if line["kind"] == kind}.get(s) for s in (0, best_step))
-        if before and after:
+    for kind, steps in by_step.items():
+        if steps:
             for name, style in (("loss", ".4f"), ("perplexity", ".2f"), ("accuracy", ".1%")):
-                lines.append(f"  {kind + ' ' + name:<18}{before[name]:>10{style}}{after[name]:>22{style}}")
+                before, after = steps[0][name], steps[best_step][name]
+                lines.append(f"  {kind + ' ' + name:<18}{before:>10{style}}{after:>22{style}}")
     answers = json.loads((Path(run) / "answers.json").read_text())
     for before, after in zip(answers["before"], answers["after"], strict=True):
         lines += ["", f"  > {before['prompt']}", *side_by_side(before["text"], after["text"])]

@@ -1,0 +1,24 @@
+VENV ?= .venv
+PYTHON = $(VENV)/bin/python
+
+.PHONY: quickstart test lint
+
+quickstart: $(VENV)/quickstart.installed
+	$(PYTHON) train.py --preset quickstart --epochs 2 --lr 2e-4
+
+test: $(VENV)/dev.installed
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/dev.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/quickstart.installed: requirements.txt requirements-quickstart.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps -r requirements-quickstart.txt
+	touch $@
+
+$(VENV)/dev.installed: $(VENV)/quickstart.installed requirements-dev.txt
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@

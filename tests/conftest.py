@@ -1,0 +1,88 @@
+"""A tiny random model with a byte-level tokenizer for the mechanics, and the quickstart's real one for the rest."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import hub
+from chat import Example, load_tokenizer
+from config import QUICKSTART_MODEL
+
+hub.quiet_libraries()
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_tokenizer(control):
+    """A tokenizer of one token a byte, after the control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(control + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=control[0], eos_token=control[0])
+
+
+def tiny_llama(vocabulary, **changes):
+    """A tied Llama of two layers with grouped queries, like SmolLM2 but tiny; always the same random weights."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = shape | {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True} | changes
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **settings))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """A directory with the tiny model and its tokenizer, as the Hub would hold it."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_tokenizer(CONTROL)
+    tokenizer.save_pretrained(directory)
+    tiny_llama(len(tokenizer)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir):
+    return load_tokenizer(str(tiny_model_dir), local_files_only=True)
+
+
+@pytest.fixture
+def tiny_model(tiny_tokenizer):
+    return tiny_llama(len(tiny_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """SmolLM2's, out of the quickstart's weights."""
+    return load_tokenizer(*hub.find_model(QUICKSTART_MODEL))
+
+
+@pytest.fixture
+def ragged_window():
+    """Eight examples of very different lengths; one supervised from its first token, one not at all."""
+    generator = torch.Generator().manual_seed(1)
+    window = []
+    for number, length in enumerate((3, 40, 7, 19, 2, 64, 11, 28)):
+        ids = torch.randint(3, 259, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: number * length // 9] = -100
+        window.append(Example(ids, torch.full_like(ids, -100) if number == 3 else labels))
+    return window
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A file of 40 small conversations of different lengths."""
+    path = tmp_path / "chats.jsonl"
+    with open(path, "w") as file:
+        for number in range(40):
+            messages = [
+                {"role": "user", "content": f"Count to {number}"},
+                {"role": "assistant", "content": " ".join(map(str, range(number % 7 + 1)))},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path

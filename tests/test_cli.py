@@ -1,0 +1,176 @@
+"""The command line that scripts rely on, and one clear line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data as data_command
+import eval as eval_command
+import train as train_command
+from config import Config, Parser, UserError, complain, resolve
+
+ROOT = Path(__file__).parent.parent
+
+TRAIN_FLAGS = """
+--preset --model --dataset --split --max-examples --max-length --eval-fraction --test-fraction --epochs --max-steps
+--batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --micro-batch-tokens
+--gradient-checkpointing --output-dir --log-every --eval-every --save-every --keep --resume --dry-run
+"""
+DATA_FLAGS = """
+--preset --model --dataset --split --max-examples --max-length --eval-fraction --test-fraction --seed --show --json
+"""
+EVAL_FLAGS = """
+--preset --dataset --split --max-examples --max-length --eval-fraction --test-fraction --seed --device --dtype
+--micro-batch-tokens --against --prompts --greedy --max-new-tokens --json
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"), [(train_command, TRAIN_FLAGS), (data_command, DATA_FLAGS), (eval_command, EVAL_FLAGS)]
+)
+def test_the_command_line_is_frozen(command, flags, capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main(["--help"])
+    assert left.value.code == 0
+    shown = {
+        word.strip("[],") for word in capsys.readouterr().out.split("options:")[1].split() if word.startswith("--")
+    }
+    assert shown - {"--help", "--no-gradient-checkpointing"} == set(flags.split())
+
+
+def test_every_flag_has_a_help_text_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train_command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "conversations an update sees: its window (default 32, quickstart: 8)" in text
+    assert "peak learning rate (default 0.0002)" in text
+
+
+def test_a_flag_cannot_be_abbreviated():
+    with pytest.raises(UserError, match="unrecognized arguments: --batch 3"):
+        train_command.main(["--batch", "3"])
+
+
+def test_the_ultrachat_preset_is_the_reference_experiment():
+    config = resolve({}, "ultrachat")
+    assert (config.model, config.dataset) == ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceH4/ultrachat_200k")
+    assert (config.split, config.max_examples, config.seed) == ("test_sft", 2000, 42)
+    assert (config.epochs, config.batch_size, config.lr, config.warmup_steps) == (2, 32, 2e-4, 12)
+    assert (config.weight_decay, config.max_grad_norm) == (0.1, 1.0)
+    assert (config.eval_every, config.save_every, config.keep) == (10, 10, 2)
+
+
+def test_what_a_user_names_is_never_replaced():
+    config = resolve({"dataset": "mine.jsonl", "lr": 1.0}, "ultrachat")
+    assert (config.dataset, config.lr, config.batch_size) == ("mine.jsonl", 1.0, 32)
+    assert (config.split, config.max_examples) == ("train", 0)  # the preset's first 2,000 of test_sft are not meant
+    assert resolve({"model": "mine"}, "quickstart").model == "mine"
+
+
+def test_config_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Config().lr = 1
+
+
+BAD_VALUES = {
+    "--batch-size": ["0", "-1", "two", "1.5"],
+    "--micro-batch-tokens": ["0"],
+    "--epochs": ["0"],
+    "--max-steps": ["-1"],
+    "--max-examples": ["-5"],
+    "--max-length": ["-1"],
+    "--lr": ["-1e-4", "nan", "inf"],
+    "--weight-decay": ["-0.1"],
+    "--max-grad-norm": ["-1"],
+    "--warmup-steps": ["-1"],
+    "--eval-fraction": ["0", "1", "-0.5", "nan"],
+    "--test-fraction": ["1", "-0.1"],
+    "--keep": ["0"],
+    "--eval-every": ["0"],
+    "--dtype": ["int8"],
+    "--preset": ["llama"],
+    "--device": ["cuda:7", "abacus"],
+    "--model": ["./nowhere"],
+    "--dataset": ["./nowhere.jsonl", "."],
+    "--resume": ["nowhere"],
+}
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in BAD_VALUES.items() for value in values])
+def test_a_nonsense_value_is_refused_by_name_before_anything_is_loaded(flag, value, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_command, "load_model", None)
+    arguments = [flag, value] if flag == "--preset" else ["--preset", "quickstart", flag, value]
+    with pytest.raises(UserError, match=flag) as raised:
+        train_command.main(arguments)
+    assert "\n" not in str(raised.value).strip()
+    assert not list(tmp_path.iterdir())
+
+
+def refused(*arguments):
+    """The message that `train.py` is left with."""
+    with pytest.raises(UserError) as raised:
+        train_command.main(["--preset", "quickstart", *map(str, arguments)])
+    return str(raised.value)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert "there are no conversations in it" in refused("--dataset", tmp_path / "empty.jsonl")
+
+
+def test_a_file_that_is_too_small_to_split_is_refused(chats):
+    assert "of 2 conversations leave 0 to train on" in refused("--dataset", chats, "--max-examples", 2)
+
+
+def test_a_length_that_leaves_nothing_supervised_is_refused():
+    assert "nothing is supervised in the train split" in refused("--max-length", 4)
+
+
+def test_a_directory_that_holds_a_run_or_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    assert "it holds a run already" in refused("--output-dir", tmp_path)
+    assert "(Not a directory)" in refused("--output-dir", tmp_path / "config.json" / "run")
+    assert "cannot write to /proc (" in refused("--output-dir", "/proc/run")
+
+
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--preset",
+        "quickstart",
+        "--dataset",
+        str(tmp_path / "bad.jsonl"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f'error: {tmp_path}/bad.jsonl:1: no "messages": a list of {{"role": …, "content": …}}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_message_of_several_lines_becomes_one(capsys):
+    assert complain("a\n  b") == 1
+    assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_the_named_settings_are_told_from_the_commands_own():
+    parser = Parser()
+    parser.add_argument("--show", type=int, default=3)
+    parser.add_config_flags(["lr", "gradient_checkpointing"])
+    assert parser.parse(["--lr", "1e-3"]) == ({"lr": 1e-3}, {"show": 3})
+    assert parser.parse(["--no-gradient-checkpointing"])[0] == {"gradient_checkpointing": False}
+
+
+def test_data_shows_conversations_as_text_and_as_json(chats, tiny_model_dir, capsys):
+    arguments = ["--preset", "quickstart", "--model", str(tiny_model_dir), "--dataset", str(chats), "--show", "2"]
+    assert data_command.main(arguments) == 0
+    assert capsys.readouterr().out.count("[[") == 2
+    assert data_command.main([*arguments, "--json"]) == 0
+    encoded = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(example) for example in encoded] == [{"input_ids", "labels"}] * 2
+    assert all(len(example["input_ids"]) == len(example["labels"]) for example in encoded)

@@ -1,0 +1,119 @@
+"""The loss, its precision, and what is done to a model before it is trained."""
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+from chat import IGNORE, encode, load_tokenizer
+from config import UserError
+from data import collate
+from model import check_logits, choose_precision, load_model, save_model, supervised_logits, ties_hold, token_loss
+
+
+def test_the_loss_is_the_models_own(tiny_model, ragged_window):
+    batch = collate(ragged_window, pad_id=0)
+    count = (batch["labels"][:, 1:] != IGNORE).sum()
+    assert count == sum(example.supervised_tokens for example in ragged_window)
+    logits = tiny_model.double()(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+    own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(token_loss(*supervised_logits(tiny_model, batch)), own, rtol=1e-12, atol=0)
+
+
+def test_only_supervised_positions_reach_the_output_head(tiny_model, ragged_window):
+    rows = []
+    tiny_model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape))
+    supervised_logits(tiny_model, collate(ragged_window, pad_id=0))
+    assert rows == [(sum(example.supervised_tokens for example in ragged_window), 32)]
+
+
+def test_the_loss_of_16_bit_logits_is_summed_in_fp32():
+    logits, targets = torch.zeros(5000, 7), torch.zeros(5000, dtype=torch.long)
+    exact = token_loss(logits, targets)
+    assert token_loss(logits.bfloat16(), targets).dtype == torch.float32
+    torch.testing.assert_close(token_loss(logits.bfloat16(), targets), exact)  # a bf16 sum would stall near 512
+
+
+def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
+    byte_tokenizer(["<s>"]).save_pretrained(tmp_path / "base")
+    tiny_llama(257).save_pretrained(tmp_path / "base")
+    tokenizer = load_tokenizer(tmp_path / "base", local_files_only=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "added to the tokenizer, and new rows to the embeddings: <|im_start|> <|im_end|> <|pad|>"
+    ]
+    model = load_model(tmp_path / "base", tokenizer, torch.device("cpu"))
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 260
+    assert ties_hold(model)
+    ids, labels = encode(
+        [[{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]], tokenizer
+    )[0]
+    assert ids.tolist().count(tokenizer.eos_token_id) == 2
+    assert tokenizer.decode(labels[labels != IGNORE]) == "a<|im_end|>\n"
+
+    save_model(model, tokenizer, tmp_path / "saved")
+    saved, again = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved"),
+        AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    )
+    assert saved.generation_config.eos_token_id == again.eos_token_id == again.convert_tokens_to_ids("<|im_end|>")
+    assert saved.generation_config.pad_token_id == again.pad_token_id == again.convert_tokens_to_ids("<|pad|>")
+    assert again.chat_template == tokenizer.chat_template
+    for name, weights in model.state_dict().items():
+        assert torch.equal(weights, saved.state_dict()[name])
+
+
+def test_a_tokenizer_with_chatml_is_left_its_vocabulary(real_tokenizer, capsys):
+    assert len(real_tokenizer) == 49152
+    assert (real_tokenizer.pad_token, real_tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    assert capsys.readouterr().err == ""
+
+
+def test_an_untied_head_that_should_be_tied_is_noticed(tiny_model):
+    assert ties_hold(tiny_model)
+    tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.clone())
+    assert not ties_hold(tiny_model)
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    config = Gemma2Config(vocab_size=99, num_key_value_heads=1, final_logit_softcapping=0.05, **shape)
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        check_logits(Gemma2ForCausalLM(config), "gemma")
+    config.final_logit_softcapping = None
+    check_logits(Gemma2ForCausalLM(config), "gemma")
+
+
+def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, tiny_model):
+    save_model(tiny_model.bfloat16(), tiny_tokenizer, tmp_path)
+    model = load_model(tmp_path, tiny_tokenizer, torch.device("cpu"))
+    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpu_bf16", "cpu_bf16", "expected"),
+    [
+        (True, True, False, "bf16"),
+        (True, False, True, "fp16"),
+        (False, False, True, "bf16"),
+        (False, False, False, "fp32"),
+    ],
+)
+def test_precision_follows_the_device(monkeypatch, gpu, gpu_bf16, cpu_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: gpu_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu_bf16, "avx2": True})
+    precision = choose_precision()
+    assert (precision.name, precision.device.type) == (expected, "cuda" if gpu else "cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:9", "tpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match=f"--device {device}"):
+        choose_precision(device)

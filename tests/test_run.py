@@ -1,0 +1,188 @@
+"""Whole runs of a tiny model: the files they leave, the best checkpoint, resuming, stopping."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as eval_command
+import train as train_command
+from eval import Evaluation
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12  # 30 training conversations, windows of 5, two epochs
+
+
+@pytest.fixture
+def flags(tiny_model_dir, chats):
+    """The command line of a small run, but for its directory."""
+    settings = {"model": tiny_model_dir, "dataset": chats, "eval-fraction": 0.2, "batch-size": 5, "warmup-steps": 2}
+    settings |= {"eval-every": 4, "save-every": 3, "dtype": "fp32", "lr": 1e-2, "micro-batch-tokens": 200, "seed": 3}
+    return ["--preset", "quickstart", *(str(part) for name, value in settings.items() for part in (f"--{name}", value))]
+
+
+def lines(run, kind=None):
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in metrics if kind in (None, line["kind"])]
+
+
+def untimed(run):
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines(run)]
+
+
+@pytest.fixture
+def finished(flags, tmp_path, capsys):
+    """A run to the end: its directory and what it printed."""
+    run = tmp_path / "run"
+    assert train_command.main([*flags, "--output-dir", str(run)]) == 0
+    return run, capsys.readouterr().out
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    run, printed = finished
+    assert printed.splitlines()[0].startswith("preset quickstart (as asked): ")
+    assert "6 an epoch, 12 in all" in printed
+    assert [line["step"] for line in lines(run, "train")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines(run, "eval")] == [0, 4, 8, 12]
+    best = min(lines(run, "eval")[1:], key=lambda line: line["loss"])["step"]
+    assert [line["step"] for line in lines(run, "test")] == [0, best]
+    expected = {"step", "kind", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_second", "epoch"}
+    assert all(set(line) == expected for line in lines(run, "train"))
+    assert lines(run, "train")[0]["lr"] == 0.0
+    assert lines(run, "train")[-1]["epoch"] == 2.0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-12", "step-9"]
+    assert not [path for path in run.rglob(".*")]
+    described = json.loads((run / "config.json").read_text())
+    assert described["config"]["lr"] == 1e-2
+    assert described["data"]["train"] == 30
+    assert len(described["data"]["fingerprint"]) == 64
+    assert described["versions"]["torch"] == torch.__version__
+    assert f"best, update {best}" in printed
+    assert f"tensorboard --logdir {run}" in printed
+
+
+def test_tensorboard_gets_the_same_numbers_and_the_answers(finished):
+    run, _ = finished
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "test/loss"} <= set(
+        events.Tags()["scalars"]
+    )
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == pytest.approx({line["step"]: line["loss"] for line in lines(run, "train")}, rel=1e-6)
+    assert "answers/Who are you?/text_summary" in events.Tags()["tensors"]
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+
+def test_the_best_model_is_an_ordinary_one_with_the_recorded_loss(finished, tiny_tokenizer, capsys):
+    run, _ = finished
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "best"), AutoTokenizer.from_pretrained(run / "best")
+    chat = [{"role": "user", "content": "Count to 3"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    said = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tiny_tokenizer.eos_token_id
+    assert len(said) <= 30
+
+    assert eval_command.main([str(run), "--json", "--prompts", "Hi", "--max-new-tokens", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["eval"]["loss"] == min(line["loss"] for line in lines(run, "eval")[1:])
+    assert report["splits"]["test"]["loss"] == lines(run, "test")[-1]["loss"]
+
+
+def test_best_follows_the_lowest_eval_loss_not_the_last(flags, tmp_path, monkeypatch):
+    losses = iter([9.0, 9.0, 5.0, 4.0, 4.0, 6.0, 1.0])  # eval and test before; updates 3, 6, 9, 12; test after
+    monkeypatch.setattr(train_command, "evaluate", lambda *_: Evaluation(next(losses), 1, 0))
+    saved = {}
+    real_save = train_command.save_model
+
+    def save_model(model, tokenizer, path):
+        saved[path.name] = {name: weights.clone() for name, weights in model.state_dict().items()}
+        real_save(model, tokenizer, path)
+
+    monkeypatch.setattr(train_command, "save_model", save_model)
+    run = tmp_path / "run"
+    train_command.main([*flags, "--eval-every", "3", "--save-every", "6", "--output-dir", str(run)])
+    best = AutoModelForCausalLM.from_pretrained(run / "best").state_dict()
+    sixth = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-6").state_dict()
+    assert all(torch.equal(best[name], weights) for name, weights in sixth.items())
+    assert [line["step"] for line in lines(run, "test")] == [0, 6]
+
+
+@pytest.mark.parametrize("at", [3, 6, 9])
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(flags, finished, tmp_path, monkeypatch, at):
+    """From a checkpoint in the middle of an epoch, at its end, and between two evaluations: bit for bit."""
+    unbroken, _ = finished
+    run = tmp_path / "broken"
+    real_step, seen = train_command.train_step, []
+
+    def dying_step(*args, **options):
+        if len(seen) == at + 1:  # one update beyond the checkpoint, logged and lost
+            raise KeyboardInterrupt
+        seen.append(1)
+        return real_step(*args, **options)
+
+    monkeypatch.setattr(train_command, "train_step", dying_step)
+    with pytest.raises(KeyboardInterrupt):
+        train_command.main([*flags, "--output-dir", str(run)])
+    assert lines(run, "train")[-1]["step"] == at + 1
+    monkeypatch.setattr(train_command, "train_step", real_step)
+    torch.manual_seed(999)
+    assert train_command.main(["--resume", str(run)]) == 0
+
+    assert untimed(run) == untimed(unbroken)
+    for name in ("best/model.safetensors", "checkpoints/step-12/model.safetensors"):
+        assert (run / name).read_bytes() == (unbroken / name).read_bytes()
+    ours, theirs = (torch.load(d / "checkpoints/step-12/training.pt", weights_only=True) for d in (run, unbroken))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_resumed_run_may_hold_less_in_memory_but_not_be_another_run(flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_command.main([*flags, "--max-steps", "6", "--output-dir", str(run)])
+    capsys.readouterr()
+    with pytest.raises(train_command.UserError, match=r"--lr 0.01 -> 0.5, --seed 3 -> 4 would make it another run"):
+        train_command.main(["--resume", str(run), "--lr", "0.5", "--seed", "4", "--batch-size", "5"])
+    assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1"]) == 0
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
+    assert train_command.main([*flags, "--dry-run", "--output-dir", str(tmp_path / "run")]) == 0
+    assert "6 an epoch, 12 in all, each over a window of 5 conversations in" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_test_split_the_run_ends_well(flags, tmp_path):
+    arguments = ["--test-fraction", "0", "--max-steps", "2", "--log-every", "2", "--output-dir", str(tmp_path / "run")]
+    assert train_command.main([*flags, *arguments]) == 0
+    assert lines(tmp_path / "run", "test") == []
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [2]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_the_run_can_go_on(flags, tmp_path, number, status):
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--epochs", "500", "--output-dir", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    while process.poll() is None and not (run / "best").exists():
+        pass
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status, error
+    stopped = int(error.split("stopped after update ")[1].split(";")[0])
+    assert (run / "checkpoints" / f"step-{stopped}" / "training.pt").exists()
+    assert lines(run, "train")[-1]["step"] == stopped
+    assert f"--resume {run}" in error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_update_named(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command, "learning_rate", lambda *_: math.inf)
+    with pytest.raises(train_command.UserError, match=r"update 2: loss nan, gradient norm nan: not finite"):
+        train_command.main([*flags, "--output-dir", str(tmp_path / "run")])

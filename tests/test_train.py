@@ -1,0 +1,167 @@
+"""One update, and what decides it: the window, never the way it is cut."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import get_cosine_schedule_with_warmup
+
+from chat import Example
+from data import collate, micro_batches
+from model import Precision
+from train import learning_rate, make_optimizer, train_step
+
+CPU = torch.device("cpu")
+
+
+def update(model, window, budget, precision="fp32", steps=3, max_grad_norm=1.0):
+    """The numbers of a few updates over one window, and the weights after them."""
+    precision = Precision(precision, CPU)
+    model, scaler = copy.deepcopy(model), precision.grad_scaler()
+    optimizer = make_optimizer(model, weight_decay=0.1)
+    settings = {"pad_id": 0, "micro_batch_tokens": budget, "max_grad_norm": max_grad_norm}
+    logged = [
+        train_step(model, optimizer, window, 2e-4, precision=precision, scaler=scaler, **settings) for _ in range(steps)
+    ]
+    return logged, torch.cat([weights.detach().flatten() for weights in model.parameters()])
+
+
+# --- the law: any cut of a window gives the same update
+
+
+@pytest.mark.parametrize("budget", [1, 30, 64, 130, 200, 10_000])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_any_cut_of_a_window_gives_the_same_update(ragged_window, budget, dtype, bar):
+    model = tiny_llama(259).to(dtype)
+    whole, whole_weights = update(model, ragged_window, budget=len(ragged_window) * 64)
+    logged, weights = update(model, ragged_window, budget)
+    assert (weights - whole_weights).abs().max() <= bar
+    for ours, theirs in zip(logged, whole, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=bar)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * bar)
+
+
+def test_the_cuts_above_run_from_single_conversations_to_the_whole_window(ragged_window):
+    assert [len(micro_batches(ragged_window, budget)) for budget in (1, 30, 64, 130, 200, 10_000)] == [8, 6, 4, 3, 2, 1]
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_windows_tokens(ragged_window):
+    model = tiny_llama(259).double()
+    batch = collate(ragged_window, 0)
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([weights.grad for weights in model.parameters()])
+    model.zero_grad()
+    logged, _ = update(model, ragged_window, budget=30, steps=1)
+    assert logged[0]["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert logged[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-12)
+    assert logged[0]["tokens"] == sum(len(example.input_ids) for example in ragged_window)
+    assert logged[0]["supervised_tokens"] == (batch["labels"][:, 1:] != -100).sum()
+
+
+def test_a_conversation_with_nothing_supervised_changes_nothing(ragged_window):
+    model = tiny_llama(259).double()
+    without = [example for example in ragged_window if example.supervised_tokens]
+    assert len(without) == len(ragged_window) - 1
+    assert torch.equal(update(model, ragged_window, budget=1)[1], update(model, without, budget=1)[1])
+
+
+def test_gradient_checkpointing_changes_nothing(ragged_window):
+    model = tiny_llama(259).double().train()
+    _, expected = update(model, ragged_window, budget=100)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, weights = update(model, ragged_window, budget=100)
+    assert (weights - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(("precision", "bar"), [("bf16", 0.02), ("fp16", 0.005)])
+def test_16_bit_losses_are_near_the_exact_one(ragged_window, precision, bar):
+    exact, _ = update(tiny_llama(259), ragged_window, budget=100)
+    logged, _ = update(tiny_llama(259), ragged_window, budget=100, precision=precision)
+    assert [step["loss"] for step in logged] == pytest.approx([step["loss"] for step in exact], rel=bar)
+
+
+# --- clipping, decay, schedule
+
+
+def test_clipping_scales_the_gradient_and_the_norm_is_that_before_it(ragged_window):
+    model = tiny_llama(259).double()
+    (free,), free_weights = update(model, ragged_window, 100, steps=1, max_grad_norm=0)
+    (clipped,), clipped_weights = update(model, ragged_window, 100, steps=1, max_grad_norm=1e-9)
+    assert clipped["grad_norm"] == free["grad_norm"] > 0.1
+    start = torch.cat([weights.detach().flatten() for weights in model.parameters()])
+    # Adam's first step has size lr wherever the gradient is large beside eps = 1e-8; clipped this small, it is not.
+    assert (clipped_weights - start).abs().max() < 0.3 * (free_weights - start).abs().max()
+
+
+def test_decay_is_for_matrices_and_embeddings(tiny_model):
+    groups = make_optimizer(tiny_model, 0.1).param_groups
+    decayed = {id(weights) for weights in groups[0]["params"]}
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+    for name, weights in tiny_model.named_parameters():
+        assert (id(weights) in decayed) == (not name.endswith(("norm.weight", "bias"))), name
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (5, 54), (12, 114), (5, 3), (1, 1)])
+def test_the_schedule_is_that_of_transformers(warmup, total):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    for step in range(total):
+        assert learning_rate(step, 2e-4, warmup, total) == pytest.approx(
+            scheduler.get_last_lr()[0], rel=1e-12, abs=1e-20
+        )
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_schedules_end_points():
+    assert learning_rate(0, 1.0, 0, 10) == 1.0
+    assert learning_rate(0, 1.0, 4, 10) == 0.0
+    assert learning_rate(4, 1.0, 4, 10) == 1.0
+    assert learning_rate(10, 1.0, 4, 10) == pytest.approx(0, abs=1e-16)
+
+
+# --- numbers gone bad
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(ragged_window):
+    model = tiny_llama(259)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, 0.1)
+    precision = Precision("fp32", CPU)
+    settings = {"scaler": precision.grad_scaler(), "pad_id": 0, "micro_batch_tokens": 100, "max_grad_norm": 1.0}
+    with pytest.raises(FloatingPointError, match="not finite, so the update was not applied"):
+        train_step(model, optimizer, ragged_window, 1e-3, precision=precision, **settings)
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(weights, before[name], rtol=0, atol=0, equal_nan=True)
+    assert not optimizer.state
+
+
+def test_an_fp16_overflow_is_left_out_and_tried_again_at_a_lower_scale(ragged_window):
+    model, precision = tiny_llama(259), Precision("fp16", CPU)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    settings = {"precision": precision, "scaler": scaler, "pad_id": 0, "micro_batch_tokens": 100, "max_grad_norm": 1.0}
+    assert train_step(model, optimizer, ragged_window, 1e-3, **settings) is None
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
+    for _ in range(40):
+        logged = train_step(model, optimizer, ragged_window, 1e-3, **settings)
+        if logged:
+            break
+    assert math.isfinite(logged["grad_norm"])
+    assert not all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
+
+
+def test_a_short_window_is_normalised_by_its_own_tokens():
+    row = Example(torch.arange(3, 23), torch.arange(3, 23))
+    model = tiny_llama(259).double()
+    one, two = (update(model, [row] * copies, budget=1000, steps=1) for copies in (1, 2))
+    assert one[0][0]["loss"] == pytest.approx(two[0][0]["loss"], rel=1e-14)
+    assert (one[1] - two[1]).abs().max() <= 1e-12
