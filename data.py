@@ -227,6 +227,8 @@ def main(argv):
     parser.add_argument("--json", action="store_true", help="one object a line: input_ids and labels")
     parser.add_config_flags(DATA_FLAGS)
     named, options = parser.parse(argv)
+    if options["show"] < 1:
+        raise UserError(f"--show must be at least 1, not {options['show']}")
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
     tokenizer = load_tokenizer(*hub.find_model(config.model))

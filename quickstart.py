@@ -4,8 +4,10 @@ They make the program run where the Hub cannot be reached. Only the data file of
 wants a compiled llama.cpp, is never imported.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -60,10 +62,12 @@ def convert(gguf, directory):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"converting the quickstart's weights, once, into {directory} …", file=sys.stderr)
+    print(f"converting the quickstart's weights, once, into {directory} (half a minute) …", file=sys.stderr)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The bar that shows the conversion cannot be switched off, and belongs on a terminal only.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # It is plain fp32 by now, but still carries the marks of its quantised file, which save_pretrained refuses.
     model.is_quantized, model.hf_quantizer = False, None
     del model.config.quantization_config
