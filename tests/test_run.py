@@ -24,8 +24,16 @@ STEPS = 12  # 30 training conversations, windows of 5, two epochs
 @pytest.fixture
 def flags(tiny_model_dir, chats):
     """The command line of a small run, but for its directory."""
-    settings = {"model": tiny_model_dir, "dataset": chats, "eval-fraction": 0.2, "batch-size": 5, "warmup-steps": 2}
-    settings |= {"eval-every": 4, "save-every": 3, "dtype": "fp32", "lr": 1e-2, "micro-batch-tokens": 200, "seed": 3}
+    settings = {"model": tiny_model_dir, "dataset": chats, "eval-fraction": 0.2, "test-fraction": 0.05, "batch-size": 5}
+    settings |= {
+        "warmup-steps": 2,
+        "eval-every": 4,
+        "save-every": 3,
+        "dtype": "fp32",
+        "lr": 1e-2,
+        "micro-batch-tokens": 200,
+        "seed": 3,
+    }
     return ["--preset", "quickstart", *(str(part) for name, value in settings.items() for part in (f"--{name}", value))]
 
 
@@ -142,6 +150,20 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(flags, finished, tmp_path
         assert (run / name).read_bytes() == (unbroken / name).read_bytes()
     ours, theirs = (torch.load(d / "checkpoints/step-12/training.pt", weights_only=True) for d in (run, unbroken))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_resumed_run_remembers_its_best(flags, tmp_path, monkeypatch):
+    run, real_step = tmp_path / "run", train_command.train_step
+    steps = iter(range(9))
+    monkeypatch.setattr(train_command, "train_step", lambda *a, **o: (next(steps), real_step(*a, **o))[1])
+    with pytest.raises(StopIteration):
+        train_command.main([*flags, "--output-dir", str(run)])
+    best = (run / "best" / "model.safetensors").read_bytes()  # of update 8
+    monkeypatch.setattr(train_command, "train_step", real_step)
+    monkeypatch.setattr(train_command, "evaluate", lambda *_: Evaluation(1e6, 1, 0))
+    assert train_command.main(["--resume", str(run)]) == 0
+    assert (run / "best" / "model.safetensors").read_bytes() == best
+    assert lines(run, "test")[-1]["step"] == 8
 
 
 def test_a_resumed_run_may_hold_less_in_memory_but_not_be_another_run(flags, tmp_path, capsys):
