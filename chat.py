@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from config import UserError, first_line
+from hub import LOADING_ERRORS
 
 IGNORE = -100  # torch's cross_entropy skips this label
 ROLES = ("system", "user", "assistant")
@@ -55,7 +56,7 @@ def load_tokenizer(path, local_files_only=False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
         config = AutoConfig.from_pretrained(path, local_files_only=local_files_only).get_text_config()
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: no usable tokenizer and configuration ({first_line(error)})") from error
     missing = [token for token in (START, END) if token not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token

@@ -1,10 +1,10 @@
-"""Names of models and datasets: a place on this disk, in the cache, on the Hub, or nowhere, settled within seconds.
+"""Names of models and datasets: a place on this disk, on the Hub, in its cache, or nowhere, settled within seconds.
 
-The libraries retry an unreachable Hub for about a minute before they fail; here it is asked once, and not at all for
-what is on this machine.
+The libraries retry an unreachable Hub for about a minute before they fail; here it is asked once whether it answers.
 """
 
 import contextlib
+import functools
 import threading
 from pathlib import Path
 
@@ -13,18 +13,21 @@ import torch
 import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session, httpx
 
 from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
 from quickstart import quickstart_model
 
 ASK_SECONDS = 3
+# What the libraries raise over a model or dataset that is missing, damaged, or cut off on its way.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError)
 
 
 def find_model(name):
     """Where to load a model from: `(path or Hub id, local_files_only)`.
 
     Raises:
-        UserError: no such directory, no such model on the Hub, or a Hub that does not answer.
+        UserError: no such directory, no such model on the Hub, or a Hub that does not answer and nothing in its cache.
     """
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser()), True
@@ -32,31 +35,71 @@ def find_model(name):
         return str(quickstart_model()), True
     if looks_like_a_path(name):
         raise UserError(f"--model {name}: there is no such directory")
-    if is_cached("model", name):
-        return name, True
-    ask_hub("model", name)
-    return name, False
+    return name, only_cached("model", name)
 
 
 def load_hub_dataset(name, split):
     """One split of a Hub dataset, as a `datasets.Dataset`.
 
     Raises:
-        UserError: no such dataset or split, or a Hub that does not answer and nothing in the cache.
+        UserError: no such dataset or split, or a Hub that does not answer and nothing in its cache.
     """
-    cached = is_cached("dataset", name)
-    if not cached:
-        ask_hub("dataset", name)
     try:
-        with offline() if cached else contextlib.nullcontext():
+        with offline() if only_cached("dataset", name) else contextlib.nullcontext():
             return datasets.load_dataset(name, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--dataset {name} --split {split}: {first_line(error)}") from error
 
 
 def looks_like_a_path(name):
     """Whether a name that is not on this disk was meant to be."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def only_cached(kind, name):
+    """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True where it is silent.
+
+    Raises:
+        UserError: the Hub has it not, or wants a login, or is silent and the cache has it not.
+    """
+    if hub_silence() is None:
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=ASK_SECONDS)
+        except GatedRepoError as error:
+            terms = f"accept its terms at {constants.ENDPOINT}/{name}, then run: hf auth login"
+            raise UserError(f"--{kind} {name}: gated; {terms}") from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            where = "neither on this disk nor on the Hub (if it is private: hf auth login)"
+            raise UserError(f"--{kind} {name}: {where}") from error
+        except LOADING_ERRORS as error:
+            raise UserError(f"--{kind} {name}: the Hub fails ({first_line(error)}); try again later") from error
+        return False
+    if not is_cached(kind, name):
+        advice = (
+            f"check the network, name a local {'directory' if kind == 'model' else 'file'}, or use --preset quickstart"
+        )
+        raise UserError(
+            f"--{kind} {name}: not on this disk, and the Hub does not answer ({first_line(hub_silence())}); {advice}"
+        )
+    return True
+
+
+@functools.cache
+def hub_silence():
+    """Why the Hub does not answer, as an exception; None where it does. Asked once, waited for ASK_SECONDS."""
+    heard = []
+
+    def ask():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ASK_SECONDS)
+            heard.append(None)
+        except Exception as error:  # whatever it is, it is reported by the thread that waits
+            heard.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ASK_SECONDS)  # looking up a host name has no time limit of its own
+    return heard[0] if heard else TimeoutError(f"no answer within {ASK_SECONDS} s")
 
 
 def is_cached(kind, name):
@@ -80,49 +123,17 @@ def offline():
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def ask_hub(kind, name):
-    """Ask the Hub once whether it has this "model" or "dataset"; returns when it does.
-
-    Raises:
-        UserError: it has not, it wants a login, or it did not answer within a few seconds.
-    """
-    answer = []
-
-    def ask():
-        try:
-            answer.append(HfApi().repo_info(name, repo_type=kind, timeout=ASK_SECONDS))
-        except Exception as error:  # whatever went wrong is reported below, on the thread that waits
-            answer.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ASK_SECONDS)  # looking up a host name has no time limit of its own
-    error = answer[0] if answer else TimeoutError(f"no answer within {ASK_SECONDS} s")
-    if isinstance(error, GatedRepoError):
-        raise UserError(f"--{kind} {name}: gated; accept its terms at {constants.ENDPOINT}, then run: hf auth login")
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        raise UserError(f"--{kind} {name}: neither on this disk nor on the Hub (if it is private: hf auth login)")
-    if isinstance(error, Exception):
-        raise UserError(
-            f"--{kind} {name}: not on this disk, and the Hub does not answer ({first_line(error)}); "
-            f"check the network, name a local {'directory' if kind == 'model' else 'file'}, or use --preset quickstart"
-        )
-
-
 def choose_preset(named):
     """The preset that a user's settings ask for, and why: `(name, reason)`. What `auto` means is decided here."""
     if named.get("preset", "auto") != "auto":
         return named["preset"], "as asked"
     if not torch.cuda.is_available():
         return "quickstart", "auto: there is no GPU"
-    needed = {kind: PRESETS["ultrachat"][kind] for kind in ("model", "dataset")}
-    if all(is_cached(kind, name) for kind, name in needed.items()):
-        return "ultrachat", "auto: there is a GPU, and model and dataset are cached"
     try:
-        ask_hub("dataset", needed["dataset"])
+        cached = [only_cached(kind, PRESETS["ultrachat"][kind]) for kind in ("model", "dataset")]
     except UserError:
-        return "quickstart", "auto: the Hub does not answer"
-    return "ultrachat", "auto: there is a GPU, and the Hub answers"
+        return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
+    return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"
 
 
 def quiet_libraries():

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from chat import IGNORE
 from config import UserError, first_line
+from hub import LOADING_ERRORS
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {first_line(error)}") from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old

@@ -1,0 +1,408 @@
+"""Names on the Hub, through the real libraries: what loads, what the cache serves, and how the rest is refused.
+
+The libraries decide what is asked of the Hub, what is kept and what is raised, and change all of that between versions:
+nothing of theirs is replaced here. A small server on the loopback plays the Hub. The libraries read its address and
+their cache's at import, so every scenario is a function of this file (`online`, `offline`, …) that runs in a process of
+its own and prints, as JSON, what its calls gave.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest import mock
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import hub
+from chat import load_tokenizer
+from config import PRESETS, UserError
+from model import load_model
+
+PROJECT = Path(hub.__file__).parent
+COMMIT = "c0ffee" + "0" * 34
+PROMISED_SECONDS = 10  # within which a name that cannot be had is refused
+
+
+def chat(text):
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]}
+
+
+CHATS = {"train": [chat(f"train {n}") for n in range(6)], "test_sft": [chat(f"test {n}") for n in range(4)]}
+
+
+# --- the Hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the libraries ask of the Hub to look up and download a repository.
+
+    `server.repositories` maps ("models" or "datasets", id) to a directory. Whoever lists the files of those with the id
+    `server.severed` is cut off.
+    """
+
+    ADDRESS = re.compile(
+        r"(?P<api>/api)?/((?P<kind>models|datasets)/)?(?P<name>[^/]+/[^/]+)"
+        r"(/(?P<what>tree|resolve|revision)/[^/]+(/(?P<path>.+))?)?"
+    )
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        asked = self.ADDRESS.fullmatch(unquote(url.path))
+        root = asked and self.server.repositories.get((asked["kind"] or "models", asked["name"]))
+        if root is None:
+            return self.answer(404, error="RepoNotFound")
+        path = root / (asked["path"] or "")
+        if asked["what"] == "tree" and asked["name"] == self.server.severed:
+            self.close_connection = True
+        elif asked["what"] == "tree" and path.is_dir():
+            pattern = "**/*" if parse_qs(url.query).get("recursive") == ["true"] else "*"
+            self.answer(200, json.dumps([entry(root, found) for found in path.glob(pattern)]).encode())
+        elif asked["what"] == "resolve" and path.is_file():
+            self.answer(200, path.read_bytes())
+        elif asked["api"] and asked["what"] in (None, "revision"):
+            self.answer(200, json.dumps({"id": asked["name"], "sha": COMMIT}).encode())
+        else:
+            self.answer(404, error="EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def answer(self, status, body=b"", error=None):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Error-Code" if error else "ETag", error or f'"{checksum(body)}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing: the server's log would be noise between the tests' lines."""
+
+
+def checksum(content):
+    return hashlib.sha1(content).hexdigest()
+
+
+def entry(root, path):
+    """A file or directory as the Hub lists it."""
+    named = {"path": path.relative_to(root).as_posix()}
+    if path.is_dir():
+        return named | {"type": "directory", "oid": COMMIT, "size": 0}
+    return named | {"type": "file", "oid": checksum(path.read_bytes()), "size": path.stat().st_size}
+
+
+@contextmanager
+def serve(repositories):
+    """The address of a Hub with these repositories, which is up within the `with`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repositories, server.severed = repositories, "acme/severed"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()  # from here on the port refuses
+
+
+# --- the scenarios, each in a process of its own
+
+CONTACTED = []
+
+
+def keep_to_the_loopback(event, arguments):
+    """An audit hook: note every address this process looks up or connects to, and let none be outside this machine."""
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    CONTACTED.append(str(host))
+    if host != "127.0.0.1":
+        raise OSError(f"{host} is outside this test")
+
+
+def attempt(call, *arguments):
+    """What a call returns, or what it raises, as a text; a refusal must come within the promised time."""
+    begun = time.monotonic()
+    try:
+        return call(*arguments)
+    except UserError as error:
+        assert time.monotonic() - begun < PROMISED_SECONDS
+        return f"refused: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load(name):
+    """A model all the way: where it is, how its tokenizer fared with a text, the first row of its embeddings."""
+    path, local_files_only = hub.find_model(name)
+    tokenizer = load_tokenizer(path, local_files_only)
+    model = load_model(path, tokenizer, torch.device("cpu"), local_files_only)
+    text = tokenizer.decode(tokenizer("Hi there")["input_ids"])
+    return [path, local_files_only, text, model.get_input_embeddings().weight[0].tolist()]
+
+
+def rows(name, split):
+    return hub.load_hub_dataset(name, split).to_list()
+
+
+def preset(gpu, model=PRESETS["ultrachat"]["model"], dataset=PRESETS["ultrachat"]["dataset"]):
+    """What `auto` means, where the experiment with a GPU needs this model and this dataset."""
+    needed = {"ultrachat": {"model": model, "dataset": dataset}}
+    with mock.patch("torch.cuda.is_available", return_value=gpu), mock.patch.object(hub, "PRESETS", needed):
+        return hub.choose_preset({})[0]
+
+
+def online():
+    """The Hub answers; the cache is empty at first."""
+    gave = {"preset without a GPU": attempt(preset, False), "contacted for it": list(CONTACTED)}
+    gave["preset with a GPU"] = attempt(preset, True)
+    gave["unknown model"] = attempt(hub.find_model, "acme/unknown")
+    gave["unknown dataset"] = attempt(rows, "acme/unknown", "train")
+    gave["model"] = attempt(load, "acme/tiny")
+    gave["rows"] = attempt(rows, "acme/chats", "test_sft")
+    gave["scripted"] = attempt(rows, "acme/scripted", "train")
+    with mock.patch("time.sleep"):  # the libraries wait 23 s in all between their attempts
+        gave["severed dataset"] = attempt(rows, "acme/severed", "train")
+        gave["severed model"] = attempt(load, "acme/severed")
+
+    # A download of a model in several files that ended after the first of them.
+    hf_hub_download("acme/sharded", "config.json")
+    index = json.loads(Path(hf_hub_download("acme/sharded", "model.safetensors.index.json")).read_text())
+    hf_hub_download("acme/sharded", min(index["weight_map"].values()))
+    gave["half a model"] = attempt(hub.find_model, "acme/sharded")
+
+    # What a process that is killed while it prepares a dataset leaves behind.
+    prepared = Path(datasets.config.HF_DATASETS_CACHE) / "acme___killed" / "default" / "0.0.0"
+    (prepared / f"{COMMIT}.incomplete").mkdir(parents=True)
+    gave["half a dataset"] = attempt(rows, "acme/killed", "train")
+
+    # Another program has used one file of a dataset, or another of its configurations.
+    datasets.load_dataset("acme/partly", data_files="data/train*")
+    gave["part of a dataset"] = attempt(rows, "acme/partly", "test_sft")
+    datasets.load_dataset("acme/configured", "other")
+    gave["another configuration"] = attempt(rows, "acme/configured", "train")
+    return gave
+
+
+def offline():
+    """The same cache after `online`, and a Hub that refuses connections."""
+    gave = {"model": attempt(load, "acme/tiny"), "rows": attempt(rows, "acme/chats", "test_sft")}
+    gave["unknown split"] = attempt(rows, "acme/chats", "test_gen")
+    gave["preset with a GPU, cached"] = attempt(preset, True, "acme/tiny", "acme/chats")
+    gave["contacted for it"] = list(CONTACTED)
+    gave["preset with a GPU"] = attempt(preset, True)
+    gave["other model"] = attempt(hub.find_model, "acme/other")
+    gave["other dataset"] = attempt(rows, "acme/other", "train")
+    return gave
+
+
+def silent():
+    """A Hub that accepts connections and never answers."""
+    return {"model": attempt(hub.find_model, "acme/tiny"), "preset with a GPU": attempt(preset, True)}
+
+
+def lost():
+    """A name server that never answers."""
+    with mock.patch("socket.getaddrinfo", side_effect=lambda *_, **__: time.sleep(60)):
+        return {"model": attempt(hub.find_model, "acme/tiny")}
+
+
+def start(command, home, endpoint):
+    """Start a Python process whose libraries know this Hub only, and keep what they cache under `home`."""
+    settings = ("HF_", "HUGGING", "TRANSFORMERS_")
+    inherited = {key: value for key, value in os.environ.items() if not key.upper().startswith(settings)}
+    inherited = {key: value for key, value in inherited.items() if not key.upper().endswith("_PROXY")}
+    variables = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(PROJECT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=inherited | variables, cwd=home.parent, **pipes)
+
+
+def finish(process):
+    """What a scenario's calls gave, in a dict."""
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return json.loads(stdout.splitlines()[-1])
+
+
+def scenario(function):
+    return [Path(__file__), function.__name__]
+
+
+# --- what must hold
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory, tiny_model_dir):
+    """What the Hub has: one tiny model, whole and in several files, and one dataset in a few shapes."""
+    root = tmp_path_factory.mktemp("repositories")
+    shutil.copytree(tiny_model_dir, root / "sharded")
+    (root / "sharded" / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(root / "sharded", max_shard_size="50KB")
+    data = root / "chats" / "data"
+    data.mkdir(parents=True)
+    for split, conversations in CHATS.items():
+        datasets.Dataset.from_list(conversations).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    shutil.copytree(root / "chats", root / "scripted")
+    (root / "scripted" / "scripted.py").write_text("# how datasets were read before scripts were given up\n")
+    shutil.copytree(root / "chats", root / "configured")
+    (root / "configured" / "README.md").write_text(
+        "---\nconfigs:\n"
+        '- {config_name: default, data_files: [{split: train, path: "data/train-*"}]}\n'
+        '- {config_name: other, data_files: [{split: train, path: "data/test_sft-*"}]}\n---\n'
+    )
+    models = {"acme/tiny": tiny_model_dir, "acme/severed": tiny_model_dir, "acme/sharded": root / "sharded"}
+    chats = dict.fromkeys(("chats", "killed", "partly", "severed"), root / "chats")
+    others = {name: root / name for name in ("scripted", "configured")}
+    return {
+        **{("models", name): directory for name, directory in models.items()},
+        **{("datasets", f"acme/{name}"): directory for name, directory in (chats | others).items()},
+        ("models", PRESETS["ultrachat"]["model"]): tiny_model_dir,
+        ("datasets", PRESETS["ultrachat"]["dataset"]): root / "chats",
+    }
+
+
+@pytest.fixture(scope="module")
+def answered(repositories, tmp_path_factory):
+    """What `online` gave, with its cache and its Hub, which is gone."""
+    home = tmp_path_factory.mktemp("answered") / "cache"
+    with serve(repositories) as endpoint:
+        gave = finish(start(scenario(online), home, endpoint))
+    return gave, home, endpoint
+
+
+@pytest.fixture(scope="module")
+def with_hub(answered):
+    return answered[0]
+
+
+@pytest.fixture(scope="module")
+def without_hub(answered):
+    """What `offline` gave; the program itself, as `"program"`, is asked meanwhile for a dataset it cannot have."""
+    _, home, endpoint = answered
+    command = ["data.py", "--preset", "quickstart", "--model", "acme/tiny", "--dataset", "acme/other"]
+    program = start([PROJECT / command[0], *command[1:]], home, endpoint)
+    gave = finish(start(scenario(offline), home, endpoint))
+    stdout, stderr = program.communicate(timeout=120)
+    return gave | {"program": {"status": program.returncode, "stdout": stdout, "stderr": stderr}}
+
+
+@pytest.fixture(scope="module")
+def without_answer(tmp_path_factory):
+    """What `silent` and `lost` gave; they mostly wait, so they wait together."""
+    homes = [tmp_path_factory.mktemp(name) / "cache" for name in ("silent", "lost")]
+    with socket.create_server(("127.0.0.1", 0)) as server:  # connections are made, but nobody ever reads from them
+        unheard = start(scenario(silent), homes[0], f"http://127.0.0.1:{server.getsockname()[1]}")
+        unfound = start(scenario(lost), homes[1], "http://hub.invalid")
+        return {"silent": finish(unheard), "lost": finish(unfound)}
+
+
+def first_embedding(directory):
+    return load_file(directory / "model.safetensors")["model.embed_tokens.weight"][0].tolist()
+
+
+def test_the_hub_gives_models_and_datasets(with_hub, tiny_model_dir):
+    assert with_hub["model"] == ["acme/tiny", False, "Hi there", first_embedding(tiny_model_dir)]
+    assert with_hub["rows"] == CHATS["test_sft"]
+
+
+def test_the_cache_gives_them_after_one_question(without_hub, tiny_model_dir):
+    assert without_hub["model"] == ["acme/tiny", True, "Hi there", first_embedding(tiny_model_dir)]
+    assert without_hub["rows"] == CHATS["test_sft"]
+    assert without_hub["contacted for it"] == ["127.0.0.1"] * 2  # the name looked up, and one connection
+
+
+def test_an_unknown_name_is_refused(with_hub):
+    for kind in ("model", "dataset"):
+        refusal = with_hub[f"unknown {kind}"]
+        assert refusal.startswith(f"refused: --{kind} acme/unknown: neither on this disk nor on the Hub")
+
+
+def test_an_unknown_split_is_refused_with_those_there_are(without_hub):
+    refusal = without_hub["unknown split"]
+    assert refusal.startswith("refused: --dataset acme/chats --split test_gen: ")
+    assert "'train', 'test_sft'" in refusal
+
+
+def test_a_hub_that_cannot_be_reached_is_named_as_the_reason(without_hub):
+    for kind in ("model", "dataset"):
+        refusal = without_hub[f"other {kind}"]
+        assert refusal.startswith(f"refused: --{kind} acme/other: not on this disk, and the Hub does not answer (")
+        assert "Connection refused" in refusal
+
+
+@pytest.mark.parametrize("how", ["silent", "lost"])
+def test_a_hub_that_never_answers_is_given_up_in_time(without_answer, how):
+    assert without_answer[how]["model"].startswith("refused: --model acme/tiny: not on this disk, and the Hub does not")
+
+
+def test_the_program_says_it_in_one_line(without_hub):
+    program = without_hub["program"]
+    assert (program["status"], program["stdout"]) == (1, "")
+    assert re.fullmatch(r"error: --dataset acme/other: [^\n]+\n", program["stderr"])
+
+
+def test_auto_is_ultrachat_with_a_gpu_and_a_hub_that_answers(with_hub):
+    assert with_hub["preset with a GPU"] == "ultrachat"
+
+
+def test_auto_is_ultrachat_with_a_gpu_and_all_of_it_cached(without_hub):
+    assert without_hub["preset with a GPU, cached"] == "ultrachat"
+
+
+def test_auto_is_quickstart_with_a_gpu_and_no_answer(without_hub, without_answer):
+    assert without_hub["preset with a GPU"] == "quickstart"
+    assert without_answer["silent"]["preset with a GPU"] == "quickstart"
+
+
+def test_auto_is_quickstart_without_a_gpu_and_nobody_is_asked(with_hub):
+    assert with_hub["preset without a GPU"] == "quickstart"
+    assert with_hub["contacted for it"] == []
+
+
+def test_a_model_that_is_half_downloaded_is_taken_from_the_hub(with_hub):
+    assert with_hub["half a model"] == ["acme/sharded", False]
+
+
+def test_a_dataset_that_is_half_prepared_is_prepared_anew(with_hub):
+    assert with_hub["half a dataset"] == CHATS["train"]
+
+
+def test_a_part_of_a_dataset_that_another_program_cached_is_not_taken_for_it(with_hub):
+    assert with_hub["part of a dataset"] == CHATS["test_sft"]
+
+
+def test_another_configuration_that_another_program_cached_is_not_taken_for_the_default(with_hub):
+    assert with_hub["another configuration"] == CHATS["train"]
+
+
+def test_a_dataset_that_is_a_script_is_refused(with_hub):
+    assert with_hub["scripted"].startswith("refused: --dataset acme/scripted --split train: ")
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_a_connection_that_drops_after_the_first_answer_is_a_refusal(with_hub, kind):
+    assert with_hub[f"severed {kind}"].startswith(f"refused: --{kind} acme/severed")
+
+
+if __name__ == "__main__":
+    hub.quiet_libraries()
+    sys.addaudithook(keep_to_the_loopback)
+    print(json.dumps(globals()[sys.argv[1]]()))
