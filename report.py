@@ -101,7 +101,7 @@ def summary(run):
         "",
         f"  the best model   {run}/best",
         f"  ask it           python eval.py {run} --prompts 'Your question'",
-        f"  see the curves   tensorboard --logdir {run}",
+        f"  see the curves   tensorboard --logdir {Path(run).parent}",
     ]
     return "\n".join(lines)
 

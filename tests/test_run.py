@@ -74,7 +74,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert len(described["data"]["fingerprint"]) == 64
     assert described["versions"]["torch"] == torch.__version__
     assert f"best, update {best}" in printed
-    assert f"tensorboard --logdir {run}" in printed
+    assert f"tensorboard --logdir {run.parent}\n" in printed + "\n"
 
 
 def test_tensorboard_gets_the_same_numbers_and_the_answers(finished):
