@@ -108,6 +108,9 @@ OF_THE_DATASET = ("split", "max_examples")
 HELD_IN_MEMORY = ("device", "micro_batch_tokens", "gradient_checkpointing")  # may change when a run resumes
 
 
+METAVARS = {str: "NAME", int: "N", float: "X"}
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that leaves through `UserError` (exit status 1, one line) and knows `Config`'s flags."""
 
@@ -127,7 +130,7 @@ class Parser(argparse.ArgumentParser):
                     options["action"] = argparse.BooleanOptionalAction
                 else:
                     options["type"] = types[setting.name]
-                    options["metavar"] = None if setting.metadata["choices"] else types[setting.name].__name__.upper()
+                    options["metavar"] = None if setting.metadata["choices"] else METAVARS[types[setting.name]]
                     options["choices"] = setting.metadata["choices"]
                 self.add_argument("--" + setting.name.replace("_", "-"), **options)
 

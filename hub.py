@@ -5,6 +5,7 @@ The libraries retry an unreachable Hub for about a minute before they fail; here
 
 import contextlib
 import functools
+import json
 import threading
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def only_cached(kind, name):
             where = "neither on this disk nor on the Hub (if it is private: hf auth login)"
             raise UserError(f"--{kind} {name}: {where}") from error
         except LOADING_ERRORS as error:
+            if is_cached(kind, name):
+                return True
             raise UserError(f"--{kind} {name}: the Hub fails ({first_line(error)}); try again later") from error
         return False
     if not is_cached(kind, name):
@@ -103,14 +106,20 @@ def hub_silence():
 
 
 def is_cached(kind, name):
-    """Whether the Hub's cache on this disk holds a "model" (its weights too) or a prepared "dataset" of that name."""
+    """Whether the Hub's cache on this disk holds a "model", all of it, or a prepared "dataset" of that name."""
     try:
         if kind == "dataset":
-            return bool(datasets.load.CachedDatasetModuleFactory(name).get_module())
+            # Offline, `datasets` takes any configuration it finds; only "default" is surely what the Hub would give.
+            with offline():
+                return datasets.load_dataset_builder(name).config.name == "default"
         config = try_to_load_from_cache(name, "config.json")
-    except (FileNotFoundError, HFValidationError, AssertionError):
+    except LOADING_ERRORS:  # half prepared, never prepared, not a name
         return False
-    return isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
+    if not isinstance(config, str):
+        return False
+    index = Path(config).with_name("model.safetensors.index.json")  # of weights in several files
+    weights = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    return all(index.with_name(file).exists() for file in weights)
 
 
 @contextlib.contextmanager

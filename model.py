@@ -70,6 +70,8 @@ def load_model(path, tokenizer, device, local_files_only=False):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
+    # Where the padding token was the stop token, its embedding would get no gradient; real padding gets none anyway.
+    model.get_input_embeddings().padding_idx = None
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     check_logits(model, path)

@@ -95,6 +95,13 @@ def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, t
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
 
 
+def test_the_stop_tokens_embedding_gets_its_gradient_where_it_was_the_padding_token(tiny_model_dir, tiny_tokenizer):
+    model = load_model(tiny_model_dir, tiny_tokenizer, torch.device("cpu"))
+    stop = tiny_tokenizer.eos_token_id
+    model.get_input_embeddings()(torch.tensor([stop])).sum().backward()
+    assert (model.get_input_embeddings().weight.grad[stop] == 1).all()
+
+
 @pytest.mark.parametrize(
     ("gpu", "gpu_bf16", "cpu_bf16", "expected"),
     [
