@@ -210,6 +210,7 @@ def offline():
     gave["contacted for it"] = list(CONTACTED)
     gave["preset with a GPU"] = attempt(preset, True)
     gave["other model"] = attempt(hub.find_model, "acme/other")
+    gave["half a model"] = attempt(hub.find_model, "acme/sharded")
     gave["other dataset"] = attempt(rows, "acme/other", "train")
     return gave
 
@@ -379,6 +380,12 @@ def test_auto_is_quickstart_without_a_gpu_and_nobody_is_asked(with_hub):
 
 def test_a_model_that_is_half_downloaded_is_taken_from_the_hub(with_hub):
     assert with_hub["half a model"] == ["acme/sharded", False]
+
+
+def test_a_model_that_is_half_downloaded_is_not_in_the_cache(without_hub):
+    assert without_hub["half a model"].startswith(
+        "refused: --model acme/sharded: not on this disk, and the Hub does not"
+    )
 
 
 def test_a_dataset_that_is_half_prepared_is_prepared_anew(with_hub):
