@@ -177,6 +177,7 @@ def check(config):
 
 def run_command(main):
     """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not at the end
     try:
         status = main(sys.argv[1:])
     except UserError as error:

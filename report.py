@@ -1,6 +1,7 @@
 """What a run tells people: the plan before it, its metrics while it goes, the summary after it."""
 
 import importlib.metadata
+import itertools
 import json
 import platform
 import textwrap
@@ -18,11 +19,12 @@ class Log:
     """The metrics of a run: a line of `metrics.jsonl` and the same numbers for TensorBoard."""
 
     def __init__(self, run, step=0):
-        """Open the log of a run at `step`; what an interrupted run logged beyond it is taken back."""
+        """Open the log of a run at `step`; what an interrupted run logged beyond it, or of its end, is taken back."""
         self.path = Path(run) / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        logged = [json.loads(line) for line in lines]
+        kept = [line["step"] <= step and not (line["kind"] == "test" and line["step"]) for line in logged]
+        self.path.write_text("".join(line + "\n" for line in itertools.compress(lines, kept)))
         self.tensorboard = SummaryWriter(run, purge_step=step + 1 if step else None)
 
     def write(self, kind, step, numbers):
@@ -81,6 +83,12 @@ def plan(config, data, model, precision, total_steps):
         f"{never}, then a cosine to 0",
     }
     return "\n".join(f"  {name:<10}{text}" for name, text in lines.items())
+
+
+def is_finished(run):
+    """Whether a run has come to its end: it has answered with its best model."""
+    path = Path(run) / "answers.json"
+    return path.exists() and "after" in json.loads(path.read_text())
 
 
 def summary(run):

@@ -66,10 +66,13 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; nothing was applied.
+        ValueError: no token of the window is supervised.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     tokens = sum(example.supervised_tokens for example in window)
+    if tokens == 0:
+        raise ValueError("nothing is supervised in this window: it has no mean loss")
     loss_sum = 0.0
     for micro_batch in micro_batches(window, micro_batch_tokens):
         batch = {name: ids.to(precision.device) for name, ids in collate(micro_batch, pad_id).items()}
@@ -330,6 +333,9 @@ def main(argv):
     hub.quiet_libraries()
     if options["resume"]:
         config, checkpoint = resumed_run(Path(options["resume"]), named)
+        if report.is_finished(config.output_dir):
+            print(f"{config.output_dir} is finished already\n\n{report.summary(config.output_dir)}")
+            return 0
         print(f"resuming {config.output_dir} from {checkpoint.name}", flush=True)
     else:
         preset, why = hub.choose_preset(named)

@@ -46,6 +46,12 @@ def untimed(run):
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines(run)]
 
 
+def forget_the_end(run):
+    """Make a finished run one that died before its last answers."""
+    answers = json.loads((run / "answers.json").read_text())
+    (run / "answers.json").write_text(json.dumps({"before": answers["before"]}))
+
+
 @pytest.fixture
 def finished(flags, tmp_path, capsys):
     """A run to the end: its directory and what it printed."""
@@ -172,7 +178,26 @@ def test_a_resumed_run_may_hold_less_in_memory_but_not_be_another_run(flags, tmp
     capsys.readouterr()
     with pytest.raises(train_command.UserError, match=r"--lr 0.01 -> 0.5, --seed 3 -> 4 would make it another run"):
         train_command.main(["--resume", str(run), "--lr", "0.5", "--seed", "4", "--batch-size", "5"])
+    forget_the_end(run)
     assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1"]) == 0
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(finished, capsys):
+    run, _ = finished
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train_command.main(["--resume", str(run)]) == 0
+    assert capsys.readouterr().out.startswith(f"{run} is finished already\n")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_end_that_was_cut_short_is_made_again_and_logged_once(finished):
+    run, _ = finished
+    before = untimed(run)
+    answers = json.loads((run / "answers.json").read_text())
+    forget_the_end(run)
+    assert train_command.main(["--resume", str(run)]) == 0
+    assert untimed(run) == before
+    assert json.loads((run / "answers.json").read_text()) == answers
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):

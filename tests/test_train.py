@@ -165,3 +165,9 @@ def test_a_short_window_is_normalised_by_its_own_tokens():
     one, two = (update(model, [row] * copies, budget=1000, steps=1) for copies in (1, 2))
     assert one[0][0]["loss"] == pytest.approx(two[0][0]["loss"], rel=1e-14)
     assert (one[1] - two[1]).abs().max() <= 1e-12
+
+
+def test_a_window_with_nothing_supervised_has_no_update():
+    row = Example(torch.arange(3, 9), torch.full((6,), -100))
+    with pytest.raises(ValueError, match="nothing is supervised in this window"):
+        update(tiny_llama(259), [row], budget=100)
