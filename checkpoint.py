@@ -32,12 +32,10 @@ def replace_directory(path, write):
 
 
 def save_checkpoint(run, step, write, keep):
-    """Write `run/checkpoints/step-N` and remove all but the newest `keep`; returns its path."""
-    path = Path(run) / "checkpoints" / f"step-{step}"
-    replace_directory(path, write)
+    """Write `run/checkpoints/step-N` and remove all but the newest `keep`."""
+    replace_directory(Path(run) / "checkpoints" / f"step-{step}", write)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def checkpoints(run):

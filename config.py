@@ -20,7 +20,11 @@ AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 A_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 A_POSITIVE_SHARE = ("above 0 and below 1", lambda value: 0 < value < 1)
-POSITIVE = ("above 0", lambda value: value > 0)
+
+
+def flag_name(setting):
+    """How a field of `Config` is spelled on the command line: `batch_size` is `--batch-size`."""
+    return "--" + setting.replace("_", "-")
 
 
 def flag(default, help, must=None, choices=None):
@@ -107,7 +111,6 @@ OF_THE_DATASET = ("split", "max_examples")
 
 HELD_IN_MEMORY = ("device", "micro_batch_tokens", "gradient_checkpointing")  # may change when a run resumes
 
-
 METAVARS = {str: "NAME", int: "N", float: "X"}
 
 
@@ -132,7 +135,7 @@ class Parser(argparse.ArgumentParser):
                     options["type"] = types[setting.name]
                     options["metavar"] = None if setting.metadata["choices"] else METAVARS[types[setting.name]]
                     options["choices"] = setting.metadata["choices"]
-                self.add_argument("--" + setting.name.replace("_", "-"), **options)
+                self.add_argument(flag_name(setting.name), **options)
 
     def parse(self, argv):
         """Parse into two dicts: the fields of `Config` that the user named, and the command's own options."""
@@ -169,7 +172,7 @@ def check(config):
         value, must = getattr(config, setting.name), setting.metadata["must"]
         finite = not isinstance(value, float) or math.isfinite(value)
         if must and not (finite and must[1](value)):
-            raise UserError(f"--{setting.name.replace('_', '-')} must be {must[0]}, not {value}")
+            raise UserError(f"{flag_name(setting.name)} must be {must[0]}, not {value}")
     if config.eval_fraction + config.test_fraction >= 1:
         shares = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
         raise UserError(f"{shares} leave nothing to train on")

