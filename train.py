@@ -46,7 +46,6 @@ class Run:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    total_steps: int
     log: report.Log | None = None
     step: int = 0  # updates done: the whole position in training; epoch and window are arithmetic on it
     best_step: int = 0
@@ -55,6 +54,11 @@ class Run:
     @property
     def directory(self):
         return Path(self.config.output_dir)
+
+    @property
+    def total_steps(self):
+        per_epoch = windows_per_epoch(len(self.data.train.examples), self.config.batch_size)
+        return self.config.max_steps or self.config.epochs * per_epoch
 
 
 def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro_batch_tokens, max_grad_norm):
@@ -107,9 +111,9 @@ def learning_rate(step, peak, warmup_steps, total_steps):
     The schedule of transformers' `get_cosine_schedule_with_warmup`: after a warm-up, so the first update has rate 0.
     """
     if step < warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizer(model, weight_decay):
@@ -241,9 +245,8 @@ def set_up(config, checkpoint):
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    total_steps = config.max_steps or config.epochs * windows_per_epoch(len(data.train.examples), config.batch_size)
     optimizer = make_optimizer(model, config.weight_decay)
-    run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler(), total_steps)
+    run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler())
     torch.manual_seed(config.seed)
     if checkpoint:
         restore(run, checkpoint)

@@ -31,9 +31,9 @@ def tiny_llama(vocabulary, **changes):
     """A tied Llama of two layers with grouped queries, like SmolLM2 but tiny; always the same random weights."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings = shape | {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True} | changes
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True}
     # Its padding token is <|im_end|>, as it is in the quickstart's weights.
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, pad_token_id=2, **settings))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **({"pad_token_id": 2} | shape | changes)))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,72 @@
+"""Ours and `Trainer` side by side: running our loop under the same eyes, and naming whatever differs."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+import transformers
+
+from data import Data, Encoded, window_at
+from model import Precision
+from tests.reference import Witness
+from train import Run, fit, make_optimizer
+
+
+def train(model, examples, eval_examples, tokenizer, config):
+    """Train a model with this project's loop, `train.fit`.
+
+    Returns:
+        The list of its `Update`s, their conversations in the window's order.
+    """
+    witness = Witness(model)
+
+    def write(kind, step, numbers):
+        if kind == "train":
+            window = window_at(step - 1, examples, config.batch_size, config.seed)
+            conversations = [tuple(example.input_ids.tolist()) for example in window]
+            assert sorted(witness.seen) == sorted(conversations)  # a micro-batch may have them in another order
+            witness.seen = conversations
+            witness.update_ended(numbers["loss"], numbers["grad_norm"], numbers["lr"])
+
+    precision = Precision(config.dtype, next(model.parameters()).device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    data = Data(Encoded(examples, 0, 0), Encoded(eval_examples, 0, 0), Encoded([], 0, 0))
+    optimizer = make_optimizer(model, config.weight_decay)
+    run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler())
+    run.log = SimpleNamespace(write=write)
+    fit(run, signals=[])
+    return witness.updates
+
+
+def compare(ours, trainers, our_model, trainers_model, loss=1e-6, grad_norm=1e-6, weights=1e-6):
+    """The largest differences between two runs, by quantity; the bars are relative, that of the weights absolute.
+
+    Raises:
+        AssertionError: a quantity is beyond its bar; the message says which, in which update, and by how much.
+    """
+    whose = f"Trainer of transformers {transformers.__version__}"
+    assert len(ours) == len(trainers), f"number of updates: {whose} made {len(trainers)}, we made {len(ours)}"
+    bars = {"learning_rate": 0.0, "loss": loss, "grad_norm": grad_norm}
+    largest = dict.fromkeys(bars, 0.0)
+    for number, (our, their) in enumerate(zip(ours, trainers, strict=True), 1):
+        assert our.conversations == their.conversations, f"conversations: {whose} sees others in update {number}"
+        for quantity, bar in bars.items():
+            mine, other = getattr(our, quantity), float(getattr(their, quantity))
+            difference = abs(mine - other) / (abs(other) or math.nan) if mine != other else 0.0
+            assert difference <= bar, (
+                f"{quantity}: {whose} has {other!r} in update {number}, we have {mine!r}: "
+                f"relative difference {difference:.1e}, bar {bar:.0e}"
+            )
+            largest[quantity] = max(largest[quantity], difference)
+    largest["weights"] = weight_difference(our_model, trainers_model)
+    assert largest["weights"] <= weights, (
+        f"weights: {whose} ends up to {largest['weights']:.1e} from ours, bar {weights:.0e}"
+    )
+    return largest
+
+
+def weight_difference(model, other):
+    """The largest absolute difference between two models' weights; NaN, within no bar, where one of them is."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return torch.stack([(ours.double() - theirs.double()).abs().max() for ours, theirs in pairs]).max().item()
