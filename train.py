@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import hub
 import report
 from chat import load_tokenizer
-from checkpoint import checkpoints, replace_directory, save_checkpoint
+from checkpoint import checkpoints, replace_directory, save_checkpoint, step_of
 from config import HELD_IN_MEMORY, PRESETS, Config, Parser, UserError, flag_name, resolve, run_command
 from data import Data, collate, micro_batches, prepare, window_at, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
@@ -158,7 +158,7 @@ def fit(run, signals):
                 run.log.write("train", run.step, numbers)
             if run.step % config.eval_every == 0 or run.step == run.total_steps:
                 evaluate_and_keep_best(run)
-            if run.step % config.save_every == 0 or signals:
+            if run.step % config.save_every == 0:
                 save(run)
 
 
@@ -268,13 +268,14 @@ def train(config, checkpoint=None, dry_run=False):
         if not checkpoint:
             log_evaluation(run, "eval", 0)
             examine(run, "before", 0)
-            if signals:
-                save(run)
         fit(run, signals)
-    if signals:
+        stopped_by = signals[0] if signals else 0
+        if stopped_by and run.step not in map(step_of, checkpoints(run.directory)):
+            save(run)
+    if stopped_by:
         run.log.close()
         print(f"stopped after update {run.step}; to go on: python train.py --resume {run.directory}", file=sys.stderr)
-        return 128 + signals[0]
+        return 128 + stopped_by
     finish(run)
     print(f"\n{run.total_steps} updates, {time.perf_counter() - began:.0f} s\n\n{report.summary(run.directory)}")
     return 0

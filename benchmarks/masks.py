@@ -5,7 +5,6 @@
 Exit status 1 where a difference from the reference has none of the names of its known mistakes.
 """
 
-import argparse
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -14,13 +13,13 @@ import datasets
 
 import hub
 from chat import IGNORE, encode, load_tokenizer
-from config import QUICKSTART_MODEL, run_command
+from config import QUICKSTART_MODEL, Parser, run_command
 from data import read_conversations
 from tests import reference
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Compare the masks of conversation files with the reference and TRL.")
+    parser = Parser(description="Compare the masks of conversation files with the reference and TRL.")
     parser.add_argument("--model", default=QUICKSTART_MODEL, help="whose tokenizer to use (default %(default)s)")
     parser.add_argument("files", nargs="+", metavar="FILE", help="a .jsonl file of conversations")
     options = parser.parse_args(argv)

@@ -5,7 +5,6 @@
 Both read the same weights; `Trainer` runs the reference experiment's masking and collator (tests/reference.py).
 """
 
-import argparse
 import platform
 import tempfile
 from pathlib import Path
@@ -16,16 +15,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import hub
 from chat import encode, load_tokenizer
-from config import PRESETS, QUICKSTART_MODEL, Config, run_command
+from config import PRESETS, QUICKSTART_MODEL, Config, Parser, run_command
 from data import read_conversations
-from model import load_model
+from model import choose_precision, load_model
 from tests import parity, reference
 
 BATCH, ACCUMULATION = 2, 4
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Train the same model with Trainer and with this project's loop.")
+    parser = Parser(description="Train the same model with Trainer and with this project's loop.")
     parser.add_argument("--model", default=QUICKSTART_MODEL, help="model to train (default %(default)s)")
     parser.add_argument("--dataset", default=PRESETS["quickstart"]["dataset"], help="a .jsonl file of conversations")
     parser.add_argument("--updates", type=int, default=6, help="updates to compare (default %(default)s)")
@@ -33,6 +32,7 @@ def main(argv):
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     options = parser.parse_args(argv)
     hub.quiet_libraries()
+    device = choose_precision(options.device).device
     path, local = hub.find_model(options.model)
     tokenizer = load_tokenizer(path, local)
     chats = read_conversations(options.dataset, "train")
@@ -41,7 +41,7 @@ def main(argv):
     chats, eval_chats = chats[: BATCH * ACCUMULATION * options.updates], chats[-4:]
 
     def model():
-        loaded = load_model(path, tokenizer, torch.device(options.device), local)
+        loaded = load_model(path, tokenizer, device, local)
         return loaded.double() if options.double else loaded
 
     if options.double:
@@ -63,20 +63,26 @@ def main(argv):
         )
         ours = parity.train(our, encode(chats, tokenizer), encode(eval_chats, tokenizer), tokenizer, config)
     print(
-        f"{options.model} in {'fp64' if options.double else 'fp32'} on {options.device} ({platform.machine()}), "
+        f"{options.model} in {'fp64' if options.double else 'fp32'} on {device} ({platform.machine()}), "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
+    report(ours, trainers, our, theirs)
+
+
+def report(ours, trainers, our_model, trainers_model):
+    """Print two runs side by side, and their largest differences."""
     print(f"{'update':>6} {'learning rate':>22} {'loss, ours':>20} {'Trainer':>20} {'norm, ours':>20} {'Trainer':>20}")
     for number, (mine, their) in enumerate(zip(ours, trainers, strict=True), 1):
         norms = f"{mine.grad_norm:>20.15g} {float(their.grad_norm):>20.15g}"
         print(f"{number:>6} {mine.learning_rate:>22} {mine.loss:>20.15g} {their.loss:>20.15g} {norms}")
     infinite = float("inf")
-    largest = parity.compare(ours, trainers, our, theirs, loss=infinite, grad_norm=infinite, weights=infinite)
+    largest = parity.compare(
+        ours, trainers, our_model, trainers_model, loss=infinite, grad_norm=infinite, weights=infinite
+    )
     print("largest differences (relative; weights: absolute):")
     print("  " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items()))
-    differences = torch.cat(
-        [(a - b).abs().flatten() for a, b in zip(our.parameters(), theirs.parameters(), strict=True)]
-    )
+    pairs = zip(our_model.parameters(), trainers_model.parameters(), strict=True)
+    differences = torch.cat([(ours - theirs).abs().flatten() for ours, theirs in pairs])
     print(f"  of {len(differences):,} weights, {(differences > 1e-6).sum():,} differ by more than 1e-6")
 
 

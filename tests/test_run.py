@@ -231,6 +231,23 @@ def test_a_signal_saves_a_checkpoint_and_the_run_can_go_on(flags, tmp_path, numb
     assert f"--resume {run}" in error
 
 
+@pytest.mark.parametrize("last", [0, 2, 3, STEPS])
+def test_a_signal_at_any_update_is_saved_there_once(flags, tmp_path, monkeypatch, last):
+    """Before the first update, where nothing else would be saved, where a checkpoint is due anyway, at the last one."""
+    fit, save, saved = train_command.fit, train_command.save, []
+
+    def interrupted(run, signals):
+        run.log.write = lambda kind, step, _: kind == "train" and step == last and signals.append(signal.SIGTERM)
+        if last == 0:
+            signals.append(signal.SIGTERM)
+        fit(run, signals)
+
+    monkeypatch.setattr(train_command, "fit", interrupted)
+    monkeypatch.setattr(train_command, "save", lambda run: (saved.append(run.step), save(run)))
+    assert train_command.main([*flags, "--output-dir", str(tmp_path / "run")]) == 143
+    assert saved == sorted({*range(3, last + 1, 3), last})
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_update_named(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(train_command, "learning_rate", lambda *_: math.inf)
     with pytest.raises(train_command.UserError, match=r"update 2: loss nan, gradient norm nan: not finite"):
