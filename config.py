@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 import typing
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message is one line that says what, where and what to do."""
+    """A mistake the user can mend; its message says what, where and what to do in one line, or in a line for each."""
 
 
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
@@ -27,9 +28,9 @@ def flag_name(setting):
     return "--" + setting.replace("_", "-")
 
 
-def flag(default, help, must=None, choices=None):
-    """A field of `Config`: its default, a help text with its unit, and the rule its value must keep."""
-    return field(default=default, metadata={"help": help, "must": must, "choices": choices})
+def flag(default, help, must=None, choices=None, **parsing):
+    """A field of `Config`: its default, a help text with its unit, the rule its value must keep, how it is parsed."""
+    return field(default=default, metadata={"help": help, "must": must, "choices": choices, "parsing": parsing})
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,29 @@ class Config:
         choices=("auto", "ultrachat", "quickstart"),
     )
     model: str = flag("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
-    dataset: str = flag("HuggingFaceH4/ultrachat_200k", "conversations: a Hub id or a .jsonl file")
+    dataset: tuple[str, ...] = flag(
+        ("HuggingFaceH4/ultrachat_200k",),
+        "conversations: .jsonl, .json or .parquet files, directories of them, Hub ids (id:config for a configuration); "
+        "each may say how much of it: mine.jsonl:2 twice over, mine.jsonl:0.5 half of it, mine.jsonl#500 500 of it",
+        nargs="+",
+    )
+    eval_dataset: str = flag("", "conversations of your own to evaluate on, instead of a share of --dataset")
     split: str = flag("train", "split of a Hub dataset; a file has none")
     max_examples: int = flag(0, "use the first N conversations; 0: all", NOT_NEGATIVE)
     max_length: int = flag(
         0, "tokens after which a conversation is cut; 0: as many as the model attends to", NOT_NEGATIVE
     )
+    skip_bad_rows: float = flag(
+        0.0,
+        "share of the rows that may be left out because they are no conversations; 0: none; without a value: 0.1",
+        A_SHARE,
+        nargs="?",
+        const=0.1,
+    )
+    chat_template: str = flag(
+        "chatml", "how a conversation is written: chatml, or the model's own template", choices=("chatml", "model")
+    )
+    supervise: str = flag("all", "which of the assistant's messages are supervised", choices=("all", "last"))
     eval_fraction: float = flag(0.05, "share of the conversations that choose the best checkpoint", A_POSITIVE_SHARE)
     test_fraction: float = flag(0.05, "share of the conversations kept for the final loss; 0: none", A_SHARE)
 
@@ -87,7 +105,7 @@ PRESETS = {
     # The published experiment; what it leaves out is Config's default, which is its value too.
     "ultrachat": {
         "model": "HuggingFaceTB/SmolLM2-135M",
-        "dataset": "HuggingFaceH4/ultrachat_200k",
+        "dataset": ("HuggingFaceH4/ultrachat_200k",),
         "split": "test_sft",
         "max_examples": 2000,
     },
@@ -96,7 +114,7 @@ PRESETS = {
     # at a time waste little padding, and a CPU gains nothing from more.
     "quickstart": {
         "model": QUICKSTART_MODEL,
-        "dataset": str(Path(__file__).parent / "examples" / "quickstart.jsonl"),
+        "dataset": (str(Path(__file__).parent / "examples" / "quickstart.jsonl"),),
         "eval_fraction": 0.15,
         "test_fraction": 0.1,
         "batch_size": 8,
@@ -132,23 +150,32 @@ class Parser(argparse.ArgumentParser):
                 if types[setting.name] is bool:
                     options["action"] = argparse.BooleanOptionalAction
                 else:
-                    options["type"] = types[setting.name]
-                    options["metavar"] = None if setting.metadata["choices"] else METAVARS[types[setting.name]]
+                    options["type"] = str if setting.metadata["parsing"].get("nargs") == "+" else types[setting.name]
+                    options["metavar"] = None if setting.metadata["choices"] else METAVARS[options["type"]]
                     options["choices"] = setting.metadata["choices"]
+                    options |= setting.metadata["parsing"]
                 self.add_argument(flag_name(setting.name), **options)
 
     def parse(self, argv):
         """Parse into two dicts: the fields of `Config` that the user named, and the command's own options."""
         values = vars(self.parse_args(argv))
         names = {setting.name for setting in dataclasses.fields(Config)}
-        named = {name: value for name, value in values.items() if name in names}
+        named = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
         return named, {name: value for name, value in values.items() if name not in names}
 
 
 def help_text(setting):
     """The help of one flag: its text, its default and, where a preset has its own, that too."""
-    presets = [f"{name}: {Path(str(of[setting.name])).name}" for name, of in PRESETS.items() if setting.name in of]
-    default = "" if setting.default == "" else f" (default {setting.default}{''.join(', ' + p for p in presets)})"
+
+    def shown(value):
+        return " ".join(value) if isinstance(value, tuple) else value
+
+    presets = [
+        f"{name}: {Path(str(shown(of[setting.name]))).name}" for name, of in PRESETS.items() if setting.name in of
+    ]
+    default = (
+        f" (default {shown(setting.default)}{''.join(', ' + p for p in presets)})" if setting.default != "" else ""
+    )
     return (setting.metadata["help"] + default).replace("%", "%%")
 
 
@@ -164,6 +191,12 @@ def resolve(named, preset):
     config = Config(**{**settings, **named, "preset": preset})
     check(config)
     return config
+
+
+def recorded_settings(run):
+    """The settings that a run directory's `config.json` records, as `resolve` takes them."""
+    recorded = json.loads((Path(run) / "config.json").read_text())["config"]
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
 
 
 def check(config):
@@ -186,7 +219,7 @@ def run_command(main):
     except UserError as error:
         status = complain(error)
     except OSError as error:  # a full disk, a vanished directory: the machine's state, not a bug to trace
-        status = complain(f"{error.strerror}: {error.filename}" if error.filename else error)
+        status = complain(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -200,5 +233,6 @@ def first_line(error):
 
 def complain(error):
     """Print one line on stderr; returns the exit status 1."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    print("\n  ".join([f"error: {lines[0]}", *lines[1:]]) if lines else "error", file=sys.stderr)
     return 1

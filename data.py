@@ -1,4 +1,4 @@
-"""Conversations: reading and checking them, splitting, encoding, and cutting them into windows and micro-batches.
+"""Conversations, encoded: their splits, and cutting them into windows and micro-batches.
 
 A window is the conversations one optimizer update sees; it alone decides what is learned. A micro-batch is the part of
 a window that is in memory at once; it decides nothing.
@@ -7,10 +7,11 @@ As a command: `python data.py --show 3` prints encoded conversations with the su
 """
 
 import hashlib
-import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +19,23 @@ import torch
 from datasets import Dataset
 
 import hub
-from chat import IGNORE, ROLES, Example, encode, load_tokenizer, preview
+import page
+from chat import IGNORE, load_tokenizer, preview
 from config import Parser, UserError, resolve, run_command
+from conversations import parse_source
+from corpus import Examples, load_corpus
 
 DATA_FLAGS = (
     "preset",
     "model",
     "dataset",
+    "eval_dataset",
     "split",
     "max_examples",
     "max_length",
+    "skip_bad_rows",
+    "chat_template",
+    "supervise",
     "eval_fraction",
     "test_fraction",
     "seed",
@@ -37,124 +45,154 @@ DATA_FLAGS = (
 class Encoded(NamedTuple):
     """The examples made of some conversations, and what became of the rest."""
 
-    examples: list[Example]
-    cut: int  # conversations longer than max_length
-    dropped: int  # conversations left out because none of their tokens is supervised
+    examples: Sequence  # of Example
+    cut: int = 0  # conversations longer than max_length
+    dropped: int = 0  # conversations left out because none of their tokens is supervised
+    tokens: int = 0
+    supervised: int = 0  # of these tokens
+    supervised_lost: int = 0  # to max_length
+    stops: bool = True  # whether any answer ends with a supervised stop token
+    digest: str = ""  # SHA-256 over the ids and labels of all examples
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True)
+class Data:
     """A dataset, encoded, in its three splits."""
 
     train: Encoded
     eval: Encoded
     test: Encoded
+    notes: tuple[str, ...] = ()  # what reading it brought to light
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def splits(self):
+        return {"train": self.train, "eval": self.eval, "test": self.test}
 
     @property
     def fingerprint(self):
         """SHA-256 over all ids and labels: any change of data, template, tokenizer or splits changes it."""
-        digest = hashlib.sha256()
-        for split in self:
-            for example in split.examples:
-                digest.update(len(example.input_ids).to_bytes(8, "little"))
-                digest.update(torch.cat(example).numpy().tobytes())
-            digest.update(b"end of split")
-        return digest.hexdigest()
+        return hashlib.sha256(" ".join(split.digest for split in self.splits.values()).encode()).hexdigest()
 
 
 def prepare(config, tokenizer):
-    """Read, split and encode the dataset of a `Config`.
+    """Read, check, encode and split the dataset of a `Config`.
 
     Raises:
         UserError: there is no such dataset, one of its rows is not a conversation, or a split would be empty.
     """
-    conversations = read_conversations(config.dataset, config.split, config.max_examples)
-    splits = split_rows(len(conversations), config.eval_fraction, config.test_fraction, config.seed)
-    data = Data(*(encode_all([conversations[row] for row in rows], tokenizer, config.max_length) for rows in splits))
+    sources = [parse_source(text) for text in config.dataset]
+    corpus = load_corpus(sources, config, tokenizer)
+    digests, source_of = corpus.rows["digest"][:], corpus.rows["source"][:]
+    rows, findings, notes = choose_rows(source_of, sources, config.seed), [corpus.findings], []
+    if config.eval_dataset:
+        held_out = load_corpus([parse_source(config.eval_dataset)], config, tokenizer)
+        findings.append(held_out.findings)
+        known = set(held_out.rows["digest"][:])
+        kept = [row for row in rows if digests[row] not in known]
+        if len(kept) < len(rows):
+            notes.append(f"{len(rows) - len(kept):,} left out of training because they are in --eval-dataset")
+        rows = kept
+    shares = (0.0 if config.eval_dataset else config.eval_fraction, config.test_fraction)
+    splits = [[rows[i] for i in split] for split in split_rows(len(rows), *shares, config.seed)]
+    train, evaluated, test = keep_copies_together(splits, digests)
+    copies = len(rows) - len({digests[row] for row in rows})
+    if copies:
+        notes.append(f"{copies:,} are copies of another, always in the same split as it")
+    train = weigh(train, source_of, sources, config.seed)
+    longest = config.max_length or tokenizer.model_max_length
+    if config.eval_dataset:
+        eval_split = take(held_out.rows, range(len(held_out.rows)), longest)
+    else:
+        eval_split = take(corpus.rows, evaluated, longest)
+    splits = {"train": take(corpus.rows, train, longest), "eval": eval_split, "test": take(corpus.rows, test, longest)}
     for name in ("train", "eval"):
-        if not getattr(data, name).examples:
-            raise UserError(f"--dataset {config.dataset}: nothing is supervised in the {name} split; see --max-length")
-    return data
+        if not splits[name].examples:
+            names = " ".join(config.dataset)
+            raise UserError(f"--dataset {names}: nothing is supervised in the {name} split; see --max-length")
+    notes = (*(note for found in findings for note in notes_of(found)), *notes)
+    return Data(**splits, notes=notes, warnings=tuple(warnings_about(splits["train"])))
 
 
-def encode_all(conversations, tokenizer, max_length=0):
-    """Encode, cut after `max_length` tokens (0: what the model attends to), drop the unsupervised."""
-    longest = max_length or tokenizer.model_max_length
-    examples = encode(conversations, tokenizer)
-    short = [Example(ids[:longest], labels[:longest]) for ids, labels in examples]
-    kept = [example for example in short if example.supervised_tokens]
-    cut = sum(len(example.input_ids) > longest for example in examples)
-    return Encoded(kept, cut, dropped=len(short) - len(kept))
+def prepare_whole(config, tokenizer):
+    """All of the dataset of a `Config`, as one `Encoded`."""
+    corpus = load_corpus([parse_source(text) for text in config.dataset], config, tokenizer)
+    return take(corpus.rows, range(len(corpus.rows)), config.max_length or tokenizer.model_max_length)
 
 
-def read_conversations(dataset, split, max_examples=0):
-    """The first `max_examples` conversations (0: all) of a .jsonl file or a Hub dataset, each a list of messages.
-
-    Raises:
-        UserError: no such file or dataset, nothing in it, or a row that is not a conversation (`file:line` is named).
-    """
-    rows = read_jsonl(Path(dataset)) if is_file(dataset) else read_hub(dataset, split)
-    conversations, problems = [], []
-    for where, row in itertools.islice(rows, max_examples or None):
-        problem = row if isinstance(row, str) else what_is_wrong(row)
-        if problem:
-            problems.append(f"{where}: {problem}")
-        else:
-            conversations.append([{"role": m["role"], "content": m["content"]} for m in row["messages"]])
-    if problems:
-        more = f" (and {len(problems) - 1} more such rows)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
-    if not conversations:
-        raise UserError(f"--dataset {dataset}: there are no conversations in it")
-    return conversations
+def take(rows, numbers, longest):
+    """Some rows of a corpus as `Encoded`; those with nothing supervised are counted and left out."""
+    column = {name: rows[name][:] for name in ("tokens", "supervised", "supervised_before", "stops", "digest")}
+    kept = [number for number in numbers if column["supervised"][number]]
+    return Encoded(
+        Examples(rows, kept),
+        cut=sum(column["tokens"][number] > longest for number in numbers),
+        dropped=len(numbers) - len(kept),
+        tokens=sum(min(column["tokens"][number], longest) for number in kept),
+        supervised=sum(column["supervised"][number] for number in kept),
+        supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
+        stops=any(column["stops"][number] for number in kept),
+        digest=hashlib.sha256("".join(column["digest"][number] for number in kept).encode()).hexdigest(),
+    )
 
 
-def is_file(dataset):
-    """Whether a dataset's name is a file here, rather than a Hub id.
-
-    Raises:
-        UserError: it is plainly meant to be a file, but there is none, or none that can be read.
-    """
-    path = Path(dataset)
-    if path.is_file() and path.suffix == ".jsonl":
-        return True
-    if path.exists():
-        raise UserError(f"--dataset {dataset}: not a .jsonl file with one conversation a line")
-    if path.suffix in (".jsonl", ".json", ".parquet", ".csv", ".txt") or hub.looks_like_a_path(dataset):
-        raise UserError(f"--dataset {dataset}: there is no such file")
-    return False
+def choose_rows(source_of, sources, seed):
+    """The rows that are used: all of a source, or a random part of it where it asks for a share or a count."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for number, source in enumerate(sources):
+        rows = [row for row, of in enumerate(source_of) if of == number]
+        wanted = source.count or math.ceil(len(rows) * min(1.0, source.weight))
+        if source.count and source.count > len(rows):
+            raise UserError(f"--dataset {source.name}#{source.count}: it has {len(rows):,} conversations only")
+        order = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.tolist()
+        chosen += [rows[i] for i in order]
+    return chosen
 
 
-def read_jsonl(path):
-    """Yield `(file:line, row)`; a line that is not JSON yields what is wrong with it, as a str, in place of its row."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                row = row if isinstance(row, dict) else "not a JSON object"
-            except ValueError as error:  # UnicodeDecodeError is one too
-                row = f"not valid JSON: {error}"
-            yield f"{path}:{number}", row
+def weigh(rows, source_of, sources, seed):
+    """Training rows, those of a source of weight 2 twice, and of weight 2.5 every other one a third time."""
+    generator = torch.Generator().manual_seed(seed)
+    weighted = []
+    for number, source in enumerate(sources):
+        own = [row for row in rows if source_of[row] == number] if len(sources) > 1 else rows
+        whole, part = divmod(max(1.0, source.weight), 1)
+        extra = torch.randperm(len(own), generator=generator)[: round(part * len(own))].tolist()
+        weighted += own * int(whole) + [own[i] for i in extra]
+    return weighted
 
 
-def read_hub(dataset, split):
-    """Yield `(dataset row N, row)` of a Hub dataset's split."""
-    for number, row in enumerate(hub.load_hub_dataset(dataset, split)):
-        yield f"{dataset} ({split}) row {number}", row
+def keep_copies_together(splits, digests):
+    """Splits in which all rows of one digest are where its first row was put; without copies, as they were."""
+    home = {}
+    for row, number in sorted((row, number) for number, rows in enumerate(splits) for row in rows):
+        home.setdefault(digests[row], number)
+    together = [[row for row in rows if home[digests[row]] == number] for number, rows in enumerate(splits)]
+    for number, rows in enumerate(splits):
+        for row in rows:
+            if home[digests[row]] != number:
+                together[home[digests[row]]].append(row)
+    return together
 
 
-def what_is_wrong(row):
-    """Why a row is not a conversation, in a few words; None where it is one."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return 'no "messages": a list of {"role": …, "content": …}'
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return f'message {number} has no "content" that is a text'
-        if message.get("role") not in ROLES:
-            return f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}"
-    return None
+def notes_of(findings):
+    """What reading brought to light, a line each."""
+    formats = ", ".join(f"{count:,} as {name}" for name, count in findings.formats.most_common())
+    yield f"{findings.rows:,} rows, {formats}"
+    if findings.ignored:
+        yield f"not used: {', '.join(sorted(findings.ignored))}"
+    if findings.bad:
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in findings.bad.most_common())
+        yield f"{findings.bad.total():,} rows left out ({reasons})"
+
+
+def warnings_about(train):
+    """What is implausible about training data, a line each."""
+    share = train.supervised / train.tokens
+    if not 0.01 <= share <= 0.95:
+        yield f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
+    if not train.stops:
+        yield "no answer ends within --max-length, so the model will not learn to stop"
 
 
 def split_rows(n, eval_fraction, test_fraction, seed):
@@ -168,14 +206,18 @@ def split_rows(n, eval_fraction, test_fraction, seed):
     """
     n_eval, n_test = (math.ceil(round(share * n, 9)) for share in (eval_fraction, test_fraction))
     n_train = n - n_eval - n_test
-    if n_eval < 1 or n_train < 1:
+    if n_train < 1 or (n_eval < 1 and eval_fraction):
         raise UserError(
             f"--eval-fraction {eval_fraction} and --test-fraction {test_fraction} of {n} conversations leave "
             f"{max(0, n_train)} to train on and {n_eval} to evaluate; use more conversations or other shares"
         )
+    if n_eval + n_test == 0:
+        return list(range(n)), [], []
     first = Dataset.from_dict({"row": range(n)}).train_test_split(test_size=n_eval + n_test, seed=seed)
     if n_test == 0:
         return first["train"]["row"][:], first["test"]["row"][:], []
+    if n_eval == 0:
+        return first["train"]["row"][:], [], first["test"]["row"][:]
     second = first["test"].train_test_split(test_size=n_test, seed=seed)
     return first["train"]["row"][:], second["train"]["row"][:], second["test"]["row"][:]
 
@@ -225,15 +267,23 @@ def main(argv):
     parser = Parser(prog="data.py", description="Print encoded conversations, the supervised tokens coloured.")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="how many conversations (default 3)")
     parser.add_argument("--json", action="store_true", help="one object a line: input_ids and labels")
+    parser.add_argument("--html", metavar="FILE", help="write a page of them, with a histogram and the counts")
     parser.add_config_flags(DATA_FLAGS)
     named, options = parser.parse(argv)
     if options["show"] < 1:
         raise UserError(f"--show must be at least 1, not {options['show']}")
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
-    tokenizer = load_tokenizer(*hub.find_model(config.model))
+    tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template)
     data = prepare(config, tokenizer)
-    for number, example in enumerate(data.train.examples[: options["show"]], 1):
+    shown = data.train.examples[: options["show"]]
+    if options["html"]:
+        Path(options["html"]).write_text(page.page(data, shown, tokenizer, " ".join(config.dataset)), encoding="utf-8")
+        print(f"written to {options['html']}")
+        return 0
+    if not options["json"]:
+        print("\n".join((*data.notes, *(f"warning: {warning}" for warning in data.warnings))))
+    for number, example in enumerate(shown, 1):
         if options["json"]:
             print(json.dumps({"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}))
             continue

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 
 import hub
 from chat import encode_prompt, load_tokenizer
-from config import OF_THE_DATASET, Parser, UserError, resolve, run_command
-from data import DATA_FLAGS, collate, encode_all, micro_batches, prepare, read_conversations
+from config import OF_THE_DATASET, Parser, UserError, recorded_settings, resolve, run_command
+from data import DATA_FLAGS, collate, micro_batches, prepare, prepare_whole
 from model import choose_precision, load_model, supervised_logits, token_loss
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
@@ -141,7 +141,7 @@ def settings_of(model_or_run, named):
         return model_or_run, resolve({**named, "model": model_or_run}, hub.choose_preset(named)[0])
     if not (run / "best").is_dir():
         raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
-    recorded = json.loads((run / "config.json").read_text())["config"]
+    recorded = recorded_settings(run)
     if "dataset" in named:
         recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
     return str(run / "best"), resolve({**recorded, **named}, recorded["preset"])
@@ -155,10 +155,9 @@ def examine(model_name, config, whole_dataset, options):
     """
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name)
-    tokenizer = load_tokenizer(path, local_files_only)
+    tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
     if whole_dataset:
-        conversations = read_conversations(config.dataset, config.split, config.max_examples)
-        splits = {"all": encode_all(conversations, tokenizer, config.max_length)}
+        splits = {"all": prepare_whole(config, tokenizer)}
     else:
         data = prepare(config, tokenizer)
         splits = {"eval": data.eval, "test": data.test}

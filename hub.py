@@ -6,6 +6,7 @@ The libraries retry an unreachable Hub for about a minute before they fail; here
 import contextlib
 import functools
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -39,17 +40,19 @@ def find_model(name):
     return name, only_cached("model", name)
 
 
-def load_hub_dataset(name, split):
-    """One split of a Hub dataset, as a `datasets.Dataset`.
+@functools.cache  # each is loaded once
+def load_hub_dataset(name, configuration, split):
+    """One split of a Hub dataset, in its configuration of that name (None: its default), as a `datasets.Dataset`.
 
     Raises:
         UserError: no such dataset or split, or a Hub that does not answer and nothing in its cache.
     """
     try:
         with offline() if only_cached("dataset", name) else contextlib.nullcontext():
-            return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(name, configuration, split=split)
     except LOADING_ERRORS as error:
-        raise UserError(f"--dataset {name} --split {split}: {first_line(error)}") from error
+        named = name if configuration is None else f"{name}:{configuration}"
+        raise UserError(f"--dataset {named} --split {split}: {first_line(error)}") from error
 
 
 def looks_like_a_path(name):
@@ -144,6 +147,17 @@ def choose_preset(named):
     except UserError:
         return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
     return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"
+
+
+@contextlib.contextmanager
+def bar_on_a_terminal():
+    """Let `datasets` show its progress where somebody can see it move."""
+    if sys.stderr.isatty():
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
 
 
 def quiet_libraries():

@@ -46,7 +46,8 @@ class Log:
     def close(self, config=None, results=None):
         """End the log; with a `Config` and results, TensorBoard's table of hyper-parameters gets its row."""
         if config:
-            self.tensorboard.add_hparams(asdict(config), {f"hparam/{k}": v for k, v in results.items()}, run_name=".")
+            settings = {name: " ".join(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+            self.tensorboard.add_hparams(settings, {f"hparam/{k}": v for k, v in results.items()}, run_name=".")
         self.tensorboard.close()
 
 
@@ -56,8 +57,7 @@ def write_config(run, config, data):
         "config": asdict(config),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "data": {"fingerprint": data.fingerprint}
-        | {name: len(split.examples) for name, split in data._asdict().items()},
+        "data": {"fingerprint": data.fingerprint} | {name: len(split.examples) for name, split in data.splits.items()},
     }
     (Path(run) / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
@@ -65,24 +65,29 @@ def write_config(run, config, data):
 def plan(config, data, model, precision, total_steps):
     """What is about to happen, derived from the settings and the data, in a few lines."""
     train, per_epoch = data.train.examples, windows_per_epoch(len(data.train.examples), config.batch_size)
-    tokens = sum(len(example.input_ids) for example in train)
-    supervised = sum(example.supervised_tokens for example in train)
-    windows = [window_at(step, train, config.batch_size, config.seed) for step in range(per_epoch)]
+    looked_at = min(per_epoch, 50)  # windows; to read all of them can take long
+    windows = [window_at(step, train, config.batch_size, config.seed) for step in range(looked_at)]
     cuts = sum(len(micro_batches(window, config.micro_batch_tokens)) for window in windows)
-    cut, dropped = (sum(getattr(split, name) for split in data) for name in ("cut", "dropped"))
+    cut, dropped, lost, supervised = (
+        sum(getattr(split, name) for split in data.splits.values())
+        for name in ("cut", "dropped", "supervised_lost", "supervised")
+    )
+    lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
     never = " that is never reached" if config.warmup_steps >= total_steps else ""
     lines = {
         "model": f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters",
         "device": f"{precision.device}, {precision.name} forward and backward over fp32 weights",
         "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
-        f"{len(data.test.examples):,} to test ({cut:,} cut for length, {dropped:,} dropped: nothing supervised)",
-        "tokens": f"{tokens:,} an epoch, {supervised / tokens:.1%} of them supervised",
+        f"{len(data.test.examples):,} to test ({cut:,} cut for length{lost}, {dropped:,} dropped: nothing supervised)",
+        "rows": "; ".join(data.notes),
+        "tokens": f"{data.train.tokens:,} an epoch, {data.train.supervised / data.train.tokens:.1%} of them supervised",
         "updates": f"{per_epoch:,} an epoch, {total_steps:,} in all, each over a window of {config.batch_size} "
-        f"conversations in {cuts / per_epoch:.1f} micro-batches (gradient accumulation)",
+        f"conversations in {cuts / looked_at:.1f} micro-batches (gradient accumulation)",
         "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
         f"{never}, then a cosine to 0",
     }
-    return "\n".join(f"  {name:<10}{text}" for name, text in lines.items())
+    shown = [f"  {name:<10}{text}" for name, text in lines.items()]
+    return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
 
 
 def is_finished(run):

@@ -11,7 +11,6 @@ and how the window is cut into micro-batches changes memory and speed, never the
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -29,7 +28,17 @@ import hub
 import report
 from chat import load_tokenizer
 from checkpoint import checkpoints, replace_directory, save_checkpoint, step_of
-from config import HELD_IN_MEMORY, PRESETS, Config, Parser, UserError, flag_name, resolve, run_command
+from config import (
+    HELD_IN_MEMORY,
+    PRESETS,
+    Config,
+    Parser,
+    UserError,
+    flag_name,
+    recorded_settings,
+    resolve,
+    run_command,
+)
 from data import Data, collate, micro_batches, prepare, window_at, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
 from model import Precision, choose_precision, load_model, save_model, supervised_logits, ties_hold, token_loss
@@ -240,7 +249,7 @@ def set_up(config, checkpoint):
     """A `Run` ready to go: everything loaded, from the checkpoint where there is one; nothing written yet."""
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(config.model)
-    tokenizer = load_tokenizer(path, local_files_only)
+    tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
     data = prepare(config, tokenizer)
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
     if config.gradient_checkpointing:
@@ -297,7 +306,7 @@ def new_run(config):
     Raises:
         UserError: it already holds a run, or cannot be written.
     """
-    name = config.preset if config.dataset == PRESETS[config.preset]["dataset"] else Path(config.dataset).stem
+    name = config.preset if config.dataset == PRESETS[config.preset]["dataset"] else Path(config.dataset[0]).stem
     directory = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (directory / "config.json").exists():
         raise UserError(f"--output-dir {directory}: it holds a run already; --resume {directory}, or name another")
@@ -317,7 +326,7 @@ def resumed_run(directory, named):
     """
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run there")
-    recorded = json.loads((directory / "config.json").read_text())["config"]
+    recorded = recorded_settings(directory)
     changed = [name for name, value in named.items() if name not in HELD_IN_MEMORY and value != recorded[name]]
     if changed:
         flags = ", ".join(f"{flag_name(name)} {recorded[name]} -> {named[name]}" for name in changed)
@@ -345,7 +354,7 @@ def main(argv):
     else:
         preset, why = hub.choose_preset(named)
         config, checkpoint = new_run(resolve(named, preset)), None
-        print(f"preset {preset} ({why}): {config.model} on {config.dataset}, into {config.output_dir}")
+        print(f"preset {preset} ({why}): {config.model} on {' '.join(config.dataset)}, into {config.output_dir}")
     return train(config, checkpoint, options["dry_run"])
 
 

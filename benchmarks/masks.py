@@ -14,7 +14,7 @@ import datasets
 import hub
 from chat import IGNORE, encode, load_tokenizer
 from config import QUICKSTART_MODEL, Parser, run_command
-from data import read_conversations
+from conversations import read_file
 from tests import reference
 
 
@@ -29,7 +29,7 @@ def main(argv):
     tokenizer = load_tokenizer(*hub.find_model(options.model))
     unexplained = 0
     for path in options.files:
-        conversations = read_conversations(path, "train")
+        conversations = read_file(path)
         ours = [
             {"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in encode(conversations, tokenizer)
         ]

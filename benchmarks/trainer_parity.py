@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import hub
 from chat import encode, load_tokenizer
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, run_command
-from data import read_conversations
+from conversations import read_file
 from model import choose_precision, load_model
 from tests import parity, reference
 
@@ -26,7 +26,7 @@ BATCH, ACCUMULATION = 2, 4
 def main(argv):
     parser = Parser(description="Train the same model with Trainer and with this project's loop.")
     parser.add_argument("--model", default=QUICKSTART_MODEL, help="model to train (default %(default)s)")
-    parser.add_argument("--dataset", default=PRESETS["quickstart"]["dataset"], help="a .jsonl file of conversations")
+    parser.add_argument("--dataset", default=PRESETS["quickstart"]["dataset"][0], help="a .jsonl file of conversations")
     parser.add_argument("--updates", type=int, default=6, help="updates to compare (default %(default)s)")
     parser.add_argument("--double", action="store_true", help="compute in fp64 instead of fp32, on the CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
@@ -35,7 +35,7 @@ def main(argv):
     device = choose_precision(options.device).device
     path, local = hub.find_model(options.model)
     tokenizer = load_tokenizer(path, local)
-    chats = read_conversations(options.dataset, "train")
+    chats = read_file(options.dataset)
     # Where the reference's masks are right, so that nothing but the two loops is compared.
     chats = [messages for messages in chats if not reference.mistakes(messages, tokenizer)]
     chats, eval_chats = chats[: BATCH * ACCUMULATION * options.updates], chats[-4:]

@@ -10,10 +10,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import hub
 from chat import Example, load_tokenizer
 from config import QUICKSTART_MODEL
+from quickstart import quickstart_model
 
 hub.quiet_libraries()
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_their_own(tmp_path_factory):
+    """A cache for the tests and the processes they start, with nothing in it but the quickstart's weights."""
+    weights, cache = quickstart_model(), tmp_path_factory.mktemp("cache")
+    (cache / "plain-sft").mkdir()
+    (cache / "plain-sft" / weights.name).symlink_to(weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield
 
 
 def byte_tokenizer(control):

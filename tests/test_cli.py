@@ -15,15 +15,18 @@ from config import Config, Parser, UserError, complain, resolve
 ROOT = Path(__file__).parent.parent
 
 TRAIN_FLAGS = """
---preset --model --dataset --split --max-examples --max-length --eval-fraction --test-fraction --epochs --max-steps
+--preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
+--supervise --eval-fraction --test-fraction --epochs --max-steps
 --batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --micro-batch-tokens
 --gradient-checkpointing --output-dir --log-every --eval-every --save-every --keep --resume --dry-run
 """
 DATA_FLAGS = """
---preset --model --dataset --split --max-examples --max-length --eval-fraction --test-fraction --seed --show --json
+--preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
+--supervise --eval-fraction --test-fraction --seed --show --json --html
 """
 EVAL_FLAGS = """
---preset --dataset --split --max-examples --max-length --eval-fraction --test-fraction --seed --device --dtype
+--preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --supervise
+--eval-fraction --test-fraction --seed --device --dtype
 --micro-batch-tokens --against --prompts --greedy --max-new-tokens --json
 """
 
@@ -56,7 +59,7 @@ def test_a_flag_cannot_be_abbreviated():
 
 def test_the_ultrachat_preset_is_the_reference_experiment():
     config = resolve({}, "ultrachat")
-    assert (config.model, config.dataset) == ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceH4/ultrachat_200k")
+    assert (config.model, config.dataset) == ("HuggingFaceTB/SmolLM2-135M", ("HuggingFaceH4/ultrachat_200k",))
     assert (config.split, config.max_examples, config.seed) == ("test_sft", 2000, 42)
     assert (config.epochs, config.batch_size, config.lr, config.warmup_steps) == (2, 32, 2e-4, 12)
     assert (config.weight_decay, config.max_grad_norm) == (0.1, 1.0)
@@ -64,8 +67,8 @@ def test_the_ultrachat_preset_is_the_reference_experiment():
 
 
 def test_what_a_user_names_is_never_replaced():
-    config = resolve({"dataset": "mine.jsonl", "lr": 1.0}, "ultrachat")
-    assert (config.dataset, config.lr, config.batch_size) == ("mine.jsonl", 1.0, 32)
+    config = resolve({"dataset": ("mine.jsonl",), "lr": 1.0}, "ultrachat")
+    assert (config.dataset, config.lr, config.batch_size) == (("mine.jsonl",), 1.0, 32)
     assert (config.split, config.max_examples) == ("train", 0)  # the preset's first 2,000 of test_sft are not meant
     assert resolve({"model": "mine"}, "quickstart").model == "mine"
 
@@ -149,13 +152,16 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f'error: {tmp_path}/bad.jsonl:1: no "messages": a list of {{"role": …, "content": …}}\n'
+    assert done.stderr == (
+        f"error: {tmp_path}/bad.jsonl:1: no conversation: none of messages, conversations, prompt+completion, "
+        "instruction+output; mend that row, or leave it out with --skip-bad-rows\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_a_message_of_several_lines_becomes_one(capsys):
-    assert complain("a\n  b") == 1
-    assert capsys.readouterr().err == "error: a b\n"
+def test_a_message_of_several_lines_keeps_them(capsys):
+    assert complain("a  b\n c") == 1
+    assert capsys.readouterr().err == "error: a b\n  c\n"
 
 
 def test_the_named_settings_are_told_from_the_commands_own():

@@ -15,7 +15,8 @@ from torch.utils.data import RandomSampler
 
 from chat import IGNORE, Example, encode, encode_prompt, preview
 from config import UserError
-from data import collate, micro_batches, read_conversations, split_rows, window_at, windows_per_epoch
+from conversations import read_file
+from data import collate, micro_batches, split_rows, window_at, windows_per_epoch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there. How are you!!!"}]
@@ -27,7 +28,7 @@ def say(*texts):
 
 
 def quickstart_conversations():
-    return read_conversations(str(EXAMPLES / "quickstart.jsonl"), "train")
+    return read_file(EXAMPLES / "quickstart.jsonl")
 
 
 def reference_labels(ids):
@@ -170,37 +171,10 @@ def test_collate_pads_on_the_right():
 GOOD = json.dumps({"messages": HELLO})
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{", "not valid JSON"),
-        (b'{"messages": "\xff"}', "not valid JSON"),
-        ("[1]", "not a JSON object"),
-        ("{}", 'no "messages"'),
-        ('{"messages": []}', 'no "messages"'),
-        ('{"messages": [{"role": "user"}]}', 'message 1 has no "content"'),
-        ('{"messages": [{"role": "user", "content": null}]}', 'message 1 has no "content"'),
-        (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}',
-            "message 2 has the role 'bot'",
-        ),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, complaint):
-    path = tmp_path / "chats.jsonl"
-    line = line if isinstance(line, bytes) else line.encode()
-    path.write_bytes(GOOD.encode() + b"\n\n" + line + b"\n" + line + b"\n")
-    with pytest.raises(UserError) as raised:
-        read_conversations(str(path), "train")
-    assert str(raised.value).startswith(f"{path}:3: ")
-    assert complaint in str(raised.value)
-    assert str(raised.value).endswith("(and 1 more such rows)")
-
-
 def test_only_the_first_examples_are_read(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(GOOD + "\n" + GOOD + "\nbroken\n")
-    assert read_conversations(str(path), "train", max_examples=2) == [HELLO, HELLO]
+    assert len(read_file(path, max_examples=2)) == 2
 
 
 # --- the quickstart's conversations

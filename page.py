@@ -1,0 +1,74 @@
+"""A page that shows what is trained: conversations token by token, how long they are, and what became of the rest."""
+
+import html
+
+from chat import IGNORE
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ddd; border-radius: 6px; padding: 1rem }
+.t { color: #0a5a2a; background: #dff3e4 } .c { color: #8a2a2a; background: #fbeeee }
+pre span:hover { outline: 2px solid #444 }
+td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: left }
+.bar { fill: #4a7fb5 } text { font-size: 11px; fill: #555 }
+.warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }
+"""
+
+
+def page(data, shown, tokenizer, name):
+    """A self-contained HTML page about some `Data`, showing some of its examples; a token's id and text on hover."""
+    title = html.escape(f"What is trained of {name}")
+    parts = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
+    parts += [f"<p class=warning>{html.escape(warning)}</p>" for warning in data.warnings]
+    parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in data.notes), "</ul>", table(data)]
+    lengths = [len(example.input_ids) for example in data.train.examples[:10_000]]
+    parts += ["<h2>Length in tokens</h2>", histogram(lengths)]
+    parts += [
+        f"<h2>{len(shown)} conversations</h2><p><span class=t>trained</span> <span class=c>context only</span></p>"
+    ]
+    for number, example in enumerate(shown, 1):
+        parts.append(f"<h3>{number}: {len(example.input_ids)} tokens, {example.supervised_tokens} of them trained</h3>")
+        parts.append(f"<pre>{''.join(spans(example, tokenizer))}</pre>")
+    return "\n".join(parts) + "\n"
+
+
+def spans(example, tokenizer):
+    """Yield a `<span>` for each token; one that is only part of a character joins those that complete it."""
+    ids, begin = example.input_ids.tolist(), 0
+    for stop in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begin:stop])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(ids) and stop - begin < 8:
+            continue
+        kind = "c" if example.labels[begin] == IGNORE else "t"
+        numbers = " ".join(map(str, ids[begin:stop]))
+        title = html.escape(f"{text!r}, id {numbers}, position {begin}", quote=True)
+        yield f'<span class={kind} title="{title}">{html.escape(text)}</span>'
+        begin = stop
+
+
+def table(data):
+    """A table of what is in each split, and what was cut and left out."""
+    heads = ("conversations", "tokens", "trained", "cut for length", "trained tokens lost", "nothing to train")
+    rows = [f"<tr><th>{''.join(f'<th>{head}' for head in heads)}"]
+    for name, split in data.splits.items():
+        numbers = (len(split.examples), split.tokens, split.supervised, split.cut, split.supervised_lost, split.dropped)
+        rows.append(f"<tr><td>{name}{''.join(f'<td>{number:,}' for number in numbers)}")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def histogram(lengths, bars=30, width=860, height=160):
+    """An SVG histogram of some lengths."""
+    longest = max(lengths)
+    size = max(1, -(-longest // bars))
+    counts = [0] * (longest // size + 1)
+    for length in lengths:
+        counts[length // size] += 1
+    step, drawn = width / len(counts), []
+    for number, count in enumerate(counts):
+        tall = height * count / max(counts)
+        title = f"{number * size} to {number * size + size - 1} tokens: {count:,}"
+        place = f'x="{number * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
+        drawn.append(f"<rect class=bar {place}><title>{title}</title></rect>")
+    drawn.append(f'<text x="0" y="{height + 14}">0</text>')
+    drawn.append(f'<text x="{width}" y="{height + 14}" text-anchor="end">{longest:,}</text>')
+    return f'<svg width="{width}" height="{height + 20}">{"".join(drawn)}</svg>'
