@@ -5,20 +5,25 @@ from conftest import byte_tokenizer, tiny_llama
 from test_data import say
 from trl import chat_template_utils as templates_of
 
-from chat import IGNORE, encode, encode_prompt, load_tokenizer
-from config import UserError
+import hub
+from chat import CHATML, IGNORE, encode, encode_prompt, load_tokenizer
+from config import QUICKSTART_MODEL, UserError
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
-PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 FORGETFUL = (  # leaves all answers but the last out
     "{% for m in messages %}{% if m.role == 'user' or loop.last %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SHOUTING = PLAIN.replace("m.content", "m.content | upper").replace("'\n'", "eos_token")
+REWRITING = CHATML.replace("message['content']", "message['content'] | replace('x', 'y')")
+UNPROMPTED = CHATML.replace("assistant\n' }}{% endif", "assistant: ' }}{% endif")
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 STYLES = {  # a template, its control tokens (bos first, the end of a turn last)
@@ -106,14 +111,11 @@ def test_a_system_message_is_where_the_template_puts_it(tmp_path):
 @pytest.mark.parametrize(
     ("template", "chat", "why"),
     [
-        (
-            templates_of.qwen3_chat_template,
-            say("a", "b"),
-            "an answer does not follow on what the model is prompted with",
-        ),
+        # Qwen3's writes an empty thought before the last answer, which is not in the prompt.
+        (templates_of.qwen3_chat_template, say("a", "b"), "an answer does not follow on what the model is prompted"),
+        (UNPROMPTED, say("a", "b"), "an answer does not follow on what the model is prompted with at inference"),
         (FORGETFUL, say("a", "b", "c", "d"), "it drops, repeats or reorders contents"),
         (PLAIN, say("a", "b"), "it does not end an answer with a control token"),
-        (SHOUTING, say("a", "b"), "an answer does not follow on what the model is prompted with at inference"),
     ],
 )
 def test_a_template_that_cannot_be_masked_is_refused(template, chat, why, tmp_path):
@@ -122,32 +124,25 @@ def test_a_template_that_cannot_be_masked_is_refused(template, chat, why, tmp_pa
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused_with_the_conversation(tmp_path):
-    template = templates_of.qwen3_instruct_2507_chat_template.replace(
-        "{{- content }}", "{{- content | replace('x', 'y') }}"
-    )
-    assert template != templates_of.qwen3_instruct_2507_chat_template
-    tokenizer = tokenizer_with(template, CHATML_TOKENS, tmp_path)
+    tokenizer = tokenizer_with(REWRITING, CHATML_TOKENS, tmp_path)
     assert trained(say("a", "b"), tokenizer) == ["b<|im_end|>"]
-    with pytest.raises(UserError, match="it changes what messages say, in the conversation «user: a | assistant: x»"):
+    with pytest.raises(UserError, match=r"it changes what messages say, in the conversation «user: a \| assistant: x»"):
         encode([say("a", "x")], tokenizer)
 
 
 def test_a_conversation_that_the_template_does_not_take_is_refused(tmp_path):
     tokenizer = tokenizer_with(*STYLES["Gemma"], tmp_path)
-    with pytest.raises(UserError, match="in a conversation of assistant, user, it does not take them: .*alternate"):
+    with pytest.raises(UserError, match=r"in a conversation of assistant, user, it does not take them: .*alternate"):
         encode([[{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]], tokenizer)
 
 
 def test_a_model_without_a_template_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--chat-template model: .* has no chat template; use --chat-template chatml"):
+    with pytest.raises(UserError, match=r"--chat-template model: .* has no chat template; use --chat-template chatml"):
         tokenizer_with(None, CHATML_TOKENS, tmp_path)
 
 
-def test_the_quickstarts_model_has_chatml_with_a_system_prompt(real_tokenizer):
+def test_the_quickstarts_model_has_chatml_with_a_system_prompt():
     """Its own template adds a default system message and ends an answer with `<|im_end|>`; the newline is context."""
-    import hub
-    from config import QUICKSTART_MODEL
-
     tokenizer = load_tokenizer(*hub.find_model(QUICKSTART_MODEL), chat_template="model")
     assert trained(say("Hi", "Ho"), tokenizer) == ["Ho<|im_end|>"]
     text = tokenizer.decode(encode([say("Hi", "Ho")], tokenizer)[0].input_ids)
