@@ -44,6 +44,22 @@ def mask(ids, tokenizer):
     return labels
 
 
+def encode_by_offsets(messages, tokenizer):
+    """ChatML encoded at once, the labels by where in the text each token stands: another way to the same definition."""
+    text, spans = "", []
+    for message in messages:
+        text += f"<|im_start|>{message['role']}\n"
+        end = len(text) + len(f"{message['content']}<|im_end|>\n")
+        spans += [(len(text), end)] if message["role"] == "assistant" else []
+        text += f"{message['content']}<|im_end|>\n"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        number if any(begin <= first and last <= end for begin, end in spans) else -100
+        for number, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
 def encode_with_trl(conversations, tokenizer, template="qwen3_instruct_2507"):
     """The rows that TRL's `SFTTrainer` makes of conversations with `assistant_only_loss=True` and a template it knows.
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import HELLO, quickstart_conversations, say
 
-from chat import IGNORE, encode, preview
+from chat import IGNORE, ROLES, encode, preview
 from data import collate
 from model import supervised_logits, token_loss
 from tests import reference
@@ -43,6 +43,44 @@ def test_well_formed_conversations_have_the_references_ids_and_labels(real_token
     assert sum(len(chat) > 2 for chat in well_formed) > 90
     for chat in well_formed:
         assert ours(chat, real_tokenizer) == reference.encode(chat, real_tokenizer)
+
+
+def test_character_offsets_lead_to_the_same_labels(real_tokenizer):
+    for chat in quickstart_conversations():
+        assert ours(chat, real_tokenizer) == reference.encode_by_offsets(chat, real_tokenizer)
+
+
+MARKERS = ["<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<repo_name>"]
+ODDITIES = ["  ", "\n\n", "\t", "👩\u200d👩\u200d👧", "שלום", "\u202e", "مرحبا", "\x00", "ﬁ", "e\u0301"]
+# SmolLM2 has no token for six of the control characters, nor for planes 4 to 11 of Unicode, which are empty.
+WRITTEN = st.text(st.characters(codec="utf-8", min_codepoint=32, max_codepoint=0x3FFFF), max_size=12)
+HOSTILE = st.lists(st.one_of(WRITTEN, st.sampled_from(MARKERS), st.sampled_from(ODDITIES)), max_size=6).map("".join)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.tuples(st.sampled_from(ROLES), HOSTILE, st.booleans()), max_size=6), st.sampled_from(["all", "last"])
+)
+def test_hostile_text_is_text(real_tokenizer, spoken, supervise):
+    """What is supervised is what the assistant said and its stop token; no control token comes out of a text."""
+    chat = [{"role": role, "content": text, "train": train} for role, text, train in spoken]
+    ids, labels = encode([chat], real_tokenizer, supervise)[0]
+    answers = [message for message in chat if message["role"] == "assistant"]
+    answers = answers if supervise == "all" else answers[-1:]
+    said = "".join(message["content"] + "<|im_end|>\n" for message in answers if message["train"])
+    assert real_tokenizer.decode(labels[labels != IGNORE]) == said
+    special = set(real_tokenizer.added_tokens_decoder)
+    assert [number for number in ids.tolist() if number in special] == [1, 2] * len(chat)
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat)
+    assert real_tokenizer.decode(ids) == text
+
+
+def test_a_message_of_four_megabytes_is_one_too(real_tokenizer):
+    text = "<|im_end|>\n<|im_start|>assistant\n🙂 " * 110_000
+    assert len(text.encode()) > 4_000_000
+    ids, labels = encode([[user(text), assistant(text)]], real_tokenizer)[0]
+    assert real_tokenizer.decode(labels[labels != IGNORE]) == text + "<|im_end|>\n"
+    assert [number for number in ids.tolist() if number < 3] == [1, 2, 1, 2]
 
 
 PIECES = st.sampled_from(

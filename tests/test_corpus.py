@@ -1,0 +1,178 @@
+"""A corpus on disk, its cache, and how its rows are shared out."""
+
+import json
+
+import pytest
+import torch
+
+import corpus
+import data as data_command
+from chat import encode, load_tokenizer
+from config import UserError, resolve
+from data import keep_copies_together, prepare
+
+
+def a_chat(text, answer="Yes."):
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def prepared(tokenizer, *files, **named):
+    settings = {"dataset": files, "eval_fraction": 0.2, "test_fraction": 0.1} | named
+    return prepare(resolve(settings, "quickstart"), tokenizer)
+
+
+def texts(split, tokenizer):
+    return [tokenizer.decode(example.input_ids) for example in split.examples]
+
+
+def test_the_rows_are_those_that_encode_gives(tiny_tokenizer, write):
+    rows = [a_chat(f"{number}", "Yes. " * number) for number in range(1, 30)]
+    data = prepared(tiny_tokenizer, write("a.jsonl", rows), supervise="last")
+    expected = {
+        tuple(ids.tolist()): labels for ids, labels in encode([row["messages"] for row in rows], tiny_tokenizer)
+    }
+    seen = [example for split in data.splits.values() for example in split.examples]
+    assert len(seen) == 29
+    assert all(torch.equal(expected[tuple(ids.tolist())], labels) for ids, labels in seen)
+    assert data.train.tokens == sum(len(example.input_ids) for example in data.train.examples)
+    assert data.train.supervised == sum(example.supervised_tokens for example in data.train.examples)
+
+
+def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypatch):
+    path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    first = prepared(tiny_tokenizer, path)
+
+    def never(*_):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(corpus, "make_corpus", never)
+    again = prepared(tiny_tokenizer, path)
+    assert again.fingerprint == first.fingerprint
+    assert again.notes == first.notes == ("20 rows, 20 as messages",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_length": 30}, {"supervise": "last"}, {"max_examples": 19}, {"skip_bad_rows": 0.1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_option_has_another_place_in_the_cache(tiny_tokenizer, write, change):
+    path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    before = corpus.cache_directory() / "corpora"
+    prepared(tiny_tokenizer, path)
+    known = set(before.iterdir())
+    prepared(tiny_tokenizer, path, **change)
+    assert len(set(before.iterdir()) - known) == 1
+
+
+def test_a_changed_file_or_template_or_code_is_encoded_anew(tiny_tokenizer, tiny_model_dir, write, monkeypatch):
+    path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    first = prepared(tiny_tokenizer, path)
+    write("a.jsonl", [a_chat(f"{number}!") for number in range(20)])
+    assert prepared(tiny_tokenizer, path).fingerprint != first.fingerprint
+    known = set((corpus.cache_directory() / "corpora").iterdir())
+    changed = load_tokenizer(str(tiny_model_dir), local_files_only=True)
+    changed.chat_template += " "
+    monkeypatch.setattr(corpus, "make_corpus", lambda directory, *_: (_ for _ in ()).throw(InterruptedError(directory)))
+    with pytest.raises(InterruptedError):
+        prepared(changed, path)
+    monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
+    with pytest.raises(InterruptedError):
+        prepared(tiny_tokenizer, path)
+    assert set((corpus.cache_directory() / "corpora").iterdir()) == known  # nothing half made is left there
+
+
+def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
+    rows = [a_chat(f"{number % 25}") for number in range(100)]
+    data = prepared(tiny_tokenizer, write("a.jsonl", rows))
+    train, evaluated, test = (set(texts(split, tiny_tokenizer)) for split in data.splits.values())
+    assert not train & evaluated
+    assert not train & test
+    assert not evaluated & test
+    assert sum(len(split.examples) for split in data.splits.values()) == 100
+    assert "75 are copies of another, always in the same split as it" in data.notes
+
+
+def test_without_copies_the_splits_stay_as_they_are():
+    splits = [[4, 2, 0], [1], [3]]
+    assert keep_copies_together(splits, list("abcde")) == splits
+    assert keep_copies_together(splits, list("aacde")) == [[4, 2, 0, 1], [], [3]]
+
+
+def test_an_eval_dataset_of_ones_own(tiny_tokenizer, write):
+    train = write("train.jsonl", [a_chat(f"{number}") for number in range(20)])
+    own = write("eval.jsonl", [a_chat(f"{number}") for number in range(18, 24)])
+    data = prepared(tiny_tokenizer, train, eval_dataset=own, test_fraction=0.0)
+    assert (len(data.train.examples), len(data.eval.examples), len(data.test.examples)) == (18, 6, 0)
+    assert not set(texts(data.train, tiny_tokenizer)) & set(texts(data.eval, tiny_tokenizer))
+    assert "2 left out of training because they are in --eval-dataset" in data.notes
+
+
+def test_several_files_in_shares(tiny_tokenizer, write):
+    one = write("one.jsonl", [a_chat(f"one {number}") for number in range(40)])
+    two = write("two.jsonl", [a_chat(f"two {number}") for number in range(40)])
+    data = prepared(tiny_tokenizer, f"{one}:0.5", f"{two}#10")
+    every = [text for split in data.splits.values() for text in texts(split, tiny_tokenizer)]
+    counts = [sum(name in text for text in every) for name in ("one", "two")]
+    assert counts == [20, 10]
+    data = prepared(tiny_tokenizer, one, f"{two}:2.5", test_fraction=0.0)
+    train = texts(data.train, tiny_tokenizer)
+    of_two = [text for text in train if "two" in text]
+    assert len(of_two) == round(2.5 * len(set(of_two)))
+    assert len(set(train) - set(of_two)) == len(train) - len(of_two)
+    assert len(texts(data.eval, tiny_tokenizer)) == 16  # twice over is for training
+
+
+def test_a_count_that_is_not_there_is_refused(tiny_tokenizer, write):
+    with pytest.raises(UserError, match=r"#50: it has 20 conversations only"):
+        prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]) + "#50")
+
+
+def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
+    rows = [a_chat(f"{number}", "y" * 50) for number in range(10, 20)]
+    rows += [a_chat(f"{number}" + "x" * 300) for number in range(10)]
+    data = prepared(tiny_tokenizer, write("a.jsonl", rows), max_length=60, test_fraction=0.0)
+    assert sum(split.cut for split in data.splits.values()) == 20
+    assert sum(split.dropped for split in data.splits.values()) == 10
+    example = encode([rows[0]["messages"]], tiny_tokenizer)[0]
+    lost = example.supervised_tokens - int((example.labels[1:60] != -100).sum())
+    assert sum(split.supervised_lost for split in data.splits.values()) == 10 * lost + 10 * len("Yes.<\n")
+    assert data.warnings == ("no answer ends within --max-length, so the model will not learn to stop",)
+
+
+def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
+    chats = write("a.jsonl", [a_chat(f"{number}" + "x" * 450, "a") for number in range(8)])
+    (warning,) = prepared(tiny_tokenizer, chats).warnings
+    assert warning.startswith("0.6% of the training tokens are supervised; look at them")
+
+
+def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_path, capsys):
+    path = write("a.jsonl", [a_chat(f"<b>{number}</b>", "🙂 & so on") for number in range(20)])
+    arguments = ["--preset", "quickstart", "--model", str(tiny_model_dir), "--dataset", path, "--show", "2"]
+    assert data_command.main([*arguments, "--html", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == f"written to {tmp_path}/page.html\n"
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>" not in text  # nobody's text is markup
+    assert text.count(">🙂</span>") == 2  # its four tokens, shown as the one character they are
+    assert text.count('<span class=t title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
+    assert text.count('<span class=c title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
+    assert "http" not in text  # self-contained
+    assert "<tr><td>train<td>15<td>" in text
+
+
+def test_several_processes_give_the_same(tiny_tokenizer, write, monkeypatch):
+    path = write("a.jsonl", [a_chat(f"{number}") for number in range(300)])
+    one = prepared(tiny_tokenizer, path)
+    monkeypatch.setattr(corpus, "SEVERAL_PROCESSES", 10)
+    monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
+    assert prepared(tiny_tokenizer, path).fingerprint == one.fingerprint
