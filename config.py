@@ -195,7 +195,7 @@ def resolve(named, preset):
 
 def recorded_settings(run):
     """The settings that a run directory's `config.json` records, as `resolve` takes them."""
-    recorded = json.loads((Path(run) / "config.json").read_text())["config"]
+    recorded = dataclasses.asdict(Config()) | json.loads((Path(run) / "config.json").read_text())["config"]
     return {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
 
 

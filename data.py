@@ -278,7 +278,8 @@ def main(argv):
     data = prepare(config, tokenizer)
     shown = data.train.examples[: options["show"]]
     if options["html"]:
-        Path(options["html"]).write_text(page.page(data, shown, tokenizer, " ".join(config.dataset)), encoding="utf-8")
+        names = " ".join(Path(name).name for name in config.dataset)
+        Path(options["html"]).write_text(page.page(data, shown, tokenizer, names), encoding="utf-8")
         print(f"written to {options['html']}")
         return 0
     if not options["json"]:

@@ -48,7 +48,7 @@ def load_hub_dataset(name, configuration, split):
         UserError: no such dataset or split, or a Hub that does not answer and nothing in its cache.
     """
     try:
-        with offline() if only_cached("dataset", name) else contextlib.nullcontext():
+        with offline() if only_cached("dataset", name, configuration) else contextlib.nullcontext():
             return datasets.load_dataset(name, configuration, split=split)
     except LOADING_ERRORS as error:
         named = name if configuration is None else f"{name}:{configuration}"
@@ -61,7 +61,7 @@ def looks_like_a_path(name):
 
 
 @functools.cache  # each name is asked for once
-def only_cached(kind, name):
+def only_cached(kind, name, configuration=None):
     """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True where it is silent.
 
     Raises:
@@ -77,11 +77,11 @@ def only_cached(kind, name):
             where = "neither on this disk nor on the Hub (if it is private: hf auth login)"
             raise UserError(f"--{kind} {name}: {where}") from error
         except LOADING_ERRORS as error:
-            if is_cached(kind, name):
+            if is_cached(kind, name, configuration):
                 return True
             raise UserError(f"--{kind} {name}: the Hub fails ({first_line(error)}); try again later") from error
         return False
-    if not is_cached(kind, name):
+    if not is_cached(kind, name, configuration):
         advice = (
             f"check the network, name a local {'directory' if kind == 'model' else 'file'}, or use --preset quickstart"
         )
@@ -109,13 +109,14 @@ def hub_silence():
     return heard[0] if heard else TimeoutError(f"no answer within {ASK_SECONDS} s")
 
 
-def is_cached(kind, name):
+def is_cached(kind, name, configuration=None):
     """Whether the Hub's cache on this disk holds a "model", all of it, or a prepared "dataset" of that name."""
     try:
         if kind == "dataset":
             # Offline, `datasets` takes any configuration it finds; only "default" is surely what the Hub would give.
             with offline():
-                return datasets.load_dataset_builder(name).config.name == "default"
+                builder = datasets.load_dataset_builder(name, configuration)
+                return builder.config.name == (configuration or "default")
         config = try_to_load_from_cache(name, "config.json")
     except LOADING_ERRORS:  # half prepared, never prepared, not a name
         return False
@@ -143,7 +144,8 @@ def choose_preset(named):
     if not torch.cuda.is_available():
         return "quickstart", "auto: there is no GPU"
     try:
-        cached = [only_cached(kind, PRESETS["ultrachat"][kind]) for kind in ("model", "dataset")]
+        experiment = PRESETS["ultrachat"]
+        cached = [only_cached("model", experiment["model"]), only_cached("dataset", experiment["dataset"][0], None)]
     except UserError:
         return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
     return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"

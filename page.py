@@ -8,7 +8,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ddd; border-radius: 6px; padding: 1rem }
 .t { color: #0a5a2a; background: #dff3e4 } .c { color: #8a2a2a; background: #fbeeee }
-pre span:hover { outline: 2px solid #444 }
+pre:hover span { box-shadow: inset 1px 0 #999 } pre span:hover { outline: 2px solid #444 }
 td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: left }
 .bar { fill: #4a7fb5 } text { font-size: 11px; fill: #555 }
 .warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }

@@ -160,12 +160,12 @@ def load(name):
 
 
 def rows(name, split):
-    return hub.load_hub_dataset(name, split).to_list()
+    return hub.load_hub_dataset(name, None, split).to_list()
 
 
-def preset(gpu, model=PRESETS["ultrachat"]["model"], dataset=PRESETS["ultrachat"]["dataset"]):
+def preset(gpu, model=PRESETS["ultrachat"]["model"], dataset=PRESETS["ultrachat"]["dataset"][0]):
     """What `auto` means, where the experiment with a GPU needs this model and this dataset."""
-    needed = {"ultrachat": {"model": model, "dataset": dataset}}
+    needed = {"ultrachat": {"model": model, "dataset": (dataset,)}}
     with mock.patch("torch.cuda.is_available", return_value=gpu), mock.patch.object(hub, "PRESETS", needed):
         return hub.choose_preset({})[0]
 
@@ -276,7 +276,7 @@ def repositories(tmp_path_factory, tiny_model_dir):
         **{("models", name): directory for name, directory in models.items()},
         **{("datasets", f"acme/{name}"): directory for name, directory in (chats | others).items()},
         ("models", PRESETS["ultrachat"]["model"]): tiny_model_dir,
-        ("datasets", PRESETS["ultrachat"]["dataset"]): root / "chats",
+        ("datasets", PRESETS["ultrachat"]["dataset"][0]): root / "chats",
     }
 
 
