@@ -164,12 +164,13 @@ class Parser(argparse.ArgumentParser):
         return named, {name: value for name, value in values.items() if name not in names}
 
 
+def shown(value):
+    """A setting's value as it is written on the command line."""
+    return " ".join(value) if isinstance(value, tuple) else value
+
+
 def help_text(setting):
     """The help of one flag: its text, its default and, where a preset has its own, that too."""
-
-    def shown(value):
-        return " ".join(value) if isinstance(value, tuple) else value
-
     presets = [
         f"{name}: {Path(str(shown(of[setting.name]))).name}" for name, of in PRESETS.items() if setting.name in of
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from config import shown
 from data import micro_batches, window_at, windows_per_epoch
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -46,7 +47,7 @@ class Log:
     def close(self, config=None, results=None):
         """End the log; with a `Config` and results, TensorBoard's table of hyper-parameters gets its row."""
         if config:
-            settings = {name: " ".join(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+            settings = {name: shown(value) for name, value in asdict(config).items()}
             self.tensorboard.add_hparams(settings, {f"hparam/{k}": v for k, v in results.items()}, run_name=".")
         self.tensorboard.close()
 

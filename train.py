@@ -38,6 +38,7 @@ from config import (
     recorded_settings,
     resolve,
     run_command,
+    shown,
 )
 from data import Data, collate, micro_batches, prepare, window_at, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
@@ -329,12 +330,13 @@ def resumed_run(directory, named):
     recorded = recorded_settings(directory)
     changed = [name for name, value in named.items() if name not in HELD_IN_MEMORY and value != recorded[name]]
     if changed:
-        flags = ", ".join(f"{flag_name(name)} {recorded[name]} -> {named[name]}" for name in changed)
+        flags = ", ".join(f"{flag_name(name)} {shown(recorded[name])} -> {shown(named[name])}" for name in changed)
         raise UserError(f"--resume {directory}: {flags} would make it another run; leave that out, or start anew")
-    if not checkpoints(directory):
+    newest = max(checkpoints(directory), key=step_of, default=None)
+    if newest is None and not report.is_finished(directory):
         raise UserError(f"--resume {directory}: it has no checkpoint yet; remove it and start anew")
     config = resolve({**recorded, **named, "output_dir": str(directory)}, recorded["preset"])
-    return config, checkpoints(directory)[-1]
+    return config, newest
 
 
 def main(argv):
@@ -354,7 +356,7 @@ def main(argv):
     else:
         preset, why = hub.choose_preset(named)
         config, checkpoint = new_run(resolve(named, preset)), None
-        print(f"preset {preset} ({why}): {config.model} on {' '.join(config.dataset)}, into {config.output_dir}")
+        print(f"preset {preset} ({why}): {config.model} on {shown(config.dataset)}, into {config.output_dir}")
     return train(config, checkpoint, options["dry_run"])
 
 

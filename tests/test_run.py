@@ -192,6 +192,13 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(finished, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_without_a_checkpoint_says_so_too(flags, tmp_path, capsys):
+    assert train_command.main([*flags, "--max-steps", "2", "--output-dir", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert train_command.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
 def test_an_end_that_was_cut_short_is_made_again_and_logged_once(finished):
     run, _ = finished
     before = untimed(run)
