@@ -21,7 +21,7 @@ from datasets import Dataset
 import hub
 import page
 from chat import IGNORE, load_tokenizer, preview
-from config import Parser, UserError, resolve, run_command
+from config import Parser, UserError, resolve, run_command, shown
 from conversations import parse_source
 from corpus import Examples, load_corpus
 
@@ -83,49 +83,50 @@ def prepare(config, tokenizer):
     """
     sources = [parse_source(text) for text in config.dataset]
     corpus = load_corpus(sources, config, tokenizer)
+    held_out = load_corpus([parse_source(config.eval_dataset)], config, tokenizer) if config.eval_dataset else None
     digests, source_of = corpus.rows["digest"][:], corpus.rows["source"][:]
-    rows, findings, notes = choose_rows(source_of, sources, config.seed), [corpus.findings], []
-    if config.eval_dataset:
-        held_out = load_corpus([parse_source(config.eval_dataset)], config, tokenizer)
-        findings.append(held_out.findings)
-        known = set(held_out.rows["digest"][:])
-        kept = [row for row in rows if digests[row] not in known]
-        if len(kept) < len(rows):
-            notes.append(f"{len(rows) - len(kept):,} left out of training because they are in --eval-dataset")
-        rows = kept
-    shares = (0.0 if config.eval_dataset else config.eval_fraction, config.test_fraction)
+    notes = [note for part in (corpus, held_out) if part for note in notes_of(part.findings)]
+
+    rows = choose_rows(source_of, sources, config.seed)
+    if held_out:
+        known, chosen = set(held_out.rows["digest"][:]), rows
+        rows = [row for row in chosen if digests[row] not in known]
+        notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
+    shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
     splits = [[rows[i] for i in split] for split in split_rows(len(rows), *shares, config.seed)]
     train, evaluated, test = keep_copies_together(splits, digests)
     copies = len(rows) - len({digests[row] for row in rows})
     if copies:
         notes.append(f"{copies:,} are copies of another, always in the same split as it")
-    train = weigh(train, source_of, sources, config.seed)
-    longest = config.max_length or tokenizer.model_max_length
-    if config.eval_dataset:
-        eval_split = take(held_out.rows, range(len(held_out.rows)), longest)
-    else:
-        eval_split = take(corpus.rows, evaluated, longest)
-    splits = {"train": take(corpus.rows, train, longest), "eval": eval_split, "test": take(corpus.rows, test, longest)}
+
+    parts = {
+        "train": (corpus, weigh(train, source_of, sources, config.seed)),
+        "eval": (held_out, range(len(held_out.rows))) if held_out else (corpus, evaluated),
+        "test": (corpus, test),
+    }
+    splits = {name: take(part, numbers, config, tokenizer) for name, (part, numbers) in parts.items()}
     for name in ("train", "eval"):
         if not splits[name].examples:
-            names = " ".join(config.dataset)
-            raise UserError(f"--dataset {names}: nothing is supervised in the {name} split; see --max-length")
-    notes = (*(note for found in findings for note in notes_of(found)), *notes)
-    return Data(**splits, notes=notes, warnings=tuple(warnings_about(splits["train"])))
+            why = f"nothing is supervised in the {name} split; see --max-length"
+            if not splits[name].dropped:
+                why = f"the {name} split is empty, as all of its conversations are copies of others"
+            raise UserError(f"--dataset {shown(config.dataset)}: {why}")
+    return Data(**splits, notes=tuple(notes), warnings=tuple(warnings_about(splits["train"])))
 
 
 def prepare_whole(config, tokenizer):
     """All of the dataset of a `Config`, as one `Encoded`."""
     corpus = load_corpus([parse_source(text) for text in config.dataset], config, tokenizer)
-    return take(corpus.rows, range(len(corpus.rows)), config.max_length or tokenizer.model_max_length)
+    return take(corpus, range(len(corpus.rows)), config, tokenizer)
 
 
-def take(rows, numbers, longest):
+def take(corpus, numbers, config, tokenizer):
     """Some rows of a corpus as `Encoded`; those with nothing supervised are counted and left out."""
-    column = {name: rows[name][:] for name in ("tokens", "supervised", "supervised_before", "stops", "digest")}
+    longest = config.max_length or tokenizer.model_max_length
+    column = {name: corpus.rows[name][:] for name in ("tokens", "supervised", "supervised_before", "stops", "digest")}
     kept = [number for number in numbers if column["supervised"][number]]
     return Encoded(
-        Examples(rows, kept),
+        Examples(corpus.rows, kept),
         cut=sum(column["tokens"][number] > longest for number in numbers),
         dropped=len(numbers) - len(kept),
         tokens=sum(min(column["tokens"][number], longest) for number in kept),
@@ -276,15 +277,15 @@ def main(argv):
     config = resolve(named, hub.choose_preset(named)[0])
     tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template)
     data = prepare(config, tokenizer)
-    shown = data.train.examples[: options["show"]]
+    examples = data.train.examples[: options["show"]]
     if options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)
-        Path(options["html"]).write_text(page.page(data, shown, tokenizer, names), encoding="utf-8")
+        Path(options["html"]).write_text(page.page(data, examples, tokenizer, names), encoding="utf-8")
         print(f"written to {options['html']}")
         return 0
     if not options["json"]:
         print("\n".join((*data.notes, *(f"warning: {warning}" for warning in data.warnings))))
-    for number, example in enumerate(shown, 1):
+    for number, example in enumerate(examples, 1):
         if options["json"]:
             print(json.dumps({"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}))
             continue

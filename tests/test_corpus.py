@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_templates import STYLES, tokenizer_with
 
 import corpus
 import data as data_command
@@ -168,6 +169,20 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
     assert text.count('<span class=c title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
     assert "http" not in text  # self-contained
     assert "<tr><td>train<td>15<td>" in text
+
+
+def test_nothing_but_copies_is_said(tiny_tokenizer, write):
+    with pytest.raises(UserError, match=r"the eval split is empty, as all of its conversations are copies of others"):
+        prepared(tiny_tokenizer, write("a.jsonl", [a_chat("x")] * 50))
+
+
+def test_a_refusal_in_one_of_several_processes_is_the_same_refusal(tmp_path, write, monkeypatch):
+    monkeypatch.setattr(corpus, "SEVERAL_PROCESSES", 10)
+    chats = [a_chat(f"{number}") for number in range(300)]
+    chats[250]["messages"].insert(0, {"role": "assistant", "content": "Welcome!"})
+    tokenizer = tokenizer_with(*STYLES["Gemma"], tmp_path / "model")
+    with pytest.raises(UserError, match=r"in a conversation of assistant, user, assistant, it does not take them"):
+        prepared(tokenizer, write("a.jsonl", chats), chat_template="model")
 
 
 def test_several_processes_give_the_same(tiny_tokenizer, write, monkeypatch):
