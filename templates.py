@@ -149,7 +149,7 @@ def runs(pieces, control):
     """
     text, owner = "", None
     for piece in pieces:
-        for part in [piece.text] if piece.slot is not None else control.split(piece.text):
+        for part in control.split(piece.text):
             is_control = piece.slot is None and control.fullmatch(part)
             if text and (is_control or piece.answer != owner):
                 yield False, text, owner

@@ -163,7 +163,8 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
     assert data_command.main([*arguments, "--html", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"written to {tmp_path}/page.html\n"
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "<b>" not in text  # nobody's text is markup
+    assert text.count(">&lt;</span>") == 4  # nobody's text is markup
+    assert "><</span>" not in text
     assert text.count(">🙂</span>") == 2  # its four tokens, shown as the one character they are
     assert text.count('<span class=t title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
     assert text.count('<span class=c title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
