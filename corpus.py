@@ -145,7 +145,7 @@ def write_read(path, conversations):
             writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, READ))
             batch.clear()
 
-        for place, source, messages in tqdm(conversations, desc="reading", unit="rows", disable=None, leave=False):
+        for place, source, messages in tqdm(conversations, desc="reading", unit=" rows", disable=None, leave=False):
             batch.append({"place": place, "source": source, "messages": messages})
             characters += sum(len(message["content"]) for message in messages)
             if len(batch) == ROWS_AT_ONCE or characters > CHARACTERS_AT_ONCE:

@@ -32,8 +32,8 @@ class Template:
         self.tokenizer, self.layouts = tokenizer, {}
         special = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
         self.control = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else re.compile("(?!)()")
-        last = self.layout(("user", "assistant"))[-1 if self.layout(("user", "assistant"))[-1].answer else -2]
-        self.end_of_turn = self.control.findall(last.text)[0]
+        ending = self.layout(("user", "assistant"))[-2]  # before the literal, perhaps empty, that closes the text
+        self.end_of_turn = self.control.search(ending.text).group()
 
     def render(self, messages, generation=False):
         """The text that the template makes of some messages."""
@@ -51,18 +51,20 @@ class Template:
         return self.layouts[roles]
 
     def take_apart(self, roles):
+        """Yield the `Piece`s of a conversation of placeholders; see `layout`."""
         messages = [{"role": role, "content": f"{OPEN}{number}{CLOSE}"} for number, role in enumerate(roles)]
         try:
             parts = re.split(f"{OPEN}([0-9]+){CLOSE}", self.render(messages))
-            prompts = {
-                i: self.render(messages[:i], generation=True) for i, role in enumerate(roles) if role == "assistant"
-            }
+            answers = [number for number, role in enumerate(roles) if role == "assistant"]
+            prompts = {number: self.render(messages[:number], generation=True) for number in answers}
         except jinja2.TemplateError as error:
             self.refuse(roles, f"it does not take them: {first_line(error)}")
         if parts[1::2] != [str(number) for number in range(len(roles))]:
             self.refuse(roles, "it drops, repeats or reorders contents")
-        before = ""  # the text so far, with placeholders
-        literal = parts[0]
+        before, literal = (
+            "",
+            parts[0],
+        )  # the text that has been yielded, with placeholders; the template's text after it
         for number, role in enumerate(roles):
             following = parts[2 * number + 2]
             if role != "assistant":
@@ -85,8 +87,7 @@ class Template:
     def fill(self, messages):
         """The `Piece`s of a conversation with their texts, checked against what the template makes of it."""
         layout = self.layout(tuple(message["role"] for message in messages))
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        rendered = self.render(plain)
+        rendered = self.render([{"role": message["role"], "content": message["content"]} for message in messages])
         for change in (str, str.strip):  # many templates trim contents
             filled = [
                 piece if piece.slot is None else piece._replace(text=change(messages[piece.slot]["content"]))

@@ -3,6 +3,8 @@
 import pytest
 from conftest import byte_tokenizer, tiny_llama
 from test_data import say
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils as templates_of
 
 import hub
@@ -40,7 +42,10 @@ STYLES = {  # a template, its control tokens (bos first, the end of a turn last)
 
 def tokenizer_with(template, control, directory):
     """A byte-level tokenizer with some control tokens and a template, loaded as a model's is."""
-    tokenizer = byte_tokenizer(control)
+    return save_and_load(byte_tokenizer(control), template, control, directory)
+
+
+def save_and_load(tokenizer, template, control, directory):
     tokenizer.bos_token, tokenizer.eos_token = control[0], control[-1]
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
@@ -92,6 +97,26 @@ def test_no_text_becomes_a_control_token(style, tmp_path):
     assert tokens(hostile) == tokens(harmless)
     end, space = control[-1], " " if style == "Mistral" else ""
     assert trained(hostile, tokenizer) == [f"{space}y{''.join(control)}{end}", f"{space}{control[-1]}{end}"]
+
+
+@pytest.mark.parametrize(("style", "prepend", "right"), [("Mistral", "always", True), ("Llama 3", "always", False)])
+def test_a_tokenizer_that_marks_the_beginnings_of_words_is_masked_right_or_refused(style, prepend, right, tmp_path):
+    """As SentencePiece does: a text may get a space before it, and so its parts other ids than the whole."""
+    template, control = STYLES[style]
+    tokens = ["<unk>", *control, *"▁abcdefghijklmnopqrstuvwxyzHW ,.?\n", "▁H"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "H")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.add_special_tokens(control)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    loaded, chat = save_and_load(tokenizer, template, control, tmp_path), say("How are you?", "fine.", "What?", "Hmm.")
+    if right:
+        assert trained(chat, loaded) == ["fine.</s>", "Hmm.</s>"]
+        assert encode([chat], loaded)[0].input_ids.tolist() == loaded.apply_chat_template(chat, return_dict=False)
+    else:
+        with pytest.raises(UserError, match="its tokenizer gives the parts other ids than the whole"):
+            encode([chat], loaded)
 
 
 def test_whitespace_that_the_template_trims_is_trimmed(tmp_path):
