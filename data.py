@@ -83,7 +83,7 @@ def prepare(config, tokenizer):
     """
     sources = [parse_source(text) for text in config.dataset]
     corpus = load_corpus(sources, config, tokenizer)
-    held_out = load_corpus([parse_source(config.eval_dataset)], config, tokenizer) if config.eval_dataset else None
+    held_out = load_held_out(config, tokenizer) if config.eval_dataset else None
     digests, source_of = corpus.rows["digest"][:], corpus.rows["source"][:]
     notes = [note for part in (corpus, held_out) if part for note in notes_of(part.findings)]
 
@@ -112,6 +112,14 @@ def prepare(config, tokenizer):
                 why = f"the {name} split is empty, as all of its conversations are copies of others"
             raise UserError(f"--dataset {shown(config.dataset)}: {why}")
     return Data(**splits, notes=tuple(notes), warnings=tuple(warnings_about(splits["train"])))
+
+
+def load_held_out(config, tokenizer):
+    """The corpus of `--eval-dataset`; what is wrong with it is said of that flag."""
+    try:
+        return load_corpus([parse_source(config.eval_dataset)], config, tokenizer)
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--eval-dataset")) from error
 
 
 def prepare_whole(config, tokenizer):

@@ -119,6 +119,13 @@ def test_an_eval_dataset_of_ones_own(tiny_tokenizer, write):
     assert "2 left out of training because they are in --eval-dataset" in data.notes
 
 
+def test_what_is_wrong_with_an_eval_dataset_is_said_of_that_flag(tiny_tokenizer, write):
+    with pytest.raises(UserError, match=r"^--eval-dataset nowhere\.jsonl: there is no such file"):
+        prepared(
+            tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(9)]), eval_dataset="nowhere.jsonl"
+        )
+
+
 def test_several_files_in_shares(tiny_tokenizer, write):
     one = write("one.jsonl", [a_chat(f"one {number}") for number in range(40)])
     two = write("two.jsonl", [a_chat(f"two {number}") for number in range(40)])
