@@ -69,7 +69,11 @@ def test_the_ultrachat_preset_is_the_reference_experiment():
 def test_what_a_user_names_is_never_replaced():
     config = resolve({"dataset": ("mine.jsonl",), "lr": 1.0}, "ultrachat")
     assert (config.dataset, config.lr, config.batch_size) == (("mine.jsonl",), 1.0, 32)
-    assert (config.split, config.max_examples) == ("train", 0)  # the preset's first 2,000 of test_sft are not meant
+    assert (config.split, config.max_examples, config.skip_bad_rows) == (
+        "train",
+        0,
+        0.0,
+    )  # the preset's first 2,000 of test_sft are not meant
     assert resolve({"model": "mine"}, "quickstart").model == "mine"
 
 
