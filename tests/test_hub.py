@@ -159,8 +159,8 @@ def load(name):
     return [path, local_files_only, text, model.get_input_embeddings().weight[0].tolist()]
 
 
-def rows(name, split):
-    return hub.load_hub_dataset(name, None, split).to_list()
+def rows(name, split, configuration=None):
+    return hub.load_hub_dataset(name, configuration, split).to_list()
 
 
 def preset(gpu, model=PRESETS["ultrachat"]["model"], dataset=PRESETS["ultrachat"]["dataset"][0]):
@@ -199,6 +199,8 @@ def online():
     gave["part of a dataset"] = attempt(rows, "acme/partly", "test_sft")
     datasets.load_dataset("acme/configured", "other")
     gave["another configuration"] = attempt(rows, "acme/configured", "train")
+    gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
+    gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
     return gave
 
 
@@ -212,6 +214,8 @@ def offline():
     gave["other model"] = attempt(hub.find_model, "acme/other")
     gave["half a model"] = attempt(hub.find_model, "acme/sharded")
     gave["other dataset"] = attempt(rows, "acme/other", "train")
+    gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
+    gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
     return gave
 
 
@@ -413,3 +417,9 @@ if __name__ == "__main__":
     hub.quiet_libraries()
     sys.addaudithook(keep_to_the_loopback)
     print(json.dumps(globals()[sys.argv[1]]()))
+
+
+def test_a_configuration_can_be_named(with_hub, without_hub):
+    for gave in (with_hub, without_hub):
+        assert gave["named configuration"] == CHATS["test_sft"]
+        assert gave["unknown configuration"].startswith("refused: --dataset acme/configured")
