@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
         """Parse into two dicts: the fields of `Config` that the user named, and the command's own options."""
         values = vars(self.parse_args(argv))
         names = {setting.name for setting in dataclasses.fields(Config)}
-        named = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
+        named = with_tuples({name: value for name, value in values.items() if name in names})
         return named, {name: value for name, value in values.items() if name not in names}
 
 
@@ -195,10 +195,15 @@ def resolve(named, preset):
     return config
 
 
+def with_tuples(settings):
+    """Settings as `Config` holds them: what a parser or JSON gives as a list is a tuple."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def recorded_settings(run):
     """The settings that a run directory's `config.json` records, as `resolve` takes them."""
     recorded = dataclasses.asdict(Config()) | json.loads((Path(run) / "config.json").read_text())["config"]
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
+    return with_tuples(recorded)
 
 
 def check(config):

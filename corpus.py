@@ -5,6 +5,7 @@ its template, the options, the code. Whatever changes has another key, so that n
 by row from there, however large it is.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ from quickstart import cache_directory, sha256
 CODE = ("chat.py", "conversations.py", "corpus.py", "templates.py")
 MESSAGE = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("train", pyarrow.bool_())])
 READ = pyarrow.schema([("place", pyarrow.string()), ("source", pyarrow.int32()), ("messages", pyarrow.list_(MESSAGE))])
+COUNTS = {"place": "string", "source": "int32", "digest": "string", "stops": "bool"}
+COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised"), "int32")
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**24  # of what is read and not yet on disk
 SEVERAL_PROCESSES = 5000  # rows from which they are worth starting
 
@@ -43,6 +46,12 @@ class Corpus:
 
     rows: datasets.Dataset
     findings: Findings
+    longest: int  # tokens after which a conversation was cut
+
+    @functools.cached_property
+    def columns(self):
+        """Everything but the ids and labels, as lists: read once, however many splits are taken."""
+        return {name: self.rows[name][:] for name in self.rows.column_names if name not in ("input_ids", "labels")}
 
 
 class Examples(Sequence):
@@ -83,7 +92,7 @@ def load_corpus(sources, config, tokenizer):
         replace_directory(directory, write)
     findings = json.loads((directory / "findings.json").read_text())
     counters = {name: Counter(findings[name]) for name in ("formats", "ignored", "bad")}
-    return Corpus(datasets.load_from_disk(directory / "rows"), Findings(**{**findings, **counters}))
+    return Corpus(datasets.load_from_disk(directory / "rows"), Findings(**{**findings, **counters}), longest)
 
 
 def key_of(sources, tokenizer, options):
@@ -130,10 +139,6 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, longest):
         encoded.save_to_disk(directory / "rows")
         del encoded, rows  # their files are mapped
     (directory / "findings.json").write_text(json.dumps(vars(findings), ensure_ascii=False))
-
-
-COUNTS = {"place": "string", "source": "int32", "digest": "string", "stops": "bool"}
-COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised"), "int32")
 
 
 def write_read(path, conversations):

@@ -84,12 +84,12 @@ def prepare(config, tokenizer):
     sources = [parse_source(text) for text in config.dataset]
     corpus = load_corpus(sources, config, tokenizer)
     held_out = load_held_out(config, tokenizer) if config.eval_dataset else None
-    digests, source_of = corpus.rows["digest"][:], corpus.rows["source"][:]
+    digests, source_of = corpus.columns["digest"], corpus.columns["source"]
     notes = [note for part in (corpus, held_out) if part for note in notes_of(part.findings)]
 
     rows = choose_rows(source_of, sources, config.seed)
     if held_out:
-        known, chosen = set(held_out.rows["digest"][:]), rows
+        known, chosen = set(held_out.columns["digest"]), rows
         rows = [row for row in chosen if digests[row] not in known]
         notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
@@ -104,7 +104,7 @@ def prepare(config, tokenizer):
         "eval": (held_out, range(len(held_out.rows))) if held_out else (corpus, evaluated),
         "test": (corpus, test),
     }
-    splits = {name: take(part, numbers, config, tokenizer) for name, (part, numbers) in parts.items()}
+    splits = {name: take(part, numbers) for name, (part, numbers) in parts.items()}
     for name in ("train", "eval"):
         if not splits[name].examples:
             why = f"nothing is supervised in the {name} split; see --max-length"
@@ -125,19 +125,18 @@ def load_held_out(config, tokenizer):
 def prepare_whole(config, tokenizer):
     """All of the dataset of a `Config`, as one `Encoded`."""
     corpus = load_corpus([parse_source(text) for text in config.dataset], config, tokenizer)
-    return take(corpus, range(len(corpus.rows)), config, tokenizer)
+    return take(corpus, range(len(corpus.rows)))
 
 
-def take(corpus, numbers, config, tokenizer):
+def take(corpus, numbers):
     """Some rows of a corpus as `Encoded`; those with nothing supervised are counted and left out."""
-    longest = config.max_length or tokenizer.model_max_length
-    column = {name: corpus.rows[name][:] for name in ("tokens", "supervised", "supervised_before", "stops", "digest")}
+    column = corpus.columns
     kept = [number for number in numbers if column["supervised"][number]]
     return Encoded(
         Examples(corpus.rows, kept),
-        cut=sum(column["tokens"][number] > longest for number in numbers),
+        cut=sum(column["tokens"][number] > corpus.longest for number in numbers),
         dropped=len(numbers) - len(kept),
-        tokens=sum(min(column["tokens"][number], longest) for number in kept),
+        tokens=sum(min(column["tokens"][number], corpus.longest) for number in kept),
         supervised=sum(column["supervised"][number] for number in kept),
         supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
         stops=any(column["stops"][number] for number in kept),
@@ -164,7 +163,7 @@ def weigh(rows, source_of, sources, seed):
     generator = torch.Generator().manual_seed(seed)
     weighted = []
     for number, source in enumerate(sources):
-        own = [row for row in rows if source_of[row] == number] if len(sources) > 1 else rows
+        own = [row for row in rows if source_of[row] == number]
         whole, part = divmod(max(1.0, source.weight), 1)
         extra = torch.randperm(len(own), generator=generator)[: round(part * len(own))].tolist()
         weighted += own * int(whole) + [own[i] for i in extra]
