@@ -1,12 +1,60 @@
-"""Directories that are complete or absent, and a run's checkpoints: saving, finding, keeping the newest.
+"""Files and directories that are complete or absent at whatever instant the process or the machine dies, and a run's
+checkpoints made of them: saving, verifying, finding and keeping.
 
 Knows nothing of what a checkpoint's files mean: the caller writes them.
+
+The order that makes it so: everything is written under a name of no meaning and forced to disk; then it gets its name,
+by one rename; then that is forced to disk. A checkpoint's last file is a manifest with the size and the SHA-256 of all
+others, so that what a disk did to them later is noticed too.
 """
 
+import contextlib
+import ctypes
+import hashlib
+import json
 import os
+import platform
+import re
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import filelock
+
+from config import UserError
+
+MANIFEST = "MANIFEST.json"
+UNFINISHED = ".unfinished-"  # in the names of what nobody may rely on
+
+
+class Damaged(Exception):
+    """A directory is not what was written; the message says which file, and what of it."""
+
+
+def sync(path):
+    """Force a file or a directory's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path, text):
+    """Make `text` the content of the file at `path`: the old content or all of the new, never a part."""
+    path = Path(path)
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(unfinished, 0o644)  # mkstemp's files are the owner's alone
+        sync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def replace_directory(path, write):
@@ -17,32 +65,225 @@ def replace_directory(path, write):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
     try:
         write(unfinished)
         unfinished.chmod(0o755)  # mkdtemp's directories are the owner's alone
-        replaced = unfinished.with_name(unfinished.name + "-replaced")
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(unfinished, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for part in (*unfinished.rglob("*"), unfinished):
+            sync(part)
+        if not path.exists():
+            os.replace(unfinished, path)
+        elif not exchange(unfinished, path):
+            remove_directory(path)  # an instant without it, where the system knows no better
+            os.replace(unfinished, path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    shutil.rmtree(unfinished, ignore_errors=True)  # what was replaced, now
 
 
-def save_checkpoint(run, step, write, keep):
-    """Write `run/checkpoints/step-N` and remove all but the newest `keep`."""
-    replace_directory(Path(run) / "checkpoints" / f"step-{step}", write)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+def exchange(one, other):
+    """Swap two directories in one instant; whether that was possible: Linux can, on most file systems."""
+    at_working_directory, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2) and not renameat2(at_working_directory, paths[0], at_working_directory, paths[1], swap)
+
+
+def remove_directory(path):
+    """Remove a directory: it loses its name first, so that nobody meets a part of it."""
+    nameless = path.with_name(f".{path.name}{UNFINISHED}removed")
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.replace(path, nameless)
+    shutil.rmtree(nameless)
+
+
+def remove_unfinished(run):
+    """Remove what a process that died in the middle of writing left in a run directory."""
+    for unfinished in (*Path(run).glob(f".*{UNFINISHED}*"), *Path(run).glob(f"checkpoints/.*{UNFINISHED}*")):
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+
+
+def write_manifest(directory, about):
+    """Write the manifest of a directory, its last file: what it is `about`, and the size and SHA-256 of the others."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as threads:  # hashlib lets go of the interpreter's lock
+        hashes = threads.map(sha256, paths)
+        files = {
+            str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, hashes, strict=True)
+        }
+    seal(directory, {**about, "files": files})
+
+
+def seal(directory, content):
+    """Write a manifest that vouches for itself."""
+    (directory / MANIFEST).write_text(json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n")
+
+
+def read_manifest(directory):
+    """A directory's manifest, which vouches for itself; of the files it names nothing is known yet.
+
+    Raises:
+        Damaged: it is missing, or is not what was written.
+    """
+    try:
+        content = json.loads((directory / MANIFEST).read_bytes())
+        expected = content.pop("sha256")
+    except FileNotFoundError:
+        raise Damaged(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except (ValueError, AttributeError, KeyError):
+        content, expected = None, None
+    if digest_of(content) != expected:
+        raise Damaged(f"{MANIFEST} is not what was written")
+    return content
+
+
+def verify(directory):
+    """A directory's manifest, once every file that it names has been read.
+
+    Raises:
+        Damaged: the manifest or a file that it names is missing, or is not what was written.
+    """
+    content = read_manifest(directory)
+
+    def check(name):
+        path, file = directory / name, content["files"][name]
+        if not path.is_file():
+            raise Damaged(f"{name} is missing")
+        if path.stat().st_size != file["size"]:
+            raise Damaged(f"{name} has {path.stat().st_size:,} bytes of {file['size']:,}")
+        try:
+            digest = sha256(path)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        if digest != file["sha256"]:
+            raise Damaged(f"{name} is not what was written (another SHA-256)")
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(check, content["files"]))
+    return content
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(content):
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_checkpoint(run, about, write, newest, also):
+    """Write `run/checkpoints/step-N`, verify it as it is on disk, and only then remove older ones.
+
+    Args:
+        about: what the manifest says besides its files; its `step` is N, its `best_step` that of the best model so far.
+        write: fills the directory it is given.
+        newest: how many of the newest are kept.
+        also: the step of another that is.
+
+    Raises:
+        OSError, Damaged: it could not be written, or not read again; the older ones are as they were.
+    """
+    path = checkpoint_at(run, about["step"])
+
+    def write_all(directory):
+        write(directory)
+        write_manifest(directory, about)
+
+    replace_directory(path, write_all)
+    verify(path)
+    done = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= about["step"]]
+    kept = {also, *map(step_of, done[-newest:])}
+    kept |= {best_step_of(checkpoint_at(run, step)) for step in kept}
+    for old in done:
+        if step_of(old) not in kept:
+            remove_directory(old)
+
+
+def best_step_of(checkpoint):
+    """The step of the best model when a checkpoint was written; None where there is no telling."""
+    try:
+        return read_manifest(checkpoint)["best_step"]
+    except Damaged:
+        return None
+
+
+def publish(path, checkpoint, without):
+    """Make `path` a copy of a checkpoint without one of its files, verified by the manifest of the checkpoint.
+
+    Raises:
+        Damaged: the checkpoint is not what was written; `path` is as it was.
+    """
+    content = read_manifest(checkpoint)
+    del content["files"][without]
+
+    def write(directory):
+        shutil.copytree(checkpoint, directory, ignore=shutil.ignore_patterns(without, MANIFEST), dirs_exist_ok=True)
+        seal(directory, content)
+        verify(directory)
+
+    replace_directory(path, write)
+
+
+def newest_whole(run):
+    """The newest checkpoint that verifies, what it is about, and why each newer one was passed over.
+
+    Returns:
+        (path, about, damages); path and about are None where there is none.
+    """
+    damages = []
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            return checkpoint, verify(checkpoint), damages
+        except Damaged as why:
+            damages.append(f"checkpoints/{checkpoint.name}: {why}")
+    return None, None, damages
 
 
 def checkpoints(run):
     """A run's checkpoint directories, oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step-*"), key=step_of)
+    found = (Path(run) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def checkpoint_at(run, step):
+    """Where the checkpoint after `step` updates is, or would be."""
+    return Path(run) / "checkpoints" / f"step-{step}"
 
 
 def step_of(checkpoint):
     """How many updates a checkpoint has seen: the N of `step-N`."""
     return int(Path(checkpoint).name.removeprefix("step-"))
+
+
+@contextlib.contextmanager
+def locked(run):
+    """Hold a run directory for this process alone, and clean up what one that died left there.
+
+    The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    run = Path(run)
+    lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
+    try:
+        lock.acquire(timeout=0)
+        owner.write_text(f"process {os.getpid()} on {platform.node()}")
+    except filelock.Timeout:
+        who = f" ({owner.read_text()})" if owner.exists() else ""
+        raise UserError(f"{run}: another process is training in it{who}; wait for it, or stop it") from None
+    except OSError as error:
+        raise UserError(f"{run}: cannot write to it ({error.strerror})") from error
+    try:
+        remove_unfinished(run)
+        yield
+    finally:
+        lock.release()

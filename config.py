@@ -128,7 +128,8 @@ PRESETS = {
 # What a preset says of its own dataset does not go for another, of which all is used and all must be right.
 OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 
-HELD_IN_MEMORY = ("device", "micro_batch_tokens", "gradient_checkpointing")  # may change when a run resumes
+# What may change when a run resumes, as no update hangs on it: where and how it is held in memory, when it is saved.
+FREE_TO_CHANGE = ("device", "micro_batch_tokens", "gradient_checkpointing", "save_every", "keep", "output_dir")
 
 METAVARS = {str: "NAME", int: "N", float: "X"}
 
@@ -167,7 +168,7 @@ class Parser(argparse.ArgumentParser):
 
 def shown(value):
     """A setting's value as it is written on the command line."""
-    return " ".join(value) if isinstance(value, tuple) else value
+    return " ".join(value) if isinstance(value, list | tuple) else value
 
 
 def help_text(setting):
@@ -200,10 +201,24 @@ def with_tuples(settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
+def read_record(run):
+    """What a run directory's `config.json` holds: its settings under "config", with today's defaults for newer ones.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(run) / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        record["config"] = dataclasses.asdict(Config()) | record["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
+    return record
+
+
 def recorded_settings(run):
-    """The settings that a run directory's `config.json` records, as `resolve` takes them."""
-    recorded = dataclasses.asdict(Config()) | json.loads((Path(run) / "config.json").read_text())["config"]
-    return with_tuples(recorded)
+    """The settings that a run directory records, as `resolve` takes them."""
+    return with_tuples(read_record(run)["config"])
 
 
 def check(config):

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import hub
 from chat import Example, encode
-from checkpoint import replace_directory
+from checkpoint import replace_directory, sha256
 from conversations import Findings, files_of, read_conversations
-from quickstart import cache_directory, sha256
+from quickstart import cache_directory
 
 CODE = ("chat.py", "conversations.py", "corpus.py", "templates.py")
 MESSAGE = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("train", pyarrow.bool_())])
@@ -58,7 +58,7 @@ class Examples(Sequence):
     """The `Example`s of some rows of a corpus, read from disk when asked for."""
 
     def __init__(self, rows, numbers):
-        self.rows, self.numbers = rows.select_columns(["input_ids", "labels"]), numbers
+        self.rows, self.numbers = rows.select_columns(["input_ids", "labels", "place"]), numbers
 
     def __len__(self):
         return len(self.numbers)
@@ -67,7 +67,7 @@ class Examples(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[self.numbers[index]]
-        return Example(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
+        return Example(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), row["place"])
 
 
 def load_corpus(sources, config, tokenizer):

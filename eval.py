@@ -56,8 +56,10 @@ def in_eval_mode(model):
     """Switch a model's dropout and the like off, and afterwards back to what it was."""
     was_training = model.training
     model.eval()
-    yield
-    model.train(was_training)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -61,12 +62,20 @@ def load_model(path, tokenizer, device, local_files_only=False):
         path, local_files_only: as `hub.find_model` returns them.
 
     Raises:
-        UserError: there is no causal language model at `path`, or it computes its logits in a way of its own.
+        UserError: there is no causal language model at `path`, its weights are not all finite, or it computes its
+            logits in a way of its own.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=local_files_only)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=local_files_only, trust_remote_code=False
+        )
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {first_line(error)}") from error
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise UserError(
+                f"--model {path}: its weights {name} are not all finite numbers; nothing can be learned from it"
+            )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
@@ -79,8 +88,15 @@ def load_model(path, tokenizer, device, local_files_only=False):
 
 
 def save_model(model, tokenizer, directory):
-    """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config."""
-    model.save_pretrained(directory)
+    """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    try:
+        model.save_pretrained(directory)
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
     tokenizer.save_pretrained(directory)
 
 

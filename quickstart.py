@@ -5,7 +5,6 @@ wants a compiled llama.cpp, is never imported.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import os
@@ -13,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from checkpoint import replace_directory
+from checkpoint import replace_directory, sha256
 from config import UserError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,9 +77,3 @@ def convert(gguf, directory):
         (unfinished / CHECKSUM).write_text(sha256(unfinished / "model.safetensors"))
 
     replace_directory(directory, write)
-
-
-def sha256(path):
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,18 @@
 """What a run tells people: the plan before it, its metrics while it goes, the summary after it."""
 
 import importlib.metadata
-import itertools
 import json
 import platform
+import sys
 import textwrap
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from config import shown
+from checkpoint import replace_file, sync
+from config import UserError, shown
 from data import micro_batches, window_at, windows_per_epoch
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -19,48 +21,105 @@ LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "
 class Log:
     """The metrics of a run: a line of `metrics.jsonl` and the same numbers for TensorBoard."""
 
-    def __init__(self, run, step=0):
-        """Open the log of a run at `step`; what an interrupted run logged beyond it, or of its end, is taken back."""
+    def __init__(self, run, step=None, lines=0):
+        """Open the log of a new run, or go on with one after `step` updates, when it had so many `lines`.
+
+        What an interrupted run logged beyond them is taken back.
+
+        Raises:
+            UserError: one of these lines is damaged.
+        """
         self.path = Path(run) / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        logged = [json.loads(line) for line in lines]
-        kept = [line["step"] <= step and not (line["kind"] == "test" and line["step"]) for line in logged]
-        self.path.write_text("".join(line + "\n" for line in itertools.compress(lines, kept)))
-        self.tensorboard = SummaryWriter(run, purge_step=step + 1 if step else None)
+        found = self.path.read_text().splitlines()[:lines] if self.path.exists() else []
+        kept = [self.parse(line, number) for number, line in enumerate(found, 1)]
+        if len(kept) < lines:
+            print(f"warning: {self.path} has lost {lines - len(kept)} of its lines", file=sys.stderr)
+        replace_file(self.path, "".join(line + "\n" for line in found))
+        write_answers(run, {"before": read_answers(run).get("before", [])})
+        self.lines = len(kept)
+        threading.excepthook = untraced
+        # After an interruption TensorBoard is made to forget from `step` on; what is kept of that it is told again.
+        self.tensorboard = SummaryWriter(run, purge_step=step)
+        for line in kept:
+            if line["step"] == step:
+                self.draw_numbers(**line)
+
+    def parse(self, line, number):
+        """A line of the metrics as a dict."""
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.path}:{number}: damaged; delete that line to go on without it") from error
 
     def write(self, kind, step, numbers):
         """Log numbers of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
+        line = {"step": step, "kind": kind, **numbers}
         with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            file.write(json.dumps(line) + "\n")
+        self.lines += 1
+        self.draw_numbers(**line)
 
     def write_answers(self, when, step, answers):
         """Keep answers given "before" or "after" training: in `answers.json`, and as text for TensorBoard."""
-        path = self.path.with_name("answers.json")
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        kept[when] = [asdict(answer) for answer in answers]
-        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
         for answer in answers:
-            self.tensorboard.add_text(f"answers/{answer.prompt}", f"**{when}:** {answer.text}", step)
+            self.draw("add_text", f"answers/{answer.prompt}", f"**{when}:** {answer.text}", step)
+        run = self.path.parent
+        write_answers(run, {**read_answers(run), when: [asdict(answer) for answer in answers]})
+
+    def draw_numbers(self, kind, step, **numbers):
+        """Give numbers to TensorBoard, under `kind/name`."""
+        for name, value in numbers.items():
+            self.draw("add_scalar", f"{kind}/{name}", value, step)
+
+    def draw(self, method, *arguments, **options):
+        """Call a method of TensorBoard's writer; should it fail, that is said once and ends no run."""
+        if self.tensorboard:
+            try:
+                getattr(self.tensorboard, method)(*arguments, **options)
+            except Exception as error:
+                self.tensorboard = None
+                print(
+                    f"warning: nothing more can be written for TensorBoard ({error}); training goes on", file=sys.stderr
+                )
+
+    def sync(self):
+        """Force to disk what has been logged, before a checkpoint that counts its lines."""
+        self.draw("flush")
+        for path in (self.path, *self.path.parent.glob("events.out.tfevents.*")):
+            if path.exists():
+                sync(path)
 
     def close(self, config=None, results=None):
         """End the log; with a `Config` and results, TensorBoard's table of hyper-parameters gets its row."""
         if config:
             settings = {name: shown(value) for name, value in asdict(config).items()}
-            self.tensorboard.add_hparams(settings, {f"hparam/{k}": v for k, v in results.items()}, run_name=".")
-        self.tensorboard.close()
+            numbers = {f"hparam/{name}": value for name, value in results.items()}
+            self.draw("add_hparams", settings, numbers, run_name=".")
+        self.draw("close")
 
 
-def write_config(run, config, data):
-    """Write `config.json`: every setting, the versions of the libraries, and what the data was."""
+def untraced(failure):
+    """`threading.excepthook` without the traceback of TensorBoard's thread, whose failure `Log.draw` hears of too."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)
+
+
+def describe(config, precision, data):
+    """What makes a run what it is, as JSON has it: every setting, the precision, what the data was, the versions."""
     described = {
         "config": asdict(config),
+        "precision": precision.name,
+        "data": {"fingerprint": data.fingerprint} | {name: len(split.examples) for name, split in data.splits.items()},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "data": {"fingerprint": data.fingerprint} | {name: len(split.examples) for name, split in data.splits.items()},
     }
-    (Path(run) / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return json.loads(json.dumps(described))
+
+
+def write_record(run, described, changes):
+    """Write a run's `config.json`: what it is, and what was changed on purpose when it went on."""
+    record = {**described, "changes": changes} if changes else described
+    replace_file(Path(run) / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def plan(config, data, model, precision, total_steps):
@@ -93,8 +152,18 @@ def plan(config, data, model, precision, total_steps):
 
 def is_finished(run):
     """Whether a run has come to its end: it has answered with its best model."""
+    return "after" in read_answers(run)
+
+
+def read_answers(run):
+    """The answers a run has given so far, in lists of dicts: "before" training and "after" it."""
     path = Path(run) / "answers.json"
-    return path.exists() and "after" in json.loads(path.read_text())
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_answers(run, answers):
+    """Write what `read_answers` reads."""
+    replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def summary(run):
@@ -108,8 +177,8 @@ def summary(run):
             for name, style in (("loss", ".4f"), ("perplexity", ".2f"), ("accuracy", ".1%")):
                 before, after = steps[0][name], steps[best_step][name]
                 lines.append(f"  {kind + ' ' + name:<18}{before:>10{style}}{after:>22{style}}")
-    answers = json.loads((Path(run) / "answers.json").read_text())
-    for before, after in zip(answers["before"], answers["after"], strict=True):
+    answers = read_answers(run)
+    for before, after in zip(answers["before"], answers["after"], strict=False):
         lines += ["", f"  > {before['prompt']}", *side_by_side(before["text"], after["text"])]
     lines += [
         "",

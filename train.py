@@ -12,63 +12,26 @@ and how the window is cut into micro-batches changes memory and speed, never the
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hub
 import report
 from chat import load_tokenizer
-from checkpoint import checkpoints, replace_directory, save_checkpoint, step_of
-from config import (
-    HELD_IN_MEMORY,
-    PRESETS,
-    Config,
-    Parser,
-    UserError,
-    flag_name,
-    recorded_settings,
-    resolve,
-    run_command,
-    shown,
-)
-from data import Data, collate, micro_batches, prepare, window_at, windows_per_epoch
+from checkpoint import Damaged, locked
+from config import PRESETS, Parser, UserError, first_line, read_record, resolve, run_command, shown, with_tuples
+from data import collate, micro_batches, prepare, window_at, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
-from model import Precision, choose_precision, load_model, save_model, supervised_logits, ties_hold, token_loss
-
-
-@dataclass
-class Run:
-    """All that a run has in hand."""
-
-    config: Config
-    precision: Precision
-    tokenizer: PreTrainedTokenizerBase
-    data: Data
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    log: report.Log | None = None
-    step: int = 0  # updates done: the whole position in training; epoch and window are arithmetic on it
-    best_step: int = 0
-    best_loss: float = math.inf
-
-    @property
-    def directory(self):
-        return Path(self.config.output_dir)
-
-    @property
-    def total_steps(self):
-        per_epoch = windows_per_epoch(len(self.data.train.examples), self.config.batch_size)
-        return self.config.max_steps or self.config.epochs * per_epoch
+from model import choose_precision, load_model, supervised_logits, ties_hold, token_loss
+from resume import check_same_run, differences, find_start
+from run import Run, ensure_best, last_checkpoint, restore, save
+from signals import Signals, Stopped
 
 
 def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro_batch_tokens, max_grad_norm):
@@ -136,122 +99,142 @@ def make_optimizer(model, weight_decay):
 
 
 def fit(run, signals):
-    """The loop: updates from `run.step` on, and what happens between them; ends early once there are `signals`."""
-    config, examples = run.config, run.data.train.examples
-    per_epoch = windows_per_epoch(len(examples), config.batch_size)
-    step_settings = {
-        "precision": run.precision,
-        "scaler": run.scaler,
-        "pad_id": run.tokenizer.pad_token_id,
-        "micro_batch_tokens": config.micro_batch_tokens,
-        "max_grad_norm": config.max_grad_norm,
-    }
+    """The loop: updates from `run.step` on, and what happens between them.
+
+    Raises:
+        Stopped: by a signal; the run is then as it was after its last whole update.
+    """
+    config, last = run.config, run.total_steps
     run.model.train()
     # disable=None: a bar only on a terminal
-    with tqdm(total=run.total_steps, initial=run.step, unit="update", disable=None) as progress:
-        while run.step < run.total_steps and not signals:
-            began = time.perf_counter()
-            window = window_at(run.step, examples, config.batch_size, config.seed)
-            lr = learning_rate(run.step, config.lr, config.warmup_steps, run.total_steps)
-            try:
-                numbers = train_step(run.model, run.optimizer, window, lr, **step_settings)
-            except FloatingPointError as error:
-                raise UserError(f"update {run.step + 1}: {error}; see {run.directory}/checkpoints") from error
-            if numbers is None:
-                continue
-            run.step += 1
-            numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - began)
-            numbers["epoch"] = run.step / per_epoch
-            progress.update()
-            progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s")
-            if run.step % config.log_every == 0:
-                run.log.write("train", run.step, numbers)
-            if run.step % config.eval_every == 0 or run.step == run.total_steps:
-                evaluate_and_keep_best(run)
-            if run.step % config.save_every == 0:
-                save(run)
+    with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
+        while True:
+            if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= last):
+                result = evaluate_split(run, "eval")  # a signal drops it, and it is made when the run goes on
+                with signals.held():
+                    note_evaluation(run, result)
+            if run.saved < run.step and (run.step % config.save_every == 0 or run.step in (run.best_step, last)):
+                with signals.held():
+                    save(run)
+            if run.step >= last:
+                return
+            with signals.held():
+                numbers = update(run)
+            if numbers:
+                progress.update()
+                progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s")
 
 
-def evaluate_and_keep_best(run):
-    """Log the loss over the eval split; the model with the lowest so far becomes the run's `best/`."""
-    result = log_evaluation(run, "eval", run.step)
+def update(run):
+    """The run's next update, logged; returns its numbers, or None where fp16 gradients overflowed.
+
+    Raises:
+        UserError: the loss or the gradient is not finite, or there is too little memory; nothing was applied.
+    """
+    began = time.perf_counter()
+    config, examples = run.config, run.data.train.examples
+    window = window_at(run.step, examples, config.batch_size, config.seed)
+    try:
+        with memory_explained(run, window):
+            numbers = train_step(
+                run.model,
+                run.optimizer,
+                window,
+                learning_rate(run.step, config.lr, config.warmup_steps, run.total_steps),
+                precision=run.precision,
+                scaler=run.scaler,
+                pad_id=run.tokenizer.pad_token_id,
+                micro_batch_tokens=config.micro_batch_tokens,
+                max_grad_norm=config.max_grad_norm,
+            )
+    except FloatingPointError as error:
+        losses = "\n".join(losses_of(run, window))
+        raise UserError(f"update {run.step + 1}: {error}; {last_checkpoint(run)}; its window:\n{losses}") from error
+    if numbers is None:
+        run.overflows += 1
+        return None
+    run.step += 1
+    if run.scaler.is_enabled():
+        numbers["overflows"] = run.overflows
+    numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - began)
+    numbers["epoch"] = run.step / windows_per_epoch(len(examples), config.batch_size)
+    if run.step % config.log_every == 0:
+        run.log.write("train", run.step, numbers)
+    return numbers
+
+
+def losses_of(run, window, most=10):
+    """The conversations of a window with the loss of each, a line each: those that are not finite, then the highest."""
+    losses = [(evaluate_examples(run, [example]).loss, example.place) for example in window]
+    losses.sort(key=lambda loss: (math.isfinite(loss[0]), -loss[0]))
+    yield from (f"loss {loss:.4f}   {place}" for loss, place in losses[:most])
+    if losses[most:]:
+        yield f"and {len(losses) - most} more, with losses up to {losses[most][0]:.4f}"
+
+
+@contextlib.contextmanager
+def memory_explained(run, examples):
+    """Say what did not fit, and what to turn, where memory runs out over some examples."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not told:
+            raise
+        largest = micro_batches(examples, run.config.micro_batch_tokens)[0]
+        rows, longest = len(largest), len(largest[0].input_ids)
+        turn = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
+        if rows > 1:
+            turn = f"a --micro-batch-tokens below {rows * longest} (now {run.config.micro_batch_tokens})"
+        what = f"out of memory in a micro-batch of {rows} x {longest} tokens (conversations x longest)"
+        raise UserError(f"after update {run.step}: {what}: use {turn}; {last_checkpoint(run)}") from error
+
+
+def evaluate_examples(run, examples):
+    """The `Evaluation` of the run's model over examples."""
+    with memory_explained(run, examples):
+        tokens = run.config.micro_batch_tokens
+        return evaluate(run.model, examples, run.tokenizer.pad_token_id, run.precision, tokens)
+
+
+def evaluate_split(run, split):
+    """The `Evaluation` of the run's model over its "eval" or "test" split."""
+    return evaluate_examples(run, getattr(run.data, split).examples)
+
+
+def note_evaluation(run, result):
+    """Log an evaluation of the eval split; the model with the lowest loss so far is the best."""
+    run.log.write("eval", run.step, result.report())
+    run.evaluated = run.step
     is_best = result.loss < run.best_loss
     tqdm.write(f"  update {run.step:>5}   eval loss {result.loss:.4f}{'   best so far' if is_best else ''}")
     if is_best:
         run.best_step, run.best_loss = run.step, result.loss
-        replace_directory(run.directory / "best", lambda path: save_model(run.model, run.tokenizer, path))
 
 
-def log_evaluation(run, split, step):
-    """Evaluate the run's model over its "eval" or "test" split and log that under `step`."""
-    examples, tokens = getattr(run.data, split).examples, run.config.micro_batch_tokens
-    result = evaluate(run.model, examples, run.tokenizer.pad_token_id, run.precision, tokens)
-    run.log.write(split, step, result.report())
-    return result
-
-
-def examine(run, when, step):
+def examine(run, when, step, signals):
     """Log what a model can do "before" or "after" training: its loss over the test split, and its answers."""
-    if run.data.test.examples:
-        log_evaluation(run, "test", step)
+    tested = evaluate_split(run, "test") if run.data.test.examples else None
     answers = [answer(run.model, run.tokenizer, prompt, run.config.seed) for prompt in VIBE_PROMPTS]
-    run.log.write_answers(when, step, answers)
+    with signals.held():
+        if tested:
+            run.log.write("test", step, tested.report())
+        run.log.write_answers(when, step, answers)
 
 
-def save(run):
-    """Write a checkpoint: a model directory, and all else that resuming needs in a `training.pt` beside the weights."""
+def set_up(config, start=None, allow_changes=False):
+    """A `Run` ready to go, from the `Start` of one that was interrupted; nothing is written yet.
 
-    def write(directory):
-        save_model(run.model, run.tokenizer, directory)
-        state = {
-            "step": run.step,
-            "best_step": run.best_step,
-            "best_loss": run.best_loss,
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all(),
-        }
-        torch.save(state, directory / "training.pt")
-
-    save_checkpoint(run.directory, run.step, write, run.config.keep)
-
-
-def restore(run, checkpoint):
-    """Take up what `save` wrote, but for the weights, which the model was loaded with."""
-    state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-    run.step, run.best_step, run.best_loss = state["step"], state["best_step"], state["best_loss"]
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if len(state["random_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """A list in which SIGINT and SIGTERM are noted, so that the update under way ends well; a second one kills."""
-    noted = []
-
-    def note(number, _frame):
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("stopping after what is under way; once more to leave at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def set_up(config, checkpoint):
-    """A `Run` ready to go: everything loaded, from the checkpoint where there is one; nothing written yet."""
+    Raises:
+        UserError: something cannot be loaded, or it would be another run and changes are not allowed.
+    """
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(config.model)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
     data = prepare(config, tokenizer)
+    now = report.describe(config, precision, data)
+    changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
+    checkpoint = start.path if start else None
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -260,104 +243,132 @@ def set_up(config, checkpoint):
     torch.manual_seed(config.seed)
     if checkpoint:
         restore(run, checkpoint)
+    if changed:
+        run.changes.append({"step": run.step, "changed": changed})
     return run
 
 
-def train(config, checkpoint=None, dry_run=False):
-    """A whole run, from settings to summary; with a checkpoint, the rest of one. Returns the exit status."""
+def train(run, signals, resumed):
+    """Train in the run's directory, which is locked. Returns the exit status."""
     began = time.perf_counter()
-    run = set_up(config, checkpoint)
-    print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
-    if dry_run:
-        return 0
-    with signals_noted() as signals:
-        if not checkpoint:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            report.write_config(run.directory, config, run.data)
-        run.log = report.Log(run.directory, run.step)
-        if not checkpoint:
-            log_evaluation(run, "eval", 0)
-            examine(run, "before", 0)
+    report.write_record(run.directory, run.described, run.changes)
+    run.log = report.Log(run.directory, run.step if resumed else None, run.log_lines)
+    try:
+        if run.best_step:
+            ensure_best(run)
+        if run.step == 0:
+            before = evaluate_split(run, "eval")
+            with signals.held():
+                run.log.write("eval", 0, before.report())
+            examine(run, "before", 0, signals)
         fit(run, signals)
-        stopped_by = signals[0] if signals else 0
-        if stopped_by and run.step not in map(step_of, checkpoints(run.directory)):
+        finish(run, signals)
+    except Stopped as stop:
+        if run.saved < run.step:
             save(run)
-    if stopped_by:
         run.log.close()
         print(f"stopped after update {run.step}; to go on: python train.py --resume {run.directory}", file=sys.stderr)
-        return 128 + stopped_by
-    finish(run)
-    print(f"\n{run.total_steps} updates, {time.perf_counter() - began:.0f} s\n\n{report.summary(run.directory)}")
+        return 128 + stop.number
+    except (OSError, Damaged) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{run.directory}, after update {run.step}: {why}; {last_checkpoint(run)}") from error
+    seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
+    print(f"\n{run.total_steps} updates, {seconds}\n\n{report.summary(run.directory)}")
     return 0
 
 
-def finish(run):
+def finish(run, signals):
     """Judge the best model as it is on disk, not the last one in memory: its test loss and its answers."""
+    ensure_best(run)
     run.optimizer = run.model = None  # room for it
     run.model = load_model(run.directory / "best", run.tokenizer, run.precision.device)
     if not ties_hold(run.model):
         raise UserError(f"{run.directory}/best: its output head came back untied from its embeddings")
-    examine(run, "after", run.best_step)
+    examine(run, "after", run.best_step, signals)
     run.log.close(run.config, {"best_eval_loss": run.best_loss})
 
 
-def new_run(config):
-    """The `Config` with its run directory: the one asked for, or `runs/<preset or dataset>-<time>`.
+def new_directory(config):
+    """The directory of a new run: the one asked for, or `runs/<preset or dataset>-<time>`.
 
     Raises:
         UserError: it already holds a run, or cannot be written.
     """
     name = config.preset if config.dataset == PRESETS[config.preset]["dataset"] else Path(config.dataset[0]).stem
     directory = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (directory / "config.json").exists():
-        raise UserError(f"--output-dir {directory}: it holds a run already; --resume {directory}, or name another")
+    check_no_run(directory)
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         raise UserError(f"--output-dir {directory}: cannot write to {existing} ({error.strerror})") from error
-    return dataclasses.replace(config, output_dir=str(directory))
+    return directory
 
 
-def resumed_run(directory, named):
-    """The `Config` and the newest checkpoint of a run to go on with; only what holds things in memory may change.
+def check_no_run(directory):
+    """Raise `UserError` where a directory holds a run."""
+    if (directory / "config.json").exists():
+        raise UserError(f"--output-dir {directory}: it holds a run already; --resume {directory}, or name another")
 
-    Raises:
-        UserError: there is no checkpoint, or a setting was named that would make it another run.
-    """
+
+def begin(named, dry_run, signals):
+    """A new run. Returns the exit status."""
+    preset, why = hub.choose_preset(named)
+    config = resolve(named, preset)
+    directory = new_directory(config)
+    config = dataclasses.replace(config, output_dir=str(directory))
+    print(f"preset {preset} ({why}): {config.model} on {shown(config.dataset)}, into {directory}")
+    run = set_up(config)
+    print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
+    if dry_run:
+        return 0
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        check_no_run(directory)  # which another process may have begun by now
+        return train(run, signals, resumed=False)
+
+
+def go_on(directory, named, allow_changes, dry_run, signals):
+    """The rest of a run. Returns the exit status."""
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run there")
-    recorded = recorded_settings(directory)
-    changed = [name for name, value in named.items() if name not in HELD_IN_MEMORY and value != recorded[name]]
-    if changed:
-        flags = ", ".join(f"{flag_name(name)} {shown(recorded[name])} -> {shown(named[name])}" for name in changed)
-        raise UserError(f"--resume {directory}: {flags} would make it another run; leave that out, or start anew")
-    newest = max(checkpoints(directory), key=step_of, default=None)
-    if newest is None and not report.is_finished(directory):
-        raise UserError(f"--resume {directory}: it has no checkpoint yet; remove it and start anew")
-    config = resolve({**recorded, **named, "output_dir": str(directory)}, recorded["preset"])
-    return config, newest
+    record = read_record(directory)
+    settings = with_tuples({**record["config"], **named, "output_dir": str(directory)})
+    config = resolve(settings, settings["preset"])
+    if report.is_finished(directory) and not differences(record, {**record, "config": dataclasses.asdict(config)}):
+        print(f"{directory} is finished already\n\n{report.summary(directory)}")
+        return 0
+    with locked(directory):
+        start = find_start(directory, record)
+        print(
+            f"resuming {directory} from {start.path.name if start.path else 'its beginning: it has no checkpoint yet'}"
+        )
+        run = set_up(config, start, allow_changes)
+        run.changes = record.get("changes", []) + run.changes
+        print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
+        return 0 if dry_run else train(run, signals, resumed=True)
 
 
 def main(argv):
-    """`python train.py [flags]`; exit status 0 done, 1 error, 130 or 143 stopped by a signal after saving."""
+    """`python train.py [flags]`; exit status 0 done, 1 error, 128 + N stopped by signal N after saving."""
     parser = Parser(prog="train.py", description="Fine-tune a causal language model on conversations.")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run directory from its newest checkpoint")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run directory from its newest whole checkpoint")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="with --resume: go on though it will be another run than before"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     parser.add_config_flags()
     named, options = parser.parse(argv)
     hub.quiet_libraries()
-    if options["resume"]:
-        config, checkpoint = resumed_run(Path(options["resume"]), named)
-        if report.is_finished(config.output_dir):
-            print(f"{config.output_dir} is finished already\n\n{report.summary(config.output_dir)}")
-            return 0
-        print(f"resuming {config.output_dir} from {checkpoint.name}")
-    else:
-        preset, why = hub.choose_preset(named)
-        config, checkpoint = new_run(resolve(named, preset)), None
-        print(f"preset {preset} ({why}): {config.model} on {shown(config.dataset)}, into {config.output_dir}")
-    return train(config, checkpoint, options["dry_run"])
+    with Signals() as signals:
+        try:
+            if options["resume"]:
+                directory = Path(options["resume"])
+                return go_on(directory, named, options["allow_changes"], options["dry_run"], signals)
+            return begin(named, options["dry_run"], signals)
+        except Stopped as stop:
+            print("stopped before training began", file=sys.stderr)
+            return 128 + stop.number
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """A directory is complete or absent, and the newest checkpoints are kept."""
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from checkpoint import checkpoints, replace_directory, save_checkpoint
+import checkpoint
+from checkpoint import Damaged, checkpoints, replace_directory, save_checkpoint, step_of, verify
 
 
 def writer(text):
@@ -29,7 +34,77 @@ def test_a_failed_write_leaves_the_old_one_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
+def save(run, step, best_step, newest=2, also=None):
+    save_checkpoint(run, {"step": step, "best_step": best_step}, writer(str(step)), newest, also)
+    return [step_of(path) for path in checkpoints(run)]
+
+
 def test_the_newest_checkpoints_are_kept_by_number_not_by_name(tmp_path):
     for step in (8, 9, 10, 100):
-        save_checkpoint(tmp_path, step, writer(str(step)), keep=3)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-9", "step-10", "step-100"]
+        kept = save(tmp_path, step, best_step=step, newest=3)
+    assert kept == [9, 10, 100]
+
+
+def test_the_best_of_every_kept_checkpoint_and_the_one_resumed_from_are_kept(tmp_path):
+    assert save(tmp_path, 1, best_step=1) == [1]
+    assert save(tmp_path, 2, best_step=1) == [1, 2]
+    assert save(tmp_path, 3, best_step=1) == [1, 2, 3]
+    assert save(tmp_path, 4, best_step=4) == [1, 3, 4]  # 3 says that 1 was the best
+    assert save(tmp_path, 5, best_step=4) == [4, 5]
+    assert save(tmp_path, 6, best_step=6, also=4) == [4, 5, 6]
+    assert save(tmp_path, 7, best_step=6, also=4) == [4, 6, 7]
+
+
+def test_nothing_is_removed_before_the_new_one_verifies(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, best_step=step)
+
+    def damage(path):
+        (path / "file").write_text("x")
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", damage)
+    with pytest.raises(Damaged, match="another SHA-256"):
+        save(tmp_path, 3, best_step=3)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [1, 2, 3]
+
+
+def test_other_directories_are_no_checkpoints(tmp_path):
+    save(tmp_path, 1, best_step=1)
+    (tmp_path / "checkpoints" / "step-old").mkdir()
+    (tmp_path / "checkpoints" / ".step-2.unfinished-x").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1"]
+
+
+def test_a_reader_never_meets_a_part_of_a_directory(tmp_path):
+    """While a directory is replaced 200 times, a thread reads it by its name: there always, and always whole."""
+    path, done = tmp_path / "best", threading.Event()
+
+    def write(text):
+        def files(directory):
+            for name in ("a", "b", "c"):
+                (directory / name).write_text(text)
+
+        return files
+
+    def read():
+        for times in itertools.count():
+            if done.is_set():
+                return times
+            assert all((path / name).read_text().isdigit() for name in ("a", "b", "c"))
+
+    replace_directory(path, write("0"))
+    with ThreadPoolExecutor() as threads:
+        reader = threads.submit(read)
+        for number in range(200):
+            replace_directory(path, write(str(number)))
+        done.set()
+        assert reader.result() > 100
+
+
+def test_where_directories_cannot_be_exchanged_two_renames_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "exchange", lambda *_: False)
+    for text in ("old", "new"):
+        replace_directory(tmp_path / "best", writer(text))
+    assert (tmp_path / "best" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -18,7 +18,7 @@ TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --supervise --eval-fraction --test-fraction --epochs --max-steps
 --batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --micro-batch-tokens
---gradient-checkpointing --output-dir --log-every --eval-every --save-every --keep --resume --dry-run
+--gradient-checkpointing --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
 """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
@@ -39,7 +39,7 @@ def test_the_command_line_is_frozen(command, flags, capsys):
         command.main(["--help"])
     assert left.value.code == 0
     shown = {
-        word.strip("[],") for word in capsys.readouterr().out.split("options:")[1].split() if word.startswith("--")
+        word.strip("[],:") for word in capsys.readouterr().out.split("options:")[1].split() if word.startswith("--")
     }
     assert shown - {"--help", "--no-gradient-checkpointing"} == set(flags.split())
 
