@@ -1,13 +1,16 @@
 VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test faults lint
 
 quickstart: $(VENV)/quickstart.installed
 	$(PYTHON) train.py --preset quickstart --epochs 2 --lr 2e-4
 
 test: $(VENV)/dev.installed
 	$(PYTHON) -m pytest
+
+faults: $(VENV)/dev.installed
+	$(PYTHON) -m pytest tests/faults -m "slow or not slow"
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

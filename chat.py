@@ -37,7 +37,6 @@ class Example(NamedTuple):
 
     input_ids: torch.Tensor  # (T,) int64
     labels: torch.Tensor  # (T,) int64
-    place: str = ""  # where the conversation was read: file and line
 
     @property
     def supervised_tokens(self):

@@ -135,7 +135,7 @@ def read_manifest(directory):
         raise Damaged(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from error
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         content, expected = None, None
     if digest_of(content) != expected:
         raise Damaged(f"{MANIFEST} is not what was written")

@@ -58,7 +58,8 @@ class Examples(Sequence):
     """The `Example`s of some rows of a corpus, read from disk when asked for."""
 
     def __init__(self, rows, numbers):
-        self.rows, self.numbers = rows.select_columns(["input_ids", "labels", "place"]), numbers
+        self.rows, self.numbers = rows.select_columns(["input_ids", "labels"]), numbers
+        self.read_at = rows.select_columns(["place"])
 
     def __len__(self):
         return len(self.numbers)
@@ -67,7 +68,11 @@ class Examples(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[self.numbers[index]]
-        return Example(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), row["place"])
+        return Example(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
+
+    def place(self, index):
+        """Where the conversation of an example was read: file and line."""
+        return self.read_at[self.numbers[index]]["place"]
 
 
 def load_corpus(sources, config, tokenizer):

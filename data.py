@@ -236,13 +236,18 @@ def windows_per_epoch(n, batch_size):
 
 
 def window_at(step, examples, batch_size, seed):
-    """The window that update `step` (from 0) sees: a list of at most `batch_size` examples.
+    """The window that update `step` (from 0) sees: a list of at most `batch_size` examples."""
+    return [examples[index] for index in window_indices(step, len(examples), batch_size, seed)]
+
+
+def window_indices(step, n, batch_size, seed):
+    """Which of `n` examples are the window of update `step` (from 0).
 
     An epoch's order is `torch.randperm(n)` under a generator seeded with seed + epoch, which is `Trainer`'s too.
     """
-    epoch, position = divmod(step, windows_per_epoch(len(examples), batch_size))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return [examples[row] for row in order[position * batch_size : (position + 1) * batch_size]]
+    epoch, position = divmod(step, windows_per_epoch(n, batch_size))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return order[position * batch_size : (position + 1) * batch_size]
 
 
 def micro_batches(examples, token_budget):

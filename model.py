@@ -73,9 +73,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
         raise UserError(f"--model {path}: {first_line(error)}") from error
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
-            raise UserError(
-                f"--model {path}: its weights {name} are not all finite numbers; nothing can be learned from it"
-            )
+            raise UserError(f"--model {path}: its weights {name} are not all finite numbers")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
@@ -85,6 +83,14 @@ def load_model(path, tokenizer, device, local_files_only=False):
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     check_logits(model, path)
     return model.to(device)
+
+
+def checkpoint_activations(model):
+    """Let a model recompute its activations in the backward pass instead of keeping them."""
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )  # before 5.2x
+    enable({"use_reentrant": False})
 
 
 def save_model(model, tokenizer, directory):

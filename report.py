@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 import textwrap
@@ -175,7 +176,8 @@ def summary(run):
     for kind, steps in by_step.items():
         if steps:
             for name, style in (("loss", ".4f"), ("perplexity", ".2f"), ("accuracy", ".1%")):
-                before, after = steps[0][name], steps[best_step][name]
+                # what was lost of a log is no number
+                before, after = (steps.get(step, {}).get(name, math.nan) for step in (0, best_step))
                 lines.append(f"  {kind + ' ' + name:<18}{before:>10{style}}{after:>22{style}}")
     answers = read_answers(run)
     for before, after in zip(answers["before"], answers["after"], strict=False):

@@ -132,6 +132,6 @@ def ensure_best(run):
     publish_best(run)
 
 
-def last_checkpoint(run):
-    """Where an error leaves a run."""
-    return f"to go on from {checkpoint_at(run.directory, run.saved)}: --resume" if run.saved else "no checkpoint yet"
+def way_on(run):
+    """What somebody can do whose run an error has ended."""
+    return f"--resume {run.directory} goes on after update {run.saved}" if run.saved else "there is no checkpoint yet"

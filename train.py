@@ -26,11 +26,11 @@ import report
 from chat import load_tokenizer
 from checkpoint import Damaged, locked
 from config import PRESETS, Parser, UserError, first_line, read_record, resolve, run_command, shown, with_tuples
-from data import collate, micro_batches, prepare, window_at, windows_per_epoch
+from data import collate, micro_batches, prepare, window_at, window_indices, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
-from model import choose_precision, load_model, supervised_logits, ties_hold, token_loss
+from model import checkpoint_activations, choose_precision, load_model, supervised_logits, ties_hold, token_loss
 from resume import check_same_run, differences, find_start
-from run import Run, ensure_best, last_checkpoint, restore, save
+from run import Run, ensure_best, restore, save, way_on
 from signals import Signals, Stopped
 
 
@@ -148,8 +148,8 @@ def update(run):
                 max_grad_norm=config.max_grad_norm,
             )
     except FloatingPointError as error:
-        losses = "\n".join(losses_of(run, window))
-        raise UserError(f"update {run.step + 1}: {error}; {last_checkpoint(run)}; its window:\n{losses}") from error
+        losses = "\n".join(losses_of_window(run))
+        raise UserError(f"update {run.step + 1}: {error}; {way_on(run)}; its window:\n{losses}") from error
     if numbers is None:
         run.overflows += 1
         return None
@@ -163,9 +163,11 @@ def update(run):
     return numbers
 
 
-def losses_of(run, window, most=10):
-    """The conversations of a window with the loss of each, a line each: those that are not finite, then the highest."""
-    losses = [(evaluate_examples(run, [example]).loss, example.place) for example in window]
+def losses_of_window(run, most=10):
+    """The conversations of the next window with the loss of each, a line each: what is not finite, then the highest."""
+    examples = run.data.train.examples
+    indices = window_indices(run.step, len(examples), run.config.batch_size, run.config.seed)
+    losses = [(evaluate_examples(run, [examples[index]]).loss, examples.place(index)) for index in indices]
     losses.sort(key=lambda loss: (math.isfinite(loss[0]), -loss[0]))
     yield from (f"loss {loss:.4f}   {place}" for loss, place in losses[:most])
     if losses[most:]:
@@ -187,7 +189,7 @@ def memory_explained(run, examples):
         if rows > 1:
             turn = f"a --micro-batch-tokens below {rows * longest} (now {run.config.micro_batch_tokens})"
         what = f"out of memory in a micro-batch of {rows} x {longest} tokens (conversations x longest)"
-        raise UserError(f"after update {run.step}: {what}: use {turn}; {last_checkpoint(run)}") from error
+        raise UserError(f"after update {run.step}: {what}: use {turn}; {way_on(run)}") from error
 
 
 def evaluate_examples(run, examples):
@@ -237,7 +239,7 @@ def set_up(config, start=None, allow_changes=False):
     checkpoint = start.path if start else None
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler())
     torch.manual_seed(config.seed)
@@ -271,7 +273,7 @@ def train(run, signals, resumed):
         return 128 + stop.number
     except (OSError, Damaged) as error:
         why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{run.directory}, after update {run.step}: {why}; {last_checkpoint(run)}") from error
+        raise UserError(f"{run.directory}, after update {run.step}: {why}; {way_on(run)}") from error
     seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
     print(f"\n{run.total_steps} updates, {seconds}\n\n{report.summary(run.directory)}")
     return 0

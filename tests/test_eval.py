@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_llama
 
 import eval as eval_command
 from config import UserError
 from eval import Evaluation, answer, evaluate, read_prompts
 from model import Precision
+from tests.conftest import tiny_llama
 
 FP32 = Precision("fp32", torch.device("cpu"))
 

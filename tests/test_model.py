@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from chat import IGNORE, encode, load_tokenizer
 from config import UserError
 from data import collate
 from model import check_logits, choose_precision, load_model, save_model, supervised_logits, ties_hold, token_loss
+from tests.conftest import byte_tokenizer, tiny_llama
 
 
 def test_the_loss_is_the_models_own(tiny_model, ragged_window):

@@ -1,7 +1,6 @@
 """Models' own chat templates: masked right and safe from forgery, or refused."""
 
 import pytest
-from conftest import byte_tokenizer, tiny_llama
 from test_data import say
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +9,7 @@ from trl import chat_template_utils as templates_of
 import hub
 from chat import CHATML, IGNORE, encode, encode_prompt, load_tokenizer
 from config import QUICKSTART_MODEL, UserError
+from tests.conftest import byte_tokenizer, tiny_llama
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
 from transformers import get_cosine_schedule_with_warmup
 
 from chat import Example
 from data import collate, micro_batches
-from model import Precision
+from model import Precision, checkpoint_activations
+from tests.conftest import tiny_llama
 from train import learning_rate, make_optimizer, train_step
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_a_conversation_with_nothing_supervised_changes_nothing(ragged_window):
 def test_gradient_checkpointing_changes_nothing(ragged_window):
     model = tiny_llama(259).double().train()
     _, expected = update(model, ragged_window, budget=100)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     _, weights = update(model, ragged_window, budget=100)
     assert (weights - expected).abs().max() <= 1e-12
 

@@ -10,7 +10,6 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset
 from test_data import quickstart_conversations
 from torch.utils.data import SequentialSampler
@@ -38,6 +37,7 @@ from data import collate
 from eval import evaluate
 from model import Precision, load_model, supervised_logits, token_loss
 from tests import parity, reference
+from tests.conftest import tiny_llama
 
 OUR_NAMES = {
     "num_train_epochs": "epochs",

@@ -1,0 +1,74 @@
+"""A small run that never stopped, and the means to start others like it."""
+
+import json
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Life, lines, steps_saved
+from tests.faults.inject import kill, on_call
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory):
+    """A file of 40 small conversations."""
+    path = tmp_path_factory.mktemp("faults") / "chats.jsonl"
+    with open(path, "w") as file:
+        for number in range(40):
+            words = " ".join(map(str, range(number % 7 + 1)))
+            messages = [{"role": "user", "content": f"Count to {number}"}, {"role": "assistant", "content": words}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_model_dir, conversations):
+    """Ten updates: two epochs of 30 conversations in windows of 7, the last of 2; checkpoints after 3, 6, 9 and 10, and
+    wherever the model was the best so far."""
+    settings = {"preset": "quickstart", "model": tiny_model_dir, "dataset": conversations, "eval-fraction": 0.2}
+    settings |= {"test-fraction": 0.05, "batch-size": 7, "warmup-steps": 2, "lr": 1e-2, "seed": 3, "dtype": "fp32"}
+    settings |= {"micro-batch-tokens": 200, "eval-every": 4, "save-every": 3, "log-every": 2}
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def unbroken(flags, tmp_path_factory):
+    """The run of these flags that nothing happened to."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    assert Life([*flags, "--output-dir", run], run.parent).wait() == 0
+    assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10]
+    return run
+
+
+@pytest.fixture(scope="session")
+def killed(flags, tmp_path_factory):
+    """A run of these flags, killed after seven updates; its checkpoints are those of 4, the best, and 6."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    life = Life([*flags, "--output-dir", run], run.parent, [partial(on_call, "train.update", 8, kill)])
+    assert life.wait() == 128 + signal.SIGKILL
+    assert steps_saved(run) == [4, 6]
+    return run
+
+
+@pytest.fixture
+def interrupted(killed, tmp_path):
+    """A copy of the killed run, for a test of its own."""
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+@pytest.fixture
+def live(tmp_path):
+    """Start a life of `train.py`; `live(flags, fault, …)`. Whatever still lives at the end is killed."""
+    lives = []
+
+    def start(argv, *faults):
+        lives.append(Life(argv, tmp_path, faults))
+        return lives[-1]
+
+    yield start
+    for life in lives:
+        life.process.kill()
+        life.process.join()

@@ -1,0 +1,117 @@
+"""Lives of `train.py` that can be killed: real processes, forked from one that has imported everything, so that a life
+takes a second or two; and how two runs are compared."""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as train_command
+from checkpoint import checkpoints, step_of
+from config import run_command
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.faults.harness"])
+TIMINGS = ("tokens_per_second",)
+
+
+def program(argv, output, faults):
+    """`python train.py` with its output in a directory, and some faults that are prepared before it starts."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    for fault in faults:
+        fault()
+    sys.argv = ["train.py", *argv]
+    run_command(train_command.main)
+
+
+class Life:
+    """One process of `train.py`, from its start to whatever end."""
+
+    def __init__(self, argv, output, faults=()):
+        self.output = Path(output)
+        for name in ("stdout", "stderr"):
+            (self.output / name).write_text("")
+        self.process = CONTEXT.Process(target=program, args=(list(map(str, argv)), str(output), faults))
+        self.process.start()
+
+    def wait(self, seconds=120):
+        """Wait for the end; returns the exit status, that of a signal as a shell says it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "it does not end"
+        return 128 - self.process.exitcode if self.process.exitcode < 0 else self.process.exitcode
+
+    def kill(self):
+        """Kill it as nothing can prevent."""
+        self.process.kill()
+        return self.wait()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, condition, seconds=60):
+        """Wait until a condition holds or the process has ended; whether it holds."""
+        end = time.monotonic() + seconds
+        while not (held := condition()) and self.process.is_alive() and time.monotonic() < end:
+            pass
+        return held
+
+    @property
+    def said(self):
+        """What it printed."""
+        return (self.output / "stdout").read_text()
+
+    @property
+    def complained(self):
+        """What it printed on stderr."""
+        return (self.output / "stderr").read_text()
+
+
+def lines(run, kind=None):
+    """A run's metrics, without the timings."""
+    logged = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in TIMINGS}
+        for line in logged
+        if kind in (None, line["kind"])
+    ]
+
+
+def assert_same(run, unbroken):
+    """Assert that a run ended as another did: metrics, curves, answers, weights and optimizer, to the last bit."""
+    run, unbroken = Path(run), Path(unbroken)
+    assert lines(run) == lines(unbroken)
+    assert curves(run) == curves(unbroken)
+    assert (run / "answers.json").read_bytes() == (unbroken / "answers.json").read_bytes()
+    assert (run / "best/model.safetensors").read_bytes() == (unbroken / "best/model.safetensors").read_bytes()
+    ours, theirs = (checkpoints(directory)[-1] for directory in (run, unbroken))
+    assert ours.name == theirs.name
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    states = [torch.load(path / "training.pt", weights_only=True) for path in (ours, theirs)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert not [path for path in run.rglob(".*") if path.name not in (".lock", ".owner")]
+
+
+def steps_saved(run):
+    """The steps of a run's checkpoints, and a check that nothing unfinished lies beside them."""
+    assert not [path for path in Path(run).rglob("*.unfinished-*")]
+    return [step_of(path) for path in checkpoints(run)]
+
+
+def curves(run):
+    """What TensorBoard draws: of each curve the steps, which never go back, with their values."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    drawn = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith(("train/", "eval/", "test/")) and not tag.endswith(TIMINGS):
+            points = [(event.step, event.value) for event in events.Scalars(tag)]
+            assert [step for step, _ in points] == sorted({step for step, _ in points}), f"{tag} has a fold: {points}"
+            drawn[tag] = points
+    return drawn

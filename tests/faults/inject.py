@@ -1,0 +1,148 @@
+"""Faults that are prepared in a process of `train.py` before it starts. They are plain calls, so that they can be sent
+there: `partial(on_call, "train.update", 3, kill)` kills the process as it begins its third update."""
+
+import ctypes
+import errno
+import importlib
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+
+def on_call(name, number, do, *_):
+    """At the `number`th call of a function, named "module.function" or "module.Class.function", `do()` first, with the
+    function's arguments. It may itself be prepared by another call, whose arguments do not matter."""
+    owner, function = name.rsplit(".", 1)
+    try:
+        owner = importlib.import_module(owner)
+    except ModuleNotFoundError:
+        module, kind = owner.rsplit(".", 1)
+        owner = getattr(importlib.import_module(module), kind)
+    real, calls = getattr(owner, function), itertools.count(1)
+
+    def faulty(*arguments, **options):
+        if next(calls) == number:
+            do(*arguments, **options)
+        return real(*arguments, **options)
+
+    setattr(owner, function, faulty)
+
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send(number, *_, **__):
+    os.kill(os.getpid(), number)
+
+
+def send_and_hang(number, *_, **__):
+    """What is under way when a signal comes does not end."""
+    os.kill(os.getpid(), number)
+    time.sleep(600)
+
+
+def hang(*_, **__):
+    time.sleep(600)
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill_disk(directory, left, *_, **__):
+    """Write a file that leaves so many bytes of a disk."""
+    disk = os.statvfs(directory)
+    with open(Path(directory) / "filling", "wb") as file:
+        file.write(bytes(disk.f_bavail * disk.f_frsize - left))
+
+
+def spoil_weights(value, run):
+    """Put a number that is none into the weights."""
+    with torch.no_grad():
+        run.model.model.layers[0].mlp.up_proj.weight[0, 0] = value
+
+
+def spoil_gradient(run):
+    """Let the loss be finite and its gradient not."""
+    run.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+
+
+def shift_the_order():
+    """A loop that takes the wrong window: the one of the update before."""
+    train = importlib.import_module("train")
+    real = train.window_at
+    train.window_at = lambda step, *rest: real(step - 1, *rest)
+
+
+def forget(name):
+    """A `restore` that does not take up the optimizer, or the random state, or …"""
+    run = importlib.import_module("run")
+    real = torch.load
+
+    def load(path, **options):
+        state = real(path, **options)
+        state[name] = {"optimizer": {}, "scaler": {}, "random": torch.get_rng_state()}[name]
+        return state
+
+    run.torch.load = load
+
+
+def fewer_bits_of_scale(bits):
+    """An fp16 scale that overflows at first, and grows so often that it will again."""
+    model = importlib.import_module("model")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**bits, growth_interval=2)
+    model.Precision.grad_scaler = lambda _: scaler
+
+
+def kill_at_system_call(number, count_file=None):
+    """Die at the `number`th call that changes the disk since the second checkpoint began; or only count these calls."""
+    run, calls = importlib.import_module("run"), itertools.count(1)
+    saves = itertools.count(1)
+    real_save = run.save_checkpoint
+    counting = []
+
+    def save_checkpoint(*arguments):
+        counting[:] = [next(saves)]
+        real_save(*arguments)
+
+    def counted(real):
+        def call(*arguments, **options):
+            if counting == [2]:
+                current = next(calls)
+                if count_file:
+                    Path(count_file).write_text(str(current))
+                elif current == number:
+                    kill()
+            return real(*arguments, **options)
+
+        return call
+
+    run.save_checkpoint = save_checkpoint
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
+        setattr(os, name, counted(getattr(os, name)))
+    checkpoint = importlib.import_module("checkpoint")
+    checkpoint.exchange = counted(checkpoint.exchange)
+
+
+def ask_for_too_much(*_, **__):
+    """Ask for more memory than there is in any machine."""
+    torch.empty(2**50)
+
+
+def give_memory_back():
+    """Let what is freed go back to the system, so that it has to be asked for again."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
+    ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)
+
+
+def little_memory(megabytes, *_, **__):
+    """Let the process have only so much more address space than it has."""
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)

@@ -1,0 +1,103 @@
+"""A run goes on as itself, or as another on purpose."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoint import MANIFEST, seal
+from tests.faults.harness import assert_same, lines, steps_saved
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--lr", "0.02", "--lr 0.01 -> 0.02"),
+        ("--seed", "4", "--seed 3 -> 4"),
+        ("--batch-size", "6", "--batch-size 7 -> 6"),
+        ("--epochs", "3", "--epochs 2 -> 3"),
+        ("--weight-decay", "0", "--weight-decay 0.1 -> 0.0"),
+        ("--dtype", "bf16", "--dtype fp32 -> bf16"),
+        ("--max-length", "50", "--max-length 0 -> 50"),
+        ("--eval-every", "5", "--eval-every 4 -> 5"),
+    ],
+)
+def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, said):
+    life = live(["--resume", interrupted, flag, value])
+    assert life.wait() == 1
+    first, second, *_ = life.complained.splitlines()
+    assert first == (
+        f"error: --resume {interrupted}: it would be another run; leave that out, or change it on purpose: "
+        "--allow-changes"
+    )
+    assert second.strip() == said
+    assert steps_saved(interrupted) == [4, 6]
+
+
+def test_a_setting_changed_on_purpose_is_printed_applied_and_recorded(interrupted, unbroken, live):
+    changes = ["--lr", "0.02", "--weight-decay", "0.0"]
+    life = live(["--resume", interrupted, *changes, "--allow-changes"])
+    assert life.wait() == 0, life.complained
+    said = ["--lr 0.01 -> 0.02", "--weight-decay 0.1 -> 0.0"]
+    assert [line.removeprefix("changed: ") for line in life.said.splitlines() if line.startswith("changed: ")] == said
+    record = json.loads((interrupted / "config.json").read_text())
+    assert record["changes"] == [{"step": 6, "changed": said}]
+    assert (record["config"]["lr"], record["config"]["weight_decay"]) == (0.02, 0.0)
+    ours, theirs = (lines(run, "train")[3:] for run in (interrupted, unbroken))
+    assert [line["lr"] for line in ours] == pytest.approx([2 * line["lr"] for line in theirs])
+
+
+def test_the_decay_is_the_new_one(interrupted, unbroken, live):
+    """The optimizer's state brings its moments along, not its settings."""
+    assert live(["--resume", interrupted, "--weight-decay", "50", "--allow-changes"]).wait() == 0
+    sizes = [sum(float(w.square().sum()) for w in weights_of(run)) for run in (interrupted, unbroken)]
+    assert sizes[0] < 0.9 * sizes[1]
+
+
+def weights_of(run):
+    return load_file(run / "checkpoints" / "step-10" / "model.safetensors").values()
+
+
+def test_an_edited_dataset_is_noticed_by_its_fingerprint(flags, live, conversations, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_bytes(conversations.read_bytes())
+    run = tmp_path / "run"
+    assert live([*flags, "--dataset", data, "--output-dir", run, "--max-steps", "3"]).wait() == 0
+    (run / "answers.json").unlink()  # as if it had died before its end
+    data.write_text(data.read_text().replace("Count to 7", "Count to 8"))
+    life = live(["--resume", run])
+    assert life.wait() == 1
+    assert life.complained.splitlines()[1].strip().startswith("data ")
+    assert life.complained.splitlines()[1].endswith("(30/8/2 conversations)")
+    assert live(["--resume", run, "--allow-changes"]).wait() == 0
+
+
+def test_settings_edited_by_hand_are_noticed(interrupted, live):
+    path = interrupted / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.01', '"lr": 0.5'))
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert "--lr 0.01 -> 0.5" in life.complained
+
+
+def test_other_versions_are_told_but_go_on(interrupted, unbroken, live):
+    checkpoint = interrupted / "checkpoints" / "step-6"
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    del content["sha256"]
+    content["versions"]["torch"] = "2.9.0"
+    seal(checkpoint, content)
+    life = live(["--resume", interrupted])
+    assert life.wait() == 0, life.complained
+    assert f"other versions than before (torch 2.9.0 -> {torch.__version__}): equal within rounding" in life.said
+    assert_same(interrupted, unbroken)
+
+
+def test_a_finished_run_goes_on_for_longer_on_purpose(flags, live, tmp_path):
+    run = tmp_path / "run"
+    assert live([*flags, "--output-dir", run, "--epochs", "1"]).wait() == 0
+    assert live(["--resume", run, "--epochs", "2"]).wait() == 1
+    life = live(["--resume", run, "--epochs", "2", "--allow-changes"])
+    assert life.wait() == 0, life.complained
+    assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10]
+    assert len(lines(run, "test")) == 2  # before and after

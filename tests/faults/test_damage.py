@@ -1,0 +1,179 @@
+"""What a disk, or somebody, did to a run's files: it is named and passed over, or the run is refused. Never less."""
+
+import json
+import pickle
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import MANIFEST, seal, sha256
+from tests.faults.harness import assert_same, steps_saved
+from tests.faults.inject import kill, on_call
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "weights cut short": ("model.safetensors", truncate, r"model\.safetensors has [\d,]+ bytes of [\d,]+"),
+    "a bit of the weights": ("model.safetensors", flip_a_bit, r"model\.safetensors is not what was written"),
+    "weights missing": ("model.safetensors", Path.unlink, r"model\.safetensors is missing"),
+    "state cut short": ("training.pt", truncate, r"training\.pt has [\d,]+ bytes of [\d,]+"),
+    "a bit of the state": ("training.pt", flip_a_bit, r"training\.pt is not what was written"),
+    "state missing": ("training.pt", Path.unlink, r"training\.pt is missing"),
+    "state empty": ("training.pt", lambda path: path.write_bytes(b""), r"training\.pt has 0 bytes of [\d,]+"),
+    "tokenizer missing": ("tokenizer.json", Path.unlink, r"tokenizer\.json is missing"),
+    "manifest missing": (MANIFEST, Path.unlink, r"MANIFEST\.json is missing"),
+    "manifest cut short": (MANIFEST, truncate, r"MANIFEST\.json is not what was written"),
+    "a bit of the manifest": (MANIFEST, flip_a_bit, r"MANIFEST\.json is not what was written"),
+    "manifest of another kind": (
+        MANIFEST,
+        lambda path: path.write_text("[]"),
+        r"MANIFEST\.json is not what was written",
+    ),
+    "nothing left": ("", lambda path: (shutil.rmtree(path), path.mkdir()), r"MANIFEST\.json is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, unbroken, live, damage):
+    name, do, why = DAMAGES[damage]
+    do(interrupted / "checkpoints" / "step-6" / name)
+    life = live(["--resume", interrupted])
+    assert life.wait() == 0, life.complained
+    assert re.search(rf"^passed over: {interrupted}/checkpoints/step-6: {why}", life.complained, re.MULTILINE)
+    assert f"resuming {interrupted} from step-4\n" in life.said
+    assert_same(interrupted, unbroken)
+
+
+def test_no_whole_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
+    for checkpoint in (interrupted / "checkpoints").iterdir():
+        truncate(checkpoint / "training.pt")
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert life.complained.count("passed over: ") == 2
+    assert life.complained.splitlines()[-1] == (
+        f"error: --resume {interrupted}: none of its checkpoints is whole; start anew in another directory"
+    )
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
+    assert steps_saved(interrupted) == [4, 6]
+
+
+def test_lost_checkpoints_are_no_reason_to_begin_again(interrupted, live):
+    shutil.rmtree(interrupted / "checkpoints")
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert "it logged update 6 and has no checkpoint; put them back, or start anew elsewhere" in life.complained
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
+
+
+class Payload:
+    """A pickle of this leaves a file behind when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def payload(path, mark):
+    """Put a program where a checkpoint's state was."""
+    state = torch.load(path, weights_only=True)
+    state["scaler"] = Payload(mark)
+    torch.save(state, path)
+
+
+def test_a_program_in_a_state_file_is_noticed_by_its_hash(interrupted, unbroken, live, tmp_path):
+    payload(interrupted / "checkpoints" / "step-6" / "training.pt", tmp_path / "ran")
+    life = live(["--resume", interrupted])
+    assert life.wait() == 0, life.complained
+    assert "step-6: training.pt has" in life.complained
+    assert not (tmp_path / "ran").exists()
+    assert_same(interrupted, unbroken)
+
+
+def test_a_program_in_a_state_file_is_never_run(interrupted, live, tmp_path):
+    """Even where somebody made the manifest fit."""
+    checkpoint = interrupted / "checkpoints" / "step-6"
+    payload(checkpoint / "training.pt", tmp_path / "ran")
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    del content["sha256"]
+    file = checkpoint / "training.pt"
+    content["files"]["training.pt"] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    seal(checkpoint, content)
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert life.complained == f"error: {file}: it holds more than tensors and numbers; do not trust it\n"
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=True)
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: flip_a_bit(best / "model.safetensors")])
+def test_a_damaged_best_model_is_made_again(interrupted, live, damage):
+    damage(interrupted / "best")
+    life = live(["--resume", interrupted, "--max-steps", "7", "--allow-changes"])  # no update after 4 is the best
+    assert life.wait() == 0, life.complained
+    assert f"{interrupted}/best is made again: " in life.complained
+
+
+def test_a_best_model_of_updates_that_were_taken_back_is_made_again(flags, unbroken, live, tmp_path):
+    """Killed after the best of update 8 was published, and resumed from 6, of a run whose best then was 4."""
+    run = tmp_path / "run"
+    live([*flags, "--output-dir", run], partial(on_call, "train.update", 9, kill)).wait()
+    assert json.loads((run / "best" / MANIFEST).read_text())["step"] == 8
+    truncate(run / "checkpoints" / "step-8" / "training.pt")
+    assert live(["--resume", run]).wait() == 0
+    assert_same(run, unbroken)
+
+
+def test_no_best_model_anywhere_is_an_error(interrupted, live):
+    shutil.rmtree(interrupted / "best")
+    flip_a_bit(interrupted / "checkpoints" / "step-4" / "model.safetensors")
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert life.complained.splitlines()[-1] == (
+        f"error: {interrupted}/checkpoints/step-4, which holds the best model: model.safetensors is not what was "
+        "written (another SHA-256); copy a good one there"
+    )
+
+
+def test_damaged_settings_are_an_error(interrupted, live):
+    truncate(interrupted / "config.json")
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert life.complained == (
+        f"error: {interrupted}/config.json: damaged; checkpoints/step-N/MANIFEST.json holds the same settings\n"
+    )
+
+
+def test_a_directory_without_a_run_is_an_error(live, tmp_path):
+    life = live(["--resume", tmp_path / "nothing"])
+    assert life.wait() == 1
+    assert life.complained == f"error: --resume {tmp_path}/nothing: there is no run there\n"
+
+
+def test_what_a_dead_process_left_is_cleaned_up(interrupted, unbroken, live):
+    for left in (".best.unfinished-x", "checkpoints/.step-7.unfinished-x", ".config.json.unfinished-x"):
+        (interrupted / left).mkdir()
+    (interrupted / ".notes-of-mine").write_text("kept")
+    assert live(["--resume", interrupted]).wait() == 0
+    assert (interrupted / ".notes-of-mine").read_text() == "kept"
+    (interrupted / ".notes-of-mine").unlink()
+    assert_same(interrupted, unbroken)

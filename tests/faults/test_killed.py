@@ -1,0 +1,78 @@
+"""`kill -9` at any instant: the run goes on and ends as if nothing had happened.
+
+`make faults` makes it thorough: 50 kills, 20 of them inside a save, and one at every change a save makes to the disk.
+"""
+
+import random
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import assert_same
+from tests.faults.inject import kill_at_system_call
+
+
+def some(count, fast):
+    """The numbers up to a count; all but the first few are slow."""
+    return [pytest.param(number, marks=[] if number < fast else pytest.mark.slow) for number in range(count)]
+
+
+def goes_on(live, flags, run, unbroken):
+    """Resume a killed run, or begin again where it had not yet begun, and compare."""
+    begun = (run / "config.json").exists()
+    life = live(["--resume", run] if begun else [*flags, "--output-dir", run])
+    assert life.wait() == 0, life.complained
+    assert "passed over" not in life.complained
+    assert_same(run, unbroken)
+
+
+@pytest.fixture
+def saving(flags):
+    """The flags of a run that saves after each update."""
+    return [*flags, "--save-every", "1"]
+
+
+@pytest.mark.parametrize("number", some(30, fast=3))
+def test_at_a_random_instant(saving, unbroken, live, tmp_path, number):
+    seconds, chance, run = 1.5, random.Random(number), tmp_path / "run"
+    life = live([*saving, "--output-dir", run])
+    life.process.join(chance.uniform(0, seconds))
+    while life.kill() == 0:  # it had ended before
+        shutil.rmtree(run)
+        seconds *= 0.8
+        life = live([*saving, "--output-dir", run])
+        life.process.join(chance.uniform(0, seconds))
+    goes_on(live, saving, run, unbroken)
+
+
+@pytest.mark.parametrize("number", some(20, fast=3))
+def test_inside_a_save(saving, unbroken, live, tmp_path, number):
+    """Proved by what the dead process left."""
+    chance, run = random.Random(number), tmp_path / "run"
+    life = live([*saving, "--output-dir", run])
+    which = chance.randint(1, 10)
+    life.wait_for(lambda: (run / "checkpoints" / f"step-{which}").exists() or unfinished(run, which))
+    life.wait_for(lambda: unfinished(run))
+    time.sleep(chance.uniform(0, 0.003))
+    life.kill()
+    assert unfinished(run)
+    goes_on(live, saving, run, unbroken)
+
+
+def unfinished(run, step=""):
+    return list(Path(run).glob(f"checkpoints/.step-{step}*.unfinished-*")) + list(Path(run).glob(".best.unfinished-*"))
+
+
+@pytest.mark.slow
+def test_at_every_change_that_a_save_makes_to_the_disk(flags, unbroken, live, tmp_path):
+    saving = [*flags, "--save-every", "1", "--keep", "1"]
+    counted = tmp_path / "count"
+    assert live([*saving, "--output-dir", tmp_path / "all"], partial(kill_at_system_call, 0, counted)).wait() == 0
+    assert int(counted.read_text()) > 30
+    for number in range(1, int(counted.read_text()) + 1):
+        run = tmp_path / str(number)
+        assert live([*saving, "--output-dir", run], partial(kill_at_system_call, number)).wait() == 128 + 9
+        goes_on(live, saving, run, unbroken)

@@ -1,0 +1,92 @@
+"""Numbers gone bad stop a run before they do harm, and are told with where they came from."""
+
+import json
+import math
+import re
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.faults.harness import assert_same, lines, steps_saved
+from tests.faults.inject import fewer_bits_of_scale, on_call, spoil_gradient, spoil_weights
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (partial(spoil_weights, math.nan), "loss nan, gradient norm nan"),
+        (partial(spoil_weights, math.inf), "loss nan, gradient norm nan"),
+        (spoil_gradient, r"loss \d\.\d+, gradient norm (nan|inf)"),
+    ],
+    ids=["a weight that is no number", "an infinite weight", "an infinite gradient of a finite loss"],
+)
+def test_an_update_that_is_not_finite(flags, unbroken, live, conversations, tmp_path, fault, said):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run], partial(on_call, "train.update", 8, fault))
+    assert life.wait() == 1
+    first, *window = life.complained.splitlines()
+    assert re.fullmatch(
+        rf"error: update 8: {said}: not finite, so the update was not applied; --resume {run} goes on after update 6; "
+        "its window:",
+        first,
+    )
+    assert len(window) == 7
+    loss = "nan" if "loss nan" in said else r"\d\.\d{4}"
+    assert all(re.fullmatch(rf"  loss {loss} {re.escape(str(conversations))}:\d+", line) for line in window)
+    assert steps_saved(run) == [4, 6]
+    assert [line["step"] for line in lines(run, "train")] == [2, 4, 6]
+    assert live(["--resume", run]).wait() == 0
+    assert_same(run, unbroken)
+
+
+def test_of_a_large_window_the_worst_are_named(flags, live, tmp_path):
+    fault = partial(on_call, "train.update", 1, spoil_gradient)
+    life = live([*flags, "--output-dir", tmp_path / "run", "--batch-size", "20"], fault)
+    assert life.wait() == 1
+    *_, tenth, rest = life.complained.splitlines()
+    highest = float(tenth.split()[1])
+    assert float(re.fullmatch(r"  and 10 more, with losses up to (\d\.\d{4})", rest).group(1)) <= highest
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(flags, live, tiny_model_dir, tmp_path, value):
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "spoilt")
+    model = LlamaForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = value
+    model.save_pretrained(directory)
+    life = live([*flags, "--model", directory, "--output-dir", tmp_path / "run"])
+    assert life.wait() == 1
+    assert life.complained == (
+        f"error: --model {directory}: its weights model.layers.1.mlp.down_proj.weight are not all finite numbers\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_fp16_overflow_moves_neither_the_step_nor_the_schedule(flags, live, tmp_path):
+    flags = [*flags, "--dtype", "fp16", "--log-every", "1"]
+    for name, bits in (("plain", 8), ("overflowing", 24)):
+        assert live([*flags, "--output-dir", tmp_path / name], partial(fewer_bits_of_scale, bits)).wait() == 0
+    plain, overflowing = (lines(tmp_path / name, "train") for name in ("plain", "overflowing"))
+    assert overflowing[0]["overflows"] > 1
+    assert [line["overflows"] for line in overflowing] == sorted(line["overflows"] for line in overflowing)
+    for name in ("step", "lr", "tokens", "epoch"):
+        assert [line[name] for line in overflowing] == [line[name] for line in plain]
+    assert overflowing[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.01)
+
+
+def test_conversations_with_nothing_supervised_are_left_out_and_counted(flags, live, tmp_path):
+    """So no window is ever without a supervised token: here, three windows' worth of them in a row."""
+    data = tmp_path / "chats.jsonl"
+    with open(data, "w") as file:
+        for number in range(60):
+            question = f"Say {number}" + "!" * (100 if 10 <= number < 31 else 0)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"{number}"}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    life = live([*flags, "--dataset", data, "--output-dir", tmp_path / "run", "--max-length", "60"])
+    assert life.wait() == 0, life.complained
+    assert "21 dropped: nothing supervised" in life.said
+    assert all(line["supervised_tokens"] for line in lines(tmp_path / "run", "train"))

@@ -1,0 +1,152 @@
+"""A resumed run ends as the unbroken one did: metrics, curves, answers, weights, optimizer, to the last bit."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from tests.faults.harness import assert_same, lines, steps_saved
+from tests.faults.inject import fewer_bits_of_scale, forget, kill, on_call, shift_the_order
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 9])
+def test_exact_from_any_step(flags, unbroken, live, tmp_path, step):
+    """In the middle of an epoch, between two logged updates (1, 3, 7, 9), before the short last window of an epoch
+    (4, 9) and at the end of one (5)."""
+    run = tmp_path / "run"
+    live([*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.update", step + 1, kill)).wait()
+    assert steps_saved(run)[-1] == step
+    life = live(["--resume", run])
+    assert life.wait() == 0, life.complained
+    assert f"resuming {run} from step-{step}\n" in life.said
+    assert_same(run, unbroken)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize(
+    "fault", [shift_the_order, partial(forget, "optimizer")], ids=["order shifted by one", "fresh optimizer"]
+)
+def test_the_comparison_notices_a_wrong_resume(flags, unbroken, live, tmp_path, step, fault):
+    run = tmp_path / "run"
+    live([*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.update", step + 1, kill)).wait()
+    assert live(["--resume", run], fault).wait() == 0
+    with pytest.raises(AssertionError):
+        assert_same(run, unbroken)
+
+
+@pytest.fixture(scope="module")
+def dropping_out(tiny_model_dir, tmp_path_factory):
+    """The tiny model, with dropout: its training hangs on the random state."""
+    directory = tmp_path_factory.mktemp("dropout")
+    shutil.copytree(tiny_model_dir, directory, dirs_exist_ok=True)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    assert LlamaForCausalLM.from_pretrained(directory).config.attention_dropout == 0.2
+    return directory
+
+
+def test_the_random_state_goes_on(flags, live, dropping_out, tmp_path):
+    flags = [*flags, "--model", dropping_out]
+    assert live([*flags, "--output-dir", tmp_path / "unbroken"]).wait() == 0
+    for name, faults in (("right", ()), ("wrong", (partial(forget, "random"),))):
+        run = tmp_path / name
+        live([*flags, "--output-dir", run], partial(on_call, "train.update", 8, kill)).wait()
+        assert live(["--resume", run], *faults).wait() == 0
+    assert_same(tmp_path / "right", tmp_path / "unbroken")
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "wrong", tmp_path / "unbroken")
+
+
+def test_the_fp16_scale_and_the_count_of_overflows_go_on(flags, live, tmp_path):
+    flags, overflow = [*flags, "--dtype", "fp16"], partial(fewer_bits_of_scale, 24)
+    assert live([*flags, "--output-dir", tmp_path / "unbroken"], overflow).wait() == 0
+    run = tmp_path / "run"
+    live([*flags, "--output-dir", run], overflow, partial(on_call, "train.save", 3, kill)).wait()
+    assert live(["--resume", run], overflow).wait() == 0
+    assert_same(run, tmp_path / "unbroken")
+    assert lines(run, "train")[-1]["overflows"] > 0
+
+
+@pytest.mark.parametrize("flag", [["--micro-batch-tokens", "1"], ["--gradient-checkpointing"]])
+def test_held_otherwise_in_memory_it_is_equal_within_rounding(interrupted, unbroken, live, flag):
+    assert live(["--resume", interrupted, *flag]).wait() == 0
+    for ours, theirs in zip(lines(interrupted, "train"), lines(unbroken, "train"), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind") == "train"
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    weights = [load_model_weights(run / "best") for run in (interrupted, unbroken)]
+    assert max(float((ours - theirs).abs().max()) for ours, theirs in zip(*weights, strict=True)) < 1e-5
+
+
+def load_model_weights(directory):
+    return [weights.detach() for weights in LlamaForCausalLM.from_pretrained(directory).parameters()]
+
+
+def test_a_run_that_was_moved_goes_on(interrupted, unbroken, live, tmp_path):
+    elsewhere = tmp_path / "other" / "place"
+    elsewhere.parent.mkdir()
+    shutil.move(interrupted, elsewhere)
+    assert live(["--resume", elsewhere]).wait() == 0
+    assert_same(elsewhere, unbroken)
+
+
+def test_killed_before_its_first_checkpoint_it_begins_again(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    live([*flags, "--output-dir", run], partial(on_call, "train.update", 3, kill)).wait()
+    assert lines(run, "train")
+    life = live(["--resume", run])
+    assert life.wait() == 0, life.complained
+    assert f"resuming {run} from its beginning: it has no checkpoint yet" in life.said
+    assert_same(run, unbroken)
+
+
+def test_killed_again_before_anything_new_was_saved(interrupted, unbroken, live):
+    for _ in range(3):
+        live(["--resume", interrupted], partial(on_call, "train.update", 2, kill)).wait()
+    assert live(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [("train.evaluate", 2), ("train.evaluate", 3), ("train.answer", 2), ("report.write_answers", 2)],
+)
+def test_killed_in_an_evaluation_or_an_answer(interrupted, unbroken, live, function, call):
+    """At the eval split after update 10, the test split at the end, the second answer, and writing them."""
+    life = live(["--resume", interrupted], partial(on_call, function, call, kill))
+    assert life.wait() == 128 + 9
+    assert live(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, unbroken)
+
+
+def test_a_line_cut_short_at_the_end_of_the_log(interrupted, unbroken, live):
+    with open(interrupted / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "kind": "tr')
+    assert live(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, unbroken)
+
+
+def test_lines_missing_from_the_log(interrupted, unbroken, live):
+    (interrupted / "metrics.jsonl").unlink()
+    life = live(["--resume", interrupted])
+    assert life.wait() == 0, life.complained
+    assert "metrics.jsonl has lost 6 of its lines" in life.complained
+    assert lines(interrupted) == lines(unbroken)[6:]
+
+
+def test_a_damaged_line_in_the_log(interrupted, live):
+    log = (interrupted / "metrics.jsonl").read_text().splitlines()
+    log[2] = log[2][:-9]
+    (interrupted / "metrics.jsonl").write_text("\n".join(log) + "\n")
+    life = live(["--resume", interrupted])
+    assert life.wait() == 1
+    assert life.complained == (f"error: {interrupted}/metrics.jsonl:3: damaged; delete that line to go on without it\n")
+
+
+def test_a_finished_run_says_so(unbroken, live):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
+    life = live(["--resume", unbroken])
+    assert life.wait() == 0, life.complained
+    assert life.said.startswith(f"{unbroken} is finished already\n")
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before

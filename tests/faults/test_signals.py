@@ -1,0 +1,97 @@
+"""A signal ends a run well, whatever it is doing; a second one ends it at once, and neither costs anything."""
+
+import signal
+from functools import partial
+
+import pytest
+
+from quickstart import cache_directory
+from tests.faults.harness import assert_same, lines, steps_saved
+from tests.faults.inject import on_call, send, send_and_hang
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+
+
+def stopped(life, run, status, step):
+    """Assert that a life ended by a signal, with a checkpoint, and told how to go on."""
+    assert life.wait() == status, life.complained
+    assert life.complained.splitlines()[-2:] == [
+        "stopping; once more to leave at once",
+        f"stopped after update {step}; to go on: python train.py --resume {run}",
+    ]
+    assert steps_saved(run)[-1] == step
+
+
+def goes_on(live, run, unbroken):
+    assert live(["--resume", run]).wait() == 0
+    assert_same(run, unbroken)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_in_an_update_it_is_finished_and_saved(flags, unbroken, live, tmp_path, number):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number)))
+    stopped(life, run, SIGNALS[number], 5)
+    goes_on(live, run, unbroken)
+
+
+def test_in_an_evaluation_it_is_dropped_and_made_later(flags, unbroken, live, tmp_path):
+    run, term = tmp_path / "run", partial(send, signal.SIGTERM)
+    # Before the first update the eval split takes two micro-batches and the test split one; update 4 has the next two.
+    life = live([*flags, "--output-dir", run], partial(on_call, "eval.token_loss", 5, term))
+    stopped(life, run, 143, 4)
+    assert [line["step"] for line in lines(run, "eval")] == [0]
+    goes_on(live, run, unbroken)
+
+
+@pytest.mark.parametrize("function", ["run.write_state", "checkpoint.write_manifest", "checkpoint.verify"])
+def test_in_a_save_it_is_finished(flags, unbroken, live, tmp_path, function):
+    run, term = tmp_path / "run", partial(send, signal.SIGTERM)
+    stopped(live([*flags, "--output-dir", run], partial(on_call, function, 1, term)), run, 143, 3)
+    goes_on(live, run, unbroken)
+
+
+@pytest.mark.parametrize("function", ["train.evaluate", "train.answer"])
+def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live, tmp_path, function):
+    run, term = tmp_path / "run", partial(send, signal.SIGTERM)
+    life = live([*flags, "--output-dir", run], partial(on_call, function, 1, term))
+    assert life.wait() == 143
+    assert steps_saved(run) == []
+    goes_on(live, run, unbroken)
+
+
+@pytest.mark.parametrize("function", ["train.load_model", "train.answer", "report.write_answers"])
+def test_at_the_end_it_is_made_later(interrupted, unbroken, live, function):
+    call = {"train.load_model": 2, "train.answer": 1, "report.write_answers": 2}[function]
+    life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
+    stopped(life, interrupted, 130, 10)
+    goes_on(live, interrupted, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, number):
+    data, run = tmp_path / "new.jsonl", tmp_path / "run"
+    data.write_text(conversations.read_text().replace("Count", f"Count {number}"))
+    before = corpora()
+    life = live(
+        [*flags, "--dataset", data, "--output-dir", run], partial(on_call, "corpus.encode", 1, partial(send, number))
+    )
+    assert life.wait() == SIGNALS[number]
+    assert life.complained == "\nstopping; once more to leave at once\nstopped before training began\n"
+    assert not run.exists()
+    assert corpora() == before
+
+
+def corpora():
+    return sorted((cache_directory() / "corpora").iterdir())
+
+
+@pytest.mark.parametrize(("function", "call"), [("train.train_step", 5), ("torch.save", 2), ("checkpoint.sync", 20)])
+def test_twice_it_leaves_at_once_and_never_half_a_checkpoint(flags, unbroken, live, tmp_path, function, call):
+    run = tmp_path / "run"
+    hang = partial(on_call, function, call, partial(send_and_hang, signal.SIGTERM))
+    life = live([*flags, "--output-dir", run], hang)
+    assert life.wait_for(lambda: "once more to leave at once" in life.complained)
+    life.signal(signal.SIGTERM)
+    assert life.wait() == 143
+    goes_on(live, run, unbroken)

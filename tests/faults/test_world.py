@@ -1,0 +1,165 @@
+"""Disks that are full or read-only, directories that are taken, memory that runs out: one line, and nothing lost."""
+
+import json
+import re
+import shutil
+import subprocess
+from functools import partial
+
+import pytest
+
+from tests.faults.harness import assert_same, curves, lines, steps_saved
+from tests.faults.inject import ask_for_too_much, fill_disk, full_disk, give_memory_back, hang, little_memory, on_call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 16 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system of a test's own wants root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+# --- disks
+
+
+@pytest.mark.parametrize("left", [0, 4096, 150_000, 300_000])
+def test_a_full_disk(flags, unbroken, live, small_disk, left):
+    """So full that not a line of the log, no small file, not the weights, or not the optimizer's state fits."""
+    run = small_disk / "run"
+    life = live(
+        [*flags, "--output-dir", run], partial(on_call, "train.update", 6, partial(fill_disk, small_disk, left))
+    )
+    assert life.wait() == 1
+    assert re.fullmatch(
+        rf"error: {run}, after update [56]: .*No space left on device.*; "
+        rf"--resume {run} goes on after update 4\n",
+        life.complained,
+    )
+    assert steps_saved(run) == [3, 4]
+    (small_disk / "filling").unlink()
+    assert live(["--resume", run]).wait() == 0
+    assert_same(run, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("run.save_model", 3),  # the weights
+        ("torch.save", 3),
+        ("checkpoint.write_manifest", 3),
+        ("checkpoint.sync", 35),
+        ("run.publish", 2),  # best/
+        ("report.Log.write", 8),
+        ("report.Log.sync", 3),
+        ("report.replace_file", 5),  # the answers at the end
+    ],
+)
+def test_a_write_that_fails(flags, unbroken, live, tmp_path, function, call):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run], partial(on_call, function, call, full_disk))
+    assert life.wait() == 1
+    assert re.fullmatch(
+        rf"error: {run}, after update \d+: No space left on device; "
+        rf"--resume {run} goes on after update \d+\n",
+        life.complained,
+    )
+    assert steps_saved(run)
+    assert live(["--resume", run]).wait() == 0
+    assert_same(run, unbroken)
+
+
+def test_a_disk_that_cannot_be_written(flags, interrupted, unbroken, live, small_disk):
+    shutil.copytree(interrupted, small_disk / "run")
+    shutil.copytree(unbroken, small_disk / "finished")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    life = live([*flags, "--output-dir", small_disk / "new"])
+    assert life.wait() == 1
+    assert life.complained == (
+        f"error: --output-dir {small_disk}/new: cannot write to {small_disk} (Read-only file system)\n"
+    )
+    life = live(["--resume", small_disk / "run"])
+    assert life.wait() == 1
+    assert life.complained == f"error: {small_disk}/run: cannot write to it (Read-only file system)\n"
+    assert live(["--resume", small_disk / "finished"]).wait() == 0
+
+
+def test_tensorboard_that_fails_ends_no_run(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    write = "tensorboard.summary.writer.record_writer.RecordWriter.write"
+    life = live([*flags, "--output-dir", run], partial(on_call, write, 40, full_disk))
+    assert life.wait() == 0, life.complained
+    assert life.complained == (
+        "warning: nothing more can be written for TensorBoard ([Errno 28] No space left on device); training goes on\n"
+    )
+    assert lines(run) == lines(unbroken)
+    assert curves(run).keys() <= curves(unbroken).keys()
+
+
+# --- another process
+
+
+def test_a_run_is_trained_by_one_process(interrupted, unbroken, live):
+    first = live(["--resume", interrupted], partial(on_call, "train.update", 2, hang))
+    assert first.wait_for(lambda: "resuming" in first.said and "schedule" in first.said)
+    second = live(["--resume", interrupted])
+    assert second.wait() == 1
+    assert re.fullmatch(
+        rf"error: {interrupted}: another process is training in it \(process {first.process.pid} on .+\); "
+        "wait for it, or stop it\n",
+        second.complained,
+    )
+    first.kill()  # and its lock is gone
+    assert live(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, unbroken)
+
+
+def test_of_two_new_runs_in_one_directory_one_goes_on(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    lives = [live([*flags, "--output-dir", run]) for _ in range(2)]
+    assert sorted(life.wait() for life in lives) == [0, 1]
+    assert_same(run, unbroken)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize(
+    ("flags_too", "largest", "advice"),
+    [
+        ((), "4 x 45", r"a --micro-batch-tokens below 180 \(now 200\)"),
+        (("--micro-batch-tokens", "1"), "1 x 45", "--gradient-checkpointing"),
+        (("--micro-batch-tokens", "1", "--gradient-checkpointing"), "1 x 45", "a lower --max-length"),
+    ],
+    ids=["several conversations", "one", "one, and nothing kept of it"],
+)
+def test_too_little_memory(flags, live, tmp_path, flags_too, largest, advice):
+    run = tmp_path / "run"
+    fault = partial(on_call, "train.update", 4, partial(on_call, "train.supervised_logits", 1, ask_for_too_much))
+    life = live([*flags, "--output-dir", run, *flags_too], fault)
+    assert life.wait() == 1
+    assert re.fullmatch(
+        rf"error: after update 3: out of memory in a micro-batch of {largest} tokens \(conversations x longest\): "
+        rf"use {advice}; --resume {run} goes on after update 3\n",
+        life.complained,
+    )
+    assert steps_saved(run) == [3]
+
+
+@pytest.mark.slow
+def test_a_machine_with_too_little_memory(flags, live, tmp_path):
+    """As above, but the process may really have no more."""
+    data, run = tmp_path / "long.jsonl", tmp_path / "run"
+    with open(data, "w") as file:
+        for number in range(15):
+            messages = [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": "word " * 2000}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    flags = [*flags, "--dataset", data, "--output-dir", run, "--micro-batch-tokens", "90000", "--save-every", "1"]
+    flags += ["--batch-size", "3", "--max-length", "8192"]
+    life = live(flags, give_memory_back, partial(on_call, "train.update", 3, partial(little_memory, 1)))
+    assert life.wait() == 1
+    assert "after update 2: out of memory in a micro-batch of 3 x 8192 tokens" in life.complained
+    assert steps_saved(run) == [1, 2]
