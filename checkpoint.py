@@ -41,6 +41,15 @@ def sync(path):
         os.close(descriptor)
 
 
+def make_directory(path):
+    """Make a directory and its parents where they are missing, for good."""
+    path = Path(path)
+    if not path.exists():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def replace_file(path, text):
     """Make `text` the content of the file at `path`: the old content or all of the new, never a part."""
     path = Path(path)
@@ -64,7 +73,7 @@ def replace_directory(path, write):
         OSError: what `write` could not do (a full disk, say); `path` is then as it was and nothing is left beside it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
     try:
         write(unfinished)
@@ -99,9 +108,9 @@ def remove_directory(path):
     shutil.rmtree(nameless)
 
 
-def remove_unfinished(run):
-    """Remove what a process that died in the middle of writing left in a run directory."""
-    for unfinished in (*Path(run).glob(f".*{UNFINISHED}*"), *Path(run).glob(f"checkpoints/.*{UNFINISHED}*")):
+def remove_unfinished(directory, name="*"):
+    """Remove what a process that died in the middle of writing left in a directory."""
+    for unfinished in Path(directory).glob(f".{name}{UNFINISHED}*"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
 
@@ -284,6 +293,7 @@ def locked(run):
         raise UserError(f"{run}: cannot write to it ({error.strerror})") from error
     try:
         remove_unfinished(run)
+        remove_unfinished(run / "checkpoints")
         yield
     finally:
         lock.release()

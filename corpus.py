@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import filelock
 import pyarrow
 import torch
 from tqdm import tqdm
 
 import hub
 from chat import Example, encode
-from checkpoint import replace_directory, sha256
+from checkpoint import make_directory, remove_unfinished, replace_directory, sha256
 from conversations import Findings, files_of, read_conversations
 from quickstart import cache_directory
 
@@ -89,12 +90,15 @@ def load_corpus(sources, config, tokenizer):
     }
     key = key_of(sources, tokenizer, {**reading, "supervise": config.supervise, "longest": longest})
     directory = cache_directory() / "corpora" / key[:16]
-    if not (directory / "findings.json").exists():
-
-        def write(unfinished):
-            make_corpus(unfinished, sources, reading, tokenizer, config.supervise, longest)
-
-        replace_directory(directory, write)
+    if not directory.exists():
+        make_directory(directory.parent)
+        with filelock.FileLock(directory.with_name(f".{directory.name}.lock")):
+            if not directory.exists():  # another process may have made it in the meantime
+                remove_unfinished(directory.parent, directory.name)
+                replace_directory(
+                    directory,
+                    lambda path: make_corpus(path, sources, reading, tokenizer, config.supervise, longest),
+                )
     findings = json.loads((directory / "findings.json").read_text())
     counters = {name: Counter(findings[name]) for name in ("formats", "ignored", "bad")}
     return Corpus(datasets.load_from_disk(directory / "rows"), Findings(**{**findings, **counters}), longest)
@@ -119,7 +123,7 @@ def key_of(sources, tokenizer, options):
 def make_corpus(directory, sources, reading, tokenizer, supervise, longest):
     """Read and check all rows, then encode them all, into `directory`."""
     findings = Findings()
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
         read = Path(scratch) / "read.arrow"
         write_read(read, read_conversations(sources, **reading, findings=findings))
         rows = datasets.Dataset.from_file(str(read))

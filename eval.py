@@ -6,6 +6,7 @@ As a command, on a run or any model: `python eval.py runs/quickstart-…` or `py
 import contextlib
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 
 import hub
 from chat import encode_prompt, load_tokenizer
+from checkpoint import Damaged, verify
 from config import OF_THE_DATASET, Parser, UserError, recorded_settings, resolve, run_command
 from data import DATA_FLAGS, collate, micro_batches, prepare, prepare_whole
 from model import choose_precision, load_model, supervised_logits, token_loss
@@ -143,6 +145,10 @@ def settings_of(model_or_run, named):
         return model_or_run, resolve({**named, "model": model_or_run}, hub.choose_preset(named)[0])
     if not (run / "best").is_dir():
         raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
+    try:
+        verify(run / "best")
+    except Damaged as why:
+        print(f"warning: {run}/best: {why}", file=sys.stderr)
     recorded = recorded_settings(run)
     if "dataset" in named:
         recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}

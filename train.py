@@ -24,7 +24,7 @@ from tqdm import tqdm
 import hub
 import report
 from chat import load_tokenizer
-from checkpoint import Damaged, locked
+from checkpoint import Damaged, locked, make_directory
 from config import PRESETS, Parser, UserError, first_line, read_record, resolve, run_command, shown, with_tuples
 from data import collate, micro_batches, prepare, window_at, window_indices, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
@@ -324,7 +324,7 @@ def begin(named, dry_run, signals):
     print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
     if dry_run:
         return 0
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with locked(directory):
         check_no_run(directory)  # which another process may have begun by now
         return train(run, signals, resumed=False)

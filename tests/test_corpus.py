@@ -1,6 +1,7 @@
 """A corpus on disk, its cache, and how its rows are shared out."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import data as data_command
 from chat import encode, load_tokenizer
 from config import UserError, resolve
 from data import keep_copies_together, prepare
+from quickstart import cache_directory
 
 
 def a_chat(text, answer="Yes."):
@@ -69,11 +71,11 @@ def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypa
 )
 def test_another_option_has_another_place_in_the_cache(tiny_tokenizer, write, change):
     path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
-    before = corpus.cache_directory() / "corpora"
+    before = cache_directory() / "corpora"
     prepared(tiny_tokenizer, path)
-    known = set(before.iterdir())
+    known = set(before.glob("[!.]*"))
     prepared(tiny_tokenizer, path, **change)
-    assert len(set(before.iterdir()) - known) == 1
+    assert len(set(before.glob("[!.]*")) - known) == 1
 
 
 def test_a_changed_file_or_template_or_code_is_encoded_anew(tiny_tokenizer, tiny_model_dir, write, monkeypatch):
@@ -81,7 +83,7 @@ def test_a_changed_file_or_template_or_code_is_encoded_anew(tiny_tokenizer, tiny
     first = prepared(tiny_tokenizer, path)
     write("a.jsonl", [a_chat(f"{number}!") for number in range(20)])
     assert prepared(tiny_tokenizer, path).fingerprint != first.fingerprint
-    known = set((corpus.cache_directory() / "corpora").iterdir())
+    known = set((cache_directory() / "corpora").glob("[!.]*"))
     changed = load_tokenizer(str(tiny_model_dir), local_files_only=True)
     changed.chat_template += " "
     monkeypatch.setattr(corpus, "make_corpus", lambda directory, *_: (_ for _ in ()).throw(InterruptedError(directory)))
@@ -90,7 +92,7 @@ def test_a_changed_file_or_template_or_code_is_encoded_anew(tiny_tokenizer, tiny
     monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
     with pytest.raises(InterruptedError):
         prepared(tiny_tokenizer, path)
-    assert set((corpus.cache_directory() / "corpora").iterdir()) == known  # nothing half made is left there
+    assert set((cache_directory() / "corpora").glob("[!.]*")) == known  # nothing half made is left there
 
 
 def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
@@ -199,3 +201,18 @@ def test_several_processes_give_the_same(tiny_tokenizer, write, monkeypatch):
     monkeypatch.setattr(corpus, "SEVERAL_PROCESSES", 10)
     monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
     assert prepared(tiny_tokenizer, path).fingerprint == one.fingerprint
+
+
+def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
+    """By the next that wants the same corpus; another may be at work on another."""
+    path, corpora = write("a.jsonl", [a_chat(f"dead {number}") for number in range(20)]), cache_directory() / "corpora"
+    prepared(tiny_tokenizer, path)
+    made = max(corpora.glob("[!.]*"), key=lambda directory: directory.stat().st_mtime_ns)
+    shutil.rmtree(made)
+    half, another = corpora / f".{made.name}.unfinished-x", corpora / ".0123456789abcdef.unfinished-x"
+    half.mkdir()
+    another.mkdir()
+    prepared(tiny_tokenizer, path)
+    assert made.exists()
+    assert not half.exists()
+    assert another.exists()

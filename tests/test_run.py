@@ -1,7 +1,6 @@
 """Whole runs of a tiny model: the files they leave, the best checkpoint, resuming, stopping."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -127,34 +126,6 @@ def test_best_follows_the_lowest_eval_loss_not_the_last(flags, tmp_path, monkeyp
     assert [line["step"] for line in lines(run, "test")] == [0, 6]
 
 
-@pytest.mark.parametrize("at", [3, 6, 9])
-def test_a_resumed_run_ends_as_if_it_had_never_stopped(flags, finished, tmp_path, monkeypatch, at):
-    """From a checkpoint in the middle of an epoch, at its end, and between two evaluations: bit for bit."""
-    unbroken, _ = finished
-    run = tmp_path / "broken"
-    real_step, seen = train_command.train_step, []
-
-    def dying_step(*args, **options):
-        if len(seen) == at + 1:  # one update beyond the checkpoint, logged and lost
-            raise KeyboardInterrupt
-        seen.append(1)
-        return real_step(*args, **options)
-
-    monkeypatch.setattr(train_command, "train_step", dying_step)
-    with pytest.raises(KeyboardInterrupt):
-        train_command.main([*flags, "--output-dir", str(run)])
-    assert lines(run, "train")[-1]["step"] == at + 1
-    monkeypatch.setattr(train_command, "train_step", real_step)
-    torch.manual_seed(999)
-    assert train_command.main(["--resume", str(run)]) == 0
-
-    assert untimed(run) == untimed(unbroken)
-    for name in ("best/model.safetensors", "checkpoints/step-12/model.safetensors"):
-        assert (run / name).read_bytes() == (unbroken / name).read_bytes()
-    ours, theirs = (torch.load(d / "checkpoints/step-12/training.pt", weights_only=True) for d in (run, unbroken))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
 def test_a_resumed_run_remembers_its_best(flags, tmp_path, monkeypatch):
     run, real_step = tmp_path / "run", train_command.train_step
     steps = iter(range(9))
@@ -182,14 +153,6 @@ def test_a_resumed_run_may_be_held_otherwise_but_not_be_another_run(flags, tmp_p
     assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1", "--keep", "1"]) == 0
 
 
-def test_a_finished_run_says_so_and_is_left_as_it_is(finished, capsys):
-    run, _ = finished
-    before = (run / "metrics.jsonl").read_bytes()
-    assert train_command.main(["--resume", str(run)]) == 0
-    assert capsys.readouterr().out.startswith(f"{run} is finished already\n")
-    assert (run / "metrics.jsonl").read_bytes() == before
-
-
 def test_an_end_that_was_cut_short_is_made_again_and_logged_once(finished):
     run, _ = finished
     before = untimed(run)
@@ -213,16 +176,15 @@ def test_without_a_test_split_the_run_ends_well(flags, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == [2]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_the_run_can_go_on(flags, tmp_path, number, status):
+def test_ctrl_c_saves_a_checkpoint_and_the_run_can_go_on(flags, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--epochs", "500", "--output-dir", str(run)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     while process.poll() is None and not (run / "best").exists():
         pass
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == status, error
+    assert process.returncode == 130, error
     stopped = int(error.split("stopped after update ")[1].split(";")[0])
     assert (run / "checkpoints" / f"step-{stopped}" / "training.pt").exists()
     assert lines(run, "train")[-1]["step"] == stopped
@@ -244,9 +206,3 @@ def test_a_signal_at_any_update_is_saved_there_once(flags, tmp_path, monkeypatch
     monkeypatch.setattr(train_command, "save", lambda run: (saved.append(run.step), save(run)))
     assert train_command.main([*flags, "--output-dir", str(tmp_path / "run")]) == 143
     assert saved == sorted({step for step in (3, 4, 6, 8, 9) if step < last} | {last})  # 4 and 8 were the best so far
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_update_named(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_command, "learning_rate", lambda *_: math.inf)
-    with pytest.raises(train_command.UserError, match=r"update 2: loss nan, gradient norm nan: not finite"):
-        train_command.main([*flags, "--output-dir", str(tmp_path / "run")])

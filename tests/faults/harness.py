@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,6 +30,14 @@ def program(argv, output, faults):
         fault()
     sys.argv = ["train.py", *argv]
     run_command(train_command.main)
+
+
+def some(cases, fast):
+    """Cases of which the first few belong to every test run; the others are slow."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if i < fast else pytest.mark.slow)
+        for i, case in enumerate(cases)
+    ]
 
 
 class Life:

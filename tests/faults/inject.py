@@ -100,7 +100,7 @@ def fewer_bits_of_scale(bits):
 
 
 def kill_at_system_call(number, count_file=None):
-    """Die at the `number`th call that changes the disk since the second checkpoint began; or only count these calls."""
+    """Die at the `number`th call that changes the disk since the eighth checkpoint began; or only count these calls."""
     run, calls = importlib.import_module("run"), itertools.count(1)
     saves = itertools.count(1)
     real_save = run.save_checkpoint
@@ -112,7 +112,7 @@ def kill_at_system_call(number, count_file=None):
 
     def counted(real):
         def call(*arguments, **options):
-            if counting == [2]:
+            if counting == [8]:
                 current = next(calls)
                 if count_file:
                     Path(count_file).write_text(str(current))

@@ -7,22 +7,21 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import MANIFEST, seal
-from tests.faults.harness import assert_same, lines, steps_saved
+from tests.faults.harness import assert_same, lines, some, steps_saved
+
+CHANGES = [
+    ("--lr", "0.02", "--lr 0.01 -> 0.02"),
+    ("--epochs", "3", "--epochs 2 -> 3"),
+    ("--dtype", "bf16", "--dtype fp32 -> bf16"),
+    ("--seed", "4", "--seed 3 -> 4"),
+    ("--batch-size", "6", "--batch-size 7 -> 6"),
+    ("--weight-decay", "0", "--weight-decay 0.1 -> 0.0"),
+    ("--max-length", "50", "--max-length 0 -> 50"),
+    ("--eval-every", "5", "--eval-every 4 -> 5"),
+]
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "said"),
-    [
-        ("--lr", "0.02", "--lr 0.01 -> 0.02"),
-        ("--seed", "4", "--seed 3 -> 4"),
-        ("--batch-size", "6", "--batch-size 7 -> 6"),
-        ("--epochs", "3", "--epochs 2 -> 3"),
-        ("--weight-decay", "0", "--weight-decay 0.1 -> 0.0"),
-        ("--dtype", "bf16", "--dtype fp32 -> bf16"),
-        ("--max-length", "50", "--max-length 0 -> 50"),
-        ("--eval-every", "5", "--eval-every 4 -> 5"),
-    ],
-)
+@pytest.mark.parametrize(("flag", "value", "said"), some(CHANGES, fast=3))
 def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, said):
     life = live(["--resume", interrupted, flag, value])
     assert life.wait() == 1

@@ -1,0 +1,12 @@
+"""The table of cases speaks of the tests there are."""
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_every_case_is_a_test_and_every_test_a_case():
+    told = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
+    tests = {name for path in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert told == tests - {"test_every_case_is_a_test_and_every_test_a_case"}
