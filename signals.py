@@ -27,6 +27,7 @@ class Signals:
         self.holding = False
 
     def __enter__(self):
+        self.process = os.getpid()
         self.before = {number: signal.signal(number, self.note) for number in STOPPING}
         return self
 
@@ -36,9 +37,12 @@ class Signals:
 
     def note(self, number, _frame):
         """The handler of the first signal."""
-        self.noted = number
         for each in STOPPING:
             signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != self.process:  # a worker, which has this handler from us and is not to have it
+            os.kill(os.getpid(), number)
+            return
+        self.noted = number
         os.write(2, b"\nstopping; once more to leave at once\n")  # print might have been interrupted by the signal
         if not self.holding:
             raise Stopped(number)

@@ -368,9 +368,11 @@ def main(argv):
                 directory = Path(options["resume"])
                 return go_on(directory, named, options["allow_changes"], options["dry_run"], signals)
             return begin(named, options["dry_run"], signals)
-        except Stopped as stop:
+        except BaseException as error:  # libraries raise errors of their own on the way out of what was stopped
+            if signals.noted is None or isinstance(error, UserError | OSError):
+                raise
             print("stopped before training began", file=sys.stderr)
-            return 128 + stop.number
+            return 128 + signals.noted
 
 
 if __name__ == "__main__":
