@@ -130,8 +130,3 @@ def ensure_best(run):
     except Damaged as why:
         print(f"{run.directory}/best is made again: {why}", file=sys.stderr)
     publish_best(run)
-
-
-def way_on(run):
-    """What somebody can do whose run an error has ended."""
-    return f"--resume {run.directory} goes on after update {run.saved}" if run.saved else "there is no checkpoint yet"

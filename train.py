@@ -9,7 +9,6 @@ and how the window is cut into micro-batches changes memory and speed, never the
     python train.py --epochs 2 --lr 2e-4
 """
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -28,9 +27,10 @@ from checkpoint import Damaged, locked, make_directory
 from config import PRESETS, Parser, UserError, first_line, read_record, resolve, run_command, shown, with_tuples
 from data import collate, micro_batches, prepare, window_at, window_indices, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
+from explain import highest_losses, memory_explained, way_on
 from model import checkpoint_activations, choose_precision, load_model, supervised_logits, ties_hold, token_loss
 from resume import check_same_run, differences, find_start
-from run import Run, ensure_best, restore, save, way_on
+from run import Run, ensure_best, restore, save
 from signals import Signals, Stopped
 
 
@@ -109,11 +109,12 @@ def fit(run, signals):
     # disable=None: a bar only on a terminal
     with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
         while True:
+            is_best = False
             if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= last):
                 result = evaluate_split(run, "eval")  # a signal drops it, and it is made when the run goes on
                 with signals.held():
-                    note_evaluation(run, result)
-            if run.saved < run.step and (run.step % config.save_every == 0 or run.step in (run.best_step, last)):
+                    is_best = note_evaluation(run, result)
+            if is_best or (run.saved < run.step and (run.step % config.save_every == 0 or run.step >= last)):
                 with signals.held():
                     save(run)
             if run.step >= last:
@@ -148,8 +149,9 @@ def update(run):
                 max_grad_norm=config.max_grad_norm,
             )
     except FloatingPointError as error:
-        losses = "\n".join(losses_of_window(run))
-        raise UserError(f"update {run.step + 1}: {error}; {way_on(run)}; its window:\n{losses}") from error
+        indices = window_indices(run.step, len(examples), config.batch_size, config.seed)
+        worst = "\n".join(highest_losses(run, examples, indices))
+        raise UserError(f"update {run.step + 1}: {error}; {way_on(run)}; its window:\n{worst}") from error
     if numbers is None:
         run.overflows += 1
         return None
@@ -163,35 +165,6 @@ def update(run):
     return numbers
 
 
-def losses_of_window(run, most=10):
-    """The conversations of the next window with the loss of each, a line each: what is not finite, then the highest."""
-    examples = run.data.train.examples
-    indices = window_indices(run.step, len(examples), run.config.batch_size, run.config.seed)
-    losses = [(evaluate_examples(run, [examples[index]]).loss, examples.place(index)) for index in indices]
-    losses.sort(key=lambda loss: (math.isfinite(loss[0]), -loss[0]))
-    yield from (f"loss {loss:.4f}   {place}" for loss, place in losses[:most])
-    if losses[most:]:
-        yield f"and {len(losses) - most} more, with losses up to {losses[most][0]:.4f}"
-
-
-@contextlib.contextmanager
-def memory_explained(run, examples):
-    """Say what did not fit, and what to turn, where memory runs out over some examples."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        told = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not told:
-            raise
-        largest = micro_batches(examples, run.config.micro_batch_tokens)[0]
-        rows, longest = len(largest), len(largest[0].input_ids)
-        turn = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
-        if rows > 1:
-            turn = f"a --micro-batch-tokens below {rows * longest} (now {run.config.micro_batch_tokens})"
-        what = f"out of memory in a micro-batch of {rows} x {longest} tokens (conversations x longest)"
-        raise UserError(f"after update {run.step}: {what}: use {turn}; {way_on(run)}") from error
-
-
 def evaluate_examples(run, examples):
     """The `Evaluation` of the run's model over examples."""
     with memory_explained(run, examples):
@@ -200,18 +173,28 @@ def evaluate_examples(run, examples):
 
 
 def evaluate_split(run, split):
-    """The `Evaluation` of the run's model over its "eval" or "test" split."""
-    return evaluate_examples(run, getattr(run.data, split).examples)
+    """The `Evaluation` of the run's model over its "eval" or "test" split.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    examples = getattr(run.data, split).examples
+    result = evaluate_examples(run, examples)
+    if not math.isfinite(result.loss):
+        worst = "\n".join(highest_losses(run, examples, range(len(examples))))
+        raise UserError(f"after update {run.step}: {split} loss {result.loss}; {way_on(run)}; of these:\n{worst}")
+    return result
 
 
 def note_evaluation(run, result):
-    """Log an evaluation of the eval split; the model with the lowest loss so far is the best."""
+    """Log an evaluation of the eval split; returns whether the model is the best so far, with the lowest loss."""
     run.log.write("eval", run.step, result.report())
     run.evaluated = run.step
     is_best = result.loss < run.best_loss
-    tqdm.write(f"  update {run.step:>5}   eval loss {result.loss:.4f}{'   best so far' if is_best else ''}")
     if is_best:
         run.best_step, run.best_loss = run.step, result.loss
+    tqdm.write(f"  update {run.step:>5}   eval loss {result.loss:.4f}{'   best so far' if is_best else ''}")
+    return is_best
 
 
 def examine(run, when, step, signals):
@@ -256,6 +239,21 @@ def train(run, signals, resumed):
     report.write_record(run.directory, run.described, run.changes)
     run.log = report.Log(run.directory, run.step if resumed else None, run.log_lines)
     try:
+        stopped_by = begin_fit_finish(run, signals)
+    except (OSError, Damaged) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{run.directory}, after update {run.step}: {why}; {way_on(run)}") from error
+    if stopped_by:
+        print(f"stopped after update {run.step}; to go on: python train.py --resume {run.directory}", file=sys.stderr)
+        return 128 + stopped_by
+    seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
+    print(f"\n{run.total_steps} updates, {seconds}\n\n{report.summary(run.directory)}")
+    return 0
+
+
+def begin_fit_finish(run, signals):
+    """What is left of a run; a signal ends it with a checkpoint. Returns the number of the signal, or None."""
+    try:
         if run.best_step:
             ensure_best(run)
         if run.step == 0:
@@ -265,18 +263,12 @@ def train(run, signals, resumed):
             examine(run, "before", 0, signals)
         fit(run, signals)
         finish(run, signals)
+        run.log.close(run.config, {"best_eval_loss": run.best_loss})
     except Stopped as stop:
         if run.saved < run.step:
             save(run)
         run.log.close()
-        print(f"stopped after update {run.step}; to go on: python train.py --resume {run.directory}", file=sys.stderr)
-        return 128 + stop.number
-    except (OSError, Damaged) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{run.directory}, after update {run.step}: {why}; {way_on(run)}") from error
-    seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
-    print(f"\n{run.total_steps} updates, {seconds}\n\n{report.summary(run.directory)}")
-    return 0
+        return stop.number
 
 
 def finish(run, signals):
@@ -287,7 +279,6 @@ def finish(run, signals):
     if not ties_hold(run.model):
         raise UserError(f"{run.directory}/best: its output head came back untied from its embeddings")
     examine(run, "after", run.best_step, signals)
-    run.log.close(run.config, {"best_eval_loss": run.best_loss})
 
 
 def new_directory(config):
@@ -334,6 +325,8 @@ def go_on(directory, named, allow_changes, dry_run, signals):
     """The rest of a run. Returns the exit status."""
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run there")
+    if Path(named.get("output_dir", directory)) != directory:
+        raise UserError(f"--output-dir {named['output_dir']}: a resumed run stays in its own directory; leave that out")
     record = read_record(directory)
     settings = with_tuples({**record["config"], **named, "output_dir": str(directory)})
     config = resolve(settings, settings["preset"])
@@ -361,6 +354,8 @@ def main(argv):
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     parser.add_config_flags()
     named, options = parser.parse(argv)
+    if options["allow_changes"] and not options["resume"]:
+        raise UserError("--allow-changes says something of --resume only")
     hub.quiet_libraries()
     with Signals() as signals:
         try:

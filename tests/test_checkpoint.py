@@ -1,8 +1,11 @@
 """A directory is complete or absent, and the newest checkpoints are kept."""
 
 import itertools
+import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +111,35 @@ def test_where_directories_cannot_be_exchanged_two_renames_do(tmp_path, monkeypa
         replace_directory(tmp_path / "best", writer(text))
     assert (tmp_path / "best" / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """What a kill cannot show and a power cut would: all is forced to disk, then renamed, then that is."""
+    done, sync, rename = [], checkpoint.sync, os.replace
+
+    def noted_sync(path):
+        done.append(("sync", Path(path).name.split(".unfinished")[0]))
+        sync(path)
+
+    def noted_rename(source, target):
+        done.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "sync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+
+    def write(directory):
+        (directory / "weights").write_text("w")
+        (directory / "more").mkdir()
+        (directory / "more" / "state").write_text("s")
+
+    save_checkpoint(tmp_path, {"step": 1, "best_step": 1}, write, newest=1, also=None)
+    assert done[0] == ("sync", tmp_path.name)  # that there is a directory for checkpoints
+    *before, renamed, after = done[1:]
+    assert {name for _, name in before} == {"weights", "more", "state", "MANIFEST.json", ".step-1"}
+    assert all(what == "sync" for what, _ in before)
+    assert (renamed, after) == (("rename", "step-1"), ("sync", "checkpoints"))
+    assert set(json.loads((tmp_path / "checkpoints/step-1/MANIFEST.json").read_text())["files"]) == {
+        "weights",
+        "more/state",
+    }

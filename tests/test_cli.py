@@ -124,6 +124,12 @@ def refused(*arguments):
     return str(raised.value)
 
 
+def test_flags_that_say_nothing_together_are_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    assert "a resumed run stays in its own directory" in refused("--resume", tmp_path, "--output-dir", tmp_path / "a")
+    assert "--allow-changes says something of --resume only" in refused("--allow-changes")
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     assert "there are no conversations in it" in refused("--dataset", tmp_path / "empty.jsonl")

@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,6 +51,17 @@ def hang(*_, **__):
     time.sleep(600)
 
 
+def hang_in_workers(sign):
+    """Encode in several processes, which leave a sign and do not come to their end."""
+    importlib.import_module("corpus").SEVERAL_PROCESSES = 1
+    on_call("corpus.encode", 1, partial(leave_and_hang, sign))
+
+
+def leave_and_hang(sign, *_, **__):
+    Path(sign).touch()
+    time.sleep(600)
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -61,7 +73,7 @@ def fill_disk(directory, left, *_, **__):
         file.write(bytes(disk.f_bavail * disk.f_frsize - left))
 
 
-def spoil_weights(value, run):
+def spoil_weights(value, run, *_):
     """Put a number that is none into the weights."""
     with torch.no_grad():
         run.model.model.layers[0].mlp.up_proj.weight[0, 0] = value

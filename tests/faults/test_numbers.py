@@ -51,6 +51,18 @@ def test_of_a_large_window_the_worst_are_named(flags, live, tmp_path):
     assert float(re.fullmatch(r"  and 10 more, with losses up to (\d\.\d{4})", rest).group(1)) <= highest
 
 
+def test_an_evaluation_that_is_not_finite(flags, live, conversations, tmp_path):
+    run = tmp_path / "run"
+    fault = partial(on_call, "train.evaluate_split", 4, partial(spoil_weights, math.nan))
+    life = live([*flags, "--output-dir", run], fault)  # the evaluation after update 8
+    assert life.wait() == 1
+    first, *worst = life.complained.splitlines()
+    assert first == f"error: after update 8: eval loss nan; --resume {run} goes on after update 6; of these:"
+    assert all(re.fullmatch(rf"  loss nan {re.escape(str(conversations))}:\d+", line) for line in worst)
+    assert len(worst) == 8
+    assert steps_saved(run) == [4, 6]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_refused(flags, live, tiny_model_dir, tmp_path, value):
     directory = shutil.copytree(tiny_model_dir, tmp_path / "spoilt")

@@ -7,7 +7,7 @@ import pytest
 
 from quickstart import cache_directory
 from tests.faults.harness import assert_same, lines, steps_saved
-from tests.faults.inject import on_call, send, send_and_hang
+from tests.faults.inject import hang_in_workers, on_call, send, send_and_hang
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
@@ -79,6 +79,19 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
     assert life.wait() == SIGNALS[number]
     assert life.complained == "\nstopping; once more to leave at once\nstopped before training began\n"
     assert not run.exists()
+    assert corpora() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_several_processes_tokenise_none_is_left(flags, live, conversations, tmp_path, number):
+    data, sign = tmp_path / "new.jsonl", tmp_path / "sign"
+    data.write_text(conversations.read_text().replace("Count", f"Reckon {number}"))
+    before = corpora()
+    life = live([*flags, "--dataset", data, "--output-dir", tmp_path / "run"], partial(hang_in_workers, sign))
+    assert life.wait_for(sign.exists), life.complained
+    life.signal(number)
+    assert life.wait() == SIGNALS[number]
+    assert life.complained == "\nstopping; once more to leave at once\nstopped before training began\n"
     assert corpora() == before
 
 
