@@ -227,6 +227,8 @@ def best_step_of(checkpoint):
 def publish(path, checkpoint, without):
     """Make `path` a copy of a checkpoint without one of its files, verified by the manifest of the checkpoint.
 
+    Its weights are the checkpoint's own file under a second name (a hard link), where the file system has such.
+
     Raises:
         Damaged: the checkpoint is not what was written; `path` is as it was.
     """
@@ -234,11 +236,21 @@ def publish(path, checkpoint, without):
     del content["files"][without]
 
     def write(directory):
-        shutil.copytree(checkpoint, directory, ignore=shutil.ignore_patterns(without, MANIFEST), dirs_exist_ok=True)
+        ignored = shutil.ignore_patterns(without, MANIFEST)
+        shutil.copytree(checkpoint, directory, ignore=ignored, copy_function=link_weights, dirs_exist_ok=True)
         seal(directory, content)
         verify(directory)
 
     replace_directory(path, write)
+
+
+def link_weights(source, target):
+    """Copy a file; but give one of weights, which is large and which nobody edits, a second name instead."""
+    if source.endswith(".safetensors"):
+        with contextlib.suppress(OSError):  # not every file system can
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def newest_whole(run):

@@ -4,6 +4,7 @@ import math
 import pickle
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from checkpoint import Damaged, checkpoint_at, publish, save_checkpoint, verify
 from config import Config, UserError
 from data import Data, windows_per_epoch
 from model import Precision, save_model
+
+torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256 notices more
 
 STATE = "training.pt"  # in a checkpoint: all that resuming needs beside the weights
 COUNTED = ("step", "evaluated", "best_step", "best_loss", "overflows", "log_lines")  # of a Run, in that file
@@ -72,8 +75,7 @@ def save(run):
 
 
 def write_state(run, directory):
-    """Fill the directory of a checkpoint."""
-    save_model(run.model, run.tokenizer, directory)
+    """Fill the directory of a checkpoint: the model in one thread, the rest in another."""
     run.log_lines = run.log.lines
     state = {name: getattr(run, name) for name in COUNTED} | {
         "optimizer": run.optimizer.state_dict()["state"],  # not its settings, which are the run's
@@ -81,11 +83,13 @@ def write_state(run, directory):
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all(),
     }
-    with open(directory / STATE, "wb") as file:
+    with ThreadPoolExecutor() as threads, open(directory / STATE, "wb") as file:
+        model = threads.submit(save_model, run.model, run.tokenizer, directory)
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's words for what the file's own error says better
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        model.result()
 
 
 def restore(run, checkpoint):
