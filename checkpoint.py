@@ -192,7 +192,7 @@ def save_checkpoint(run, about, write, newest, also):
     """Write `run/checkpoints/step-N`, verify it as it is on disk, and only then remove older ones.
 
     Args:
-        about: what the manifest says besides its files; its `step` is N, its `best_step` that of the best model so far.
+        about: what the manifest says besides its files; its `step` is N.
         write: fills the directory it is given.
         newest: how many of the newest are kept.
         also: the step of another that is.
@@ -200,7 +200,19 @@ def save_checkpoint(run, about, write, newest, also):
     Raises:
         OSError, Damaged: it could not be written, or not read again; the older ones are as they were.
     """
-    path = checkpoint_at(run, about["step"])
+    save_directory(checkpoint_at(run, about["step"]), about, write)
+    done = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= about["step"]]
+    for old in done[:-newest]:
+        if step_of(old) != also:
+            remove_directory(old)
+
+
+def save_directory(path, about, write):
+    """Make `path` the directory that `write(empty_directory)` fills, with a manifest, and verify it as it is on disk.
+
+    Raises:
+        OSError, Damaged: it could not be written, or not read again.
+    """
 
     def write_all(directory):
         write(directory)
@@ -208,40 +220,12 @@ def save_checkpoint(run, about, write, newest, also):
 
     replace_directory(path, write_all)
     verify(path)
-    done = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= about["step"]]
-    kept = {also, *map(step_of, done[-newest:])}
-    kept |= {best_step_of(checkpoint_at(run, step)) for step in kept}
-    for old in done:
-        if step_of(old) not in kept:
-            remove_directory(old)
 
 
-def best_step_of(checkpoint):
-    """The step of the best model when a checkpoint was written; None where there is no telling."""
-    try:
-        return read_manifest(checkpoint)["best_step"]
-    except Damaged:
-        return None
-
-
-def publish(path, checkpoint, without):
-    """Make `path` a copy of a checkpoint without one of its files, verified by the manifest of the checkpoint.
-
-    Its weights are the checkpoint's own file under a second name (a hard link), where the file system has such.
-
-    Raises:
-        Damaged: the checkpoint is not what was written; `path` is as it was.
-    """
-    content = read_manifest(checkpoint)
-    del content["files"][without]
-
-    def write(directory):
-        ignored = shutil.ignore_patterns(without, MANIFEST)
-        shutil.copytree(checkpoint, directory, ignore=ignored, copy_function=link_weights, dirs_exist_ok=True)
-        seal(directory, content)
-        verify(directory)
-
-    replace_directory(path, write)
+def copy_directory(source, target):
+    """Copy the files of a directory, but for its manifest; its weights get a second name instead, where that can be."""
+    ignored = shutil.ignore_patterns(MANIFEST)
+    shutil.copytree(source, target, ignore=ignored, copy_function=link_weights, dirs_exist_ok=True)
 
 
 def link_weights(source, target):

@@ -33,9 +33,8 @@ def find_start(run, recorded):
         return Start(checkpoint, described)
     if damages:
         raise UserError(f"--resume {run}: none of its checkpoints is whole; start anew in another directory")
-    config = recorded["config"]
     logged = last_logged_update(run)
-    if logged > min(config["save_every"], config["eval_every"]):  # a checkpoint comes before any later update
+    if logged > recorded["config"]["save_every"]:  # a checkpoint comes before any later update
         raise UserError(
             f"--resume {run}: it logged update {logged} and has no checkpoint; put them back, or start anew elsewhere"
         )

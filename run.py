@@ -1,5 +1,6 @@
 """A run: all that it has in hand, and its state on disk."""
 
+import contextlib
 import math
 import pickle
 import sys
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import report
-from checkpoint import Damaged, checkpoint_at, publish, save_checkpoint, verify
+from checkpoint import Damaged, checkpoint_at, copy_directory, save_checkpoint, save_directory, verify
 from config import Config, UserError
 from data import Data, windows_per_epoch
 from model import Precision, save_model
@@ -20,6 +21,7 @@ from model import Precision, save_model
 torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256 notices more
 
 STATE = "training.pt"  # in a checkpoint: all that resuming needs beside the weights
+BEST = "best"  # in a run's directory the best model so far; in a checkpoint too, where it is not the checkpoint's own
 COUNTED = ("step", "evaluated", "best_step", "best_loss", "overflows", "log_lines")  # of a Run, in that file
 
 
@@ -61,21 +63,33 @@ class Run:
 
 
 def save(run):
-    """Write a checkpoint: a model directory, and all else that resuming needs. The best model is published from it."""
+    """Write a checkpoint: a model directory, the best model so far, and all else that resuming needs."""
+    with timed(run):
+        run.log.sync()
+        about = {"step": run.step, **run.described}
+        save_checkpoint(run.directory, about, lambda path: write_state(run, path), run.config.keep, run.resumed_from)
+        run.saved = run.step
+
+
+def save_best(run):
+    """Make `best/` the model as it is now."""
+    with timed(run):
+        about = {"step": run.step, **run.described}
+        save_directory(run.directory / BEST, about, lambda path: save_model(run.model, run.tokenizer, path))
+
+
+@contextlib.contextmanager
+def timed(run):
+    """Count the seconds that saving takes."""
     began = time.perf_counter()
-    run.log.sync()
-    about = {"step": run.step, "best_step": run.best_step, **run.described}
-    save_checkpoint(run.directory, about, lambda path: write_state(run, path), run.config.keep, run.resumed_from)
-    run.saved = run.step
-    if run.best_step == run.step:
-        publish_best(run)
+    yield
     seconds = time.perf_counter() - began
     run.seconds_saving += seconds
     run.log.draw_numbers("time", run.step, checkpoint=seconds)
 
 
 def write_state(run, directory):
-    """Fill the directory of a checkpoint: the model in one thread, the rest in another."""
+    """Fill the directory of a checkpoint: the models in one thread, the rest in another."""
     run.log_lines = run.log.lines
     state = {name: getattr(run, name) for name in COUNTED} | {
         "optimizer": run.optimizer.state_dict()["state"],  # not its settings, which are the run's
@@ -84,12 +98,24 @@ def write_state(run, directory):
         "random_cuda": torch.cuda.get_rng_state_all(),
     }
     with ThreadPoolExecutor() as threads, open(directory / STATE, "wb") as file:
-        model = threads.submit(save_model, run.model, run.tokenizer, directory)
+        models = threads.submit(write_models, run, directory)
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's words for what the file's own error says better
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        model.result()
+        models.result()
+
+
+def write_models(run, directory):
+    """Write the model, and in `best/` the best one where that is another."""
+    best = run.directory / BEST
+    if run.best_step == run.step:
+        copy_directory(best, directory)
+        return
+    save_model(run.model, run.tokenizer, directory)
+    if run.best_step:
+        verify(best)  # so that no damage to it is copied
+        copy_directory(best, directory / BEST)
 
 
 def restore(run, checkpoint):
@@ -113,24 +139,19 @@ def restore(run, checkpoint):
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
-def publish_best(run):
-    """Make `best/` the model of the checkpoint with the lowest eval loss so far.
+def ensure_best(run):
+    """Make `best/` again from the last checkpoint, where it is damaged or the best of updates that were taken back.
 
     Raises:
-        UserError: that checkpoint is not what was written.
+        Damaged: the checkpoint is not what was written.
     """
-    source = checkpoint_at(run.directory, run.best_step)
+    best, checkpoint = run.directory / BEST, checkpoint_at(run.directory, run.saved)
     try:
-        publish(run.directory / "best", source, STATE)
-    except Damaged as why:
-        raise UserError(f"{source}, which holds the best model: {why}; copy a good one there") from why
-
-
-def ensure_best(run):
-    """Make `best/` again where it is damaged, or the best of updates that were taken back."""
-    try:
-        if verify(run.directory / "best")["step"] == run.best_step:
+        if verify(best)["step"] == run.best_step:
             return
     except Damaged as why:
-        print(f"{run.directory}/best is made again: {why}", file=sys.stderr)
-    publish_best(run)
+        print(f"{best} is made again: {why}", file=sys.stderr)
+    verify(checkpoint)
+    source = checkpoint if run.best_step == run.saved else checkpoint / BEST
+    about = {"step": run.best_step, **run.described}
+    save_directory(best, about, lambda path: (copy_directory(source, path), (path / STATE).unlink(missing_ok=True)))

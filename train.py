@@ -30,7 +30,7 @@ from eval import VIBE_PROMPTS, answer, evaluate
 from explain import highest_losses, memory_explained, way_on
 from model import checkpoint_activations, choose_precision, load_model, supervised_logits, ties_hold, token_loss
 from resume import check_same_run, differences, find_start
-from run import Run, ensure_best, restore, save
+from run import Run, ensure_best, restore, save, save_best
 from signals import Signals, Stopped
 
 
@@ -109,12 +109,11 @@ def fit(run, signals):
     # disable=None: a bar only on a terminal
     with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
         while True:
-            is_best = False
             if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= last):
                 result = evaluate_split(run, "eval")  # a signal drops it, and it is made when the run goes on
                 with signals.held():
-                    is_best = note_evaluation(run, result)
-            if is_best or (run.saved < run.step and (run.step % config.save_every == 0 or run.step >= last)):
+                    note_evaluation(run, result)
+            if run.saved < run.step and run.step % config.save_every == 0:
                 with signals.held():
                     save(run)
             if run.step >= last:
@@ -187,14 +186,14 @@ def evaluate_split(run, split):
 
 
 def note_evaluation(run, result):
-    """Log an evaluation of the eval split; returns whether the model is the best so far, with the lowest loss."""
+    """Log an evaluation of the eval split; the model with the lowest loss so far becomes the run's `best/`."""
     run.log.write("eval", run.step, result.report())
     run.evaluated = run.step
     is_best = result.loss < run.best_loss
+    tqdm.write(f"  update {run.step:>5}   eval loss {result.loss:.4f}{'   best so far' if is_best else ''}")
     if is_best:
         run.best_step, run.best_loss = run.step, result.loss
-    tqdm.write(f"  update {run.step:>5}   eval loss {result.loss:.4f}{'   best so far' if is_best else ''}")
-    return is_best
+        save_best(run)
 
 
 def examine(run, when, step, signals):
