@@ -64,7 +64,7 @@ class Run:
 
 def save(run):
     """Write a checkpoint: a model directory, the best model so far, and all else that resuming needs."""
-    with timed(run):
+    with timed(run, "checkpoint"):
         run.log.sync()
         about = {"step": run.step, **run.described}
         save_checkpoint(run.directory, about, lambda path: write_state(run, path), run.config.keep, run.resumed_from)
@@ -73,19 +73,19 @@ def save(run):
 
 def save_best(run):
     """Make `best/` the model as it is now."""
-    with timed(run):
+    with timed(run, "best"):
         about = {"step": run.step, **run.described}
         save_directory(run.directory / BEST, about, lambda path: save_model(run.model, run.tokenizer, path))
 
 
 @contextlib.contextmanager
-def timed(run):
-    """Count the seconds that saving takes."""
+def timed(run, what):
+    """Log the seconds that saving something takes, as `time/what`, and count them."""
     began = time.perf_counter()
     yield
     seconds = time.perf_counter() - began
     run.seconds_saving += seconds
-    run.log.draw_numbers("time", run.step, checkpoint=seconds)
+    run.log.draw_numbers("time", run.step, **{what: seconds})
 
 
 def write_state(run, directory):

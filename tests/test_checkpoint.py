@@ -37,30 +37,28 @@ def test_a_failed_write_leaves_the_old_one_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def save(run, step, best_step, newest=2, also=None):
-    save_checkpoint(run, {"step": step, "best_step": best_step}, writer(str(step)), newest, also)
+def save(run, step, newest=2, also=None):
+    save_checkpoint(run, {"step": step}, writer(str(step)), newest, also)
     return [step_of(path) for path in checkpoints(run)]
 
 
 def test_the_newest_checkpoints_are_kept_by_number_not_by_name(tmp_path):
     for step in (8, 9, 10, 100):
-        kept = save(tmp_path, step, best_step=step, newest=3)
+        kept = save(tmp_path, step, newest=3)
     assert kept == [9, 10, 100]
 
 
-def test_the_best_of_every_kept_checkpoint_and_the_one_resumed_from_are_kept(tmp_path):
-    assert save(tmp_path, 1, best_step=1) == [1]
-    assert save(tmp_path, 2, best_step=1) == [1, 2]
-    assert save(tmp_path, 3, best_step=1) == [1, 2, 3]
-    assert save(tmp_path, 4, best_step=4) == [1, 3, 4]  # 3 says that 1 was the best
-    assert save(tmp_path, 5, best_step=4) == [4, 5]
-    assert save(tmp_path, 6, best_step=6, also=4) == [4, 5, 6]
-    assert save(tmp_path, 7, best_step=6, also=4) == [4, 6, 7]
+def test_the_one_resumed_from_is_kept_and_those_beyond_it_are_not_counted(tmp_path):
+    for step in (1, 2, 9):  # 9 is damaged, say, and was passed over
+        save(tmp_path, step, newest=3)
+    assert save(tmp_path, 3, also=1) == [1, 2, 3, 9]
+    assert save(tmp_path, 4, also=1) == [1, 3, 4, 9]
+    assert save(tmp_path, 9, also=1) == [1, 4, 9]
 
 
 def test_nothing_is_removed_before_the_new_one_verifies(tmp_path, monkeypatch):
     for step in (1, 2):
-        save(tmp_path, step, best_step=step)
+        save(tmp_path, step)
 
     def damage(path):
         (path / "file").write_text("x")
@@ -68,12 +66,12 @@ def test_nothing_is_removed_before_the_new_one_verifies(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "verify", damage)
     with pytest.raises(Damaged, match="another SHA-256"):
-        save(tmp_path, 3, best_step=3)
+        save(tmp_path, 3)
     assert [step_of(path) for path in checkpoints(tmp_path)] == [1, 2, 3]
 
 
 def test_other_directories_are_no_checkpoints(tmp_path):
-    save(tmp_path, 1, best_step=1)
+    save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-old").mkdir()
     (tmp_path / "checkpoints" / ".step-2.unfinished-x").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-1"]
@@ -133,7 +131,7 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
         (directory / "more").mkdir()
         (directory / "more" / "state").write_text("s")
 
-    save_checkpoint(tmp_path, {"step": 1, "best_step": 1}, write, newest=1, also=None)
+    save_checkpoint(tmp_path, {"step": 1}, write, newest=1, also=None)
     assert done[0] == ("sync", tmp_path.name)  # that there is a directory for checkpoints
     *before, renamed, after = done[1:]
     assert {name for _, name in before} == {"weights", "more", "state", "MANIFEST.json", ".step-1"}

@@ -26,8 +26,8 @@ def conversations(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def flags(tiny_model_dir, conversations):
-    """Ten updates: two epochs of 30 conversations in windows of 7, the last of 2; checkpoints after 3, 6, 9 and 10, and
-    wherever the model was the best so far."""
+    """Ten updates: two epochs of 30 conversations in windows of 7, the last of 2; checkpoints after 3, 6 and
+    9, evaluations after 4, 8 and 10, each with the best model so far."""
     settings = {"preset": "quickstart", "model": tiny_model_dir, "dataset": conversations, "eval-fraction": 0.2}
     settings |= {"test-fraction": 0.05, "batch-size": 7, "warmup-steps": 2, "lr": 1e-2, "seed": 3, "dtype": "fp32"}
     settings |= {"micro-batch-tokens": 200, "eval-every": 4, "save-every": 3, "log-every": 2}
@@ -36,20 +36,20 @@ def flags(tiny_model_dir, conversations):
 
 @pytest.fixture(scope="session")
 def unbroken(flags, tmp_path_factory):
-    """The run of these flags that nothing happened to."""
+    """The run of these flags that nothing happened to, with all of its checkpoints."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    assert Life([*flags, "--output-dir", run], run.parent).wait() == 0
+    assert Life([*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent).wait() == 0
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10]
     return run
 
 
 @pytest.fixture(scope="session")
 def killed(flags, tmp_path_factory):
-    """A run of these flags, killed after seven updates; its checkpoints are those of 4, the best, and 6."""
+    """A run of these flags, killed after seven updates; it has checkpoints of 3 and 6, and its best model is 4's."""
     run = tmp_path_factory.mktemp("killed") / "run"
     life = Life([*flags, "--output-dir", run], run.parent, [partial(on_call, "train.update", 8, kill)])
     assert life.wait() == 128 + signal.SIGKILL
-    assert steps_saved(run) == [4, 6]
+    assert steps_saved(run) == [3, 6]
     return run
 
 

@@ -112,19 +112,22 @@ def fewer_bits_of_scale(bits):
 
 
 def kill_at_system_call(number, count_file=None):
-    """Die at the `number`th call that changes the disk since the eighth checkpoint began; or only count these calls."""
-    run, calls = importlib.import_module("run"), itertools.count(1)
-    saves = itertools.count(1)
-    real_save = run.save_checkpoint
-    counting = []
+    """Die at the `number`th call that changes the disk while the second best model is saved, and the checkpoint after
+    it; or only count these calls."""
+    run, calls, bests = importlib.import_module("run"), itertools.count(1), itertools.count(1)
+    save_best, save, counting = run.save_directory, run.save_checkpoint, []
+
+    def save_directory(*arguments):
+        counting[:] = [next(bests)]
+        save_best(*arguments)
 
     def save_checkpoint(*arguments):
-        counting[:] = [next(saves)]
-        real_save(*arguments)
+        save(*arguments)
+        counting.clear()
 
     def counted(real):
         def call(*arguments, **options):
-            if counting == [8]:
+            if counting == [2]:
                 current = next(calls)
                 if count_file:
                     Path(count_file).write_text(str(current))
@@ -134,7 +137,7 @@ def kill_at_system_call(number, count_file=None):
 
         return call
 
-    run.save_checkpoint = save_checkpoint
+    run.save_directory, run.save_checkpoint = save_directory, save_checkpoint
     for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
         setattr(os, name, counted(getattr(os, name)))
     checkpoint = importlib.import_module("checkpoint")

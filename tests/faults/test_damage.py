@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, unbroken, li
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
     assert re.search(rf"^passed over: {interrupted}/checkpoints/step-6: {why}", life.complained, re.MULTILINE)
-    assert f"resuming {interrupted} from step-4\n" in life.said
+    assert f"resuming {interrupted} from step-3\n" in life.said
     assert_same(interrupted, unbroken)
 
 
@@ -68,7 +68,7 @@ def test_no_whole_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
         f"error: --resume {interrupted}: none of its checkpoints is whole; start anew in another directory"
     )
     assert (interrupted / "metrics.jsonl").read_bytes() == before
-    assert steps_saved(interrupted) == [4, 6]
+    assert steps_saved(interrupted) == [3, 6]
 
 
 def test_lost_checkpoints_are_no_reason_to_begin_again(interrupted, live):
@@ -127,31 +127,50 @@ def test_a_program_in_a_state_file_is_never_run(interrupted, live, tmp_path):
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: flip_a_bit(best / "model.safetensors")])
 def test_a_damaged_best_model_is_made_again(interrupted, live, damage):
+    """From the copy in the last checkpoint."""
+    expected = sha256(interrupted / "best" / "model.safetensors")
     damage(interrupted / "best")
-    life = live(["--resume", interrupted, "--max-steps", "7", "--allow-changes"])  # no update after 4 is the best
+    life = live(["--resume", interrupted, "--max-steps", "7", "--eval-every", "100", "--lr", "1e3", "--allow-changes"])
     assert life.wait() == 0, life.complained
     assert f"{interrupted}/best is made again: " in life.complained
+    assert "best, update 4" in life.said
+    assert sha256(interrupted / "best" / "model.safetensors") == expected
 
 
-def test_a_best_model_of_updates_that_were_taken_back_is_made_again(flags, unbroken, live, tmp_path):
-    """Killed after the best of update 8 was published, and resumed from 6, of a run whose best then was 4."""
-    run = tmp_path / "run"
-    live([*flags, "--output-dir", run], partial(on_call, "train.update", 9, kill)).wait()
-    assert json.loads((run / "best" / MANIFEST).read_text())["step"] == 8
-    truncate(run / "checkpoints" / "step-8" / "training.pt")
-    assert live(["--resume", run]).wait() == 0
-    assert_same(run, unbroken)
+def test_a_best_model_of_updates_that_were_taken_back_is_made_again(interrupted, unbroken, live):
+    """Killed after update 8 became the best; resumed from 6, whose best is 4, and it never comes to an 8 again."""
+    expected = sha256(interrupted / "best" / "model.safetensors")
+    live(["--resume", interrupted], partial(on_call, "train.update", 3, kill)).wait()
+    assert json.loads((interrupted / "best" / MANIFEST).read_text())["step"] == 8
+    again = shutil.copytree(interrupted, interrupted.with_name("again"))
+    assert live(["--resume", again]).wait() == 0
+    assert_same(again, unbroken)
+    life = live(["--resume", interrupted, "--max-steps", "7", "--lr", "1e3", "--allow-changes"])
+    assert life.wait() == 0, life.complained
+    assert "best, update 4" in life.said
+    assert sha256(interrupted / "best" / "model.safetensors") == expected
 
 
-def test_no_best_model_anywhere_is_an_error(interrupted, live):
-    shutil.rmtree(interrupted / "best")
-    flip_a_bit(interrupted / "checkpoints" / "step-4" / "model.safetensors")
-    life = live(["--resume", interrupted])
+def test_a_best_model_that_is_damaged_is_not_copied(interrupted, unbroken, live):
+    """Its disk goes bad between two checkpoints: the run ends, and the one before has a good copy."""
+    damage = partial(flip_weights, interrupted / "best")
+    life = live(["--resume", interrupted, "--save-every", "1"], partial(on_call, "train.save", 1, damage))
     assert life.wait() == 1
-    assert life.complained.splitlines()[-1] == (
-        f"error: {interrupted}/checkpoints/step-4, which holds the best model: model.safetensors is not what was "
-        "written (another SHA-256); copy a good one there"
+    assert life.complained == (
+        f"error: {interrupted}, after update 7: model.safetensors is not what was written (another SHA-256); "
+        f"--resume {interrupted} goes on after update 6\n"
     )
+    assert live(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, unbroken)
+
+
+def flip_weights(directory, *_):
+    """As it is a second name of a checkpoint's file, make it a file of its own first."""
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    flip_a_bit(path)
 
 
 def test_damaged_settings_are_an_error(interrupted, live):
