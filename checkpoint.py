@@ -77,8 +77,8 @@ def replace_directory(path, write):
     unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
     try:
         write(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's directories are the owner's alone
         for part in (*unfinished.rglob("*"), unfinished):
+            part.chmod(0o755 if part.is_dir() else 0o644)  # temporary ones are the owner's alone
             sync(part)
         if not path.exists():
             os.replace(unfinished, path)
@@ -141,13 +141,13 @@ def read_manifest(directory):
         content = json.loads((directory / MANIFEST).read_bytes())
         expected = content.pop("sha256")
     except FileNotFoundError:
-        raise Damaged(f"{MANIFEST} is missing") from None
+        raise Damaged(f"{directory / MANIFEST} is missing") from None
     except OSError as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from error
+        raise Damaged(f"{directory / MANIFEST} cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError, KeyError, TypeError):
         content, expected = None, None
     if digest_of(content) != expected:
-        raise Damaged(f"{MANIFEST} is not what was written")
+        raise Damaged(f"{directory / MANIFEST} is not what was written")
     return content
 
 
@@ -162,15 +162,15 @@ def verify(directory):
     def check(name):
         path, file = directory / name, content["files"][name]
         if not path.is_file():
-            raise Damaged(f"{name} is missing")
+            raise Damaged(f"{path} is missing")
         if path.stat().st_size != file["size"]:
-            raise Damaged(f"{name} has {path.stat().st_size:,} bytes of {file['size']:,}")
+            raise Damaged(f"{path} has {path.stat().st_size:,} bytes of {file['size']:,}")
         try:
             digest = sha256(path)
         except OSError as error:
-            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+            raise Damaged(f"{path} cannot be read ({error.strerror})") from error
         if digest != file["sha256"]:
-            raise Damaged(f"{name} is not what was written (another SHA-256)")
+            raise Damaged(f"{path} is not what was written (another SHA-256)")
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(check, content["files"]))
@@ -222,9 +222,9 @@ def save_directory(path, about, write):
     verify(path)
 
 
-def copy_directory(source, target):
-    """Copy the files of a directory, but for its manifest; its weights get a second name instead, where that can be."""
-    ignored = shutil.ignore_patterns(MANIFEST)
+def copy_directory(source, target, without=()):
+    """Copy a directory, but for its manifest; its weights get a second name instead, where that can be."""
+    ignored = shutil.ignore_patterns(MANIFEST, *without)
     shutil.copytree(source, target, ignore=ignored, copy_function=link_weights, dirs_exist_ok=True)
 
 
@@ -248,7 +248,7 @@ def newest_whole(run):
         try:
             return checkpoint, verify(checkpoint), damages
         except Damaged as why:
-            damages.append(f"checkpoints/{checkpoint.name}: {why}")
+            damages.append(str(why))
     return None, None, damages
 
 

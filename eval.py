@@ -148,7 +148,7 @@ def settings_of(model_or_run, named):
     try:
         verify(run / "best")
     except Damaged as why:
-        print(f"warning: {run}/best: {why}", file=sys.stderr)
+        print(f"warning: {why}", file=sys.stderr)
     recorded = recorded_settings(run)
     if "dataset" in named:
         recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}

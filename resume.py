@@ -28,7 +28,7 @@ def find_start(run, recorded):
     """
     checkpoint, described, damages = newest_whole(run)
     for damage in damages:
-        print(f"passed over: {run}/{damage}", file=sys.stderr)
+        print(f"passed over: {damage}", file=sys.stderr)
     if checkpoint:
         return Start(checkpoint, described)
     if damages:

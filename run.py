@@ -143,15 +143,17 @@ def ensure_best(run):
     """Make `best/` again from the last checkpoint, where it is damaged or the best of updates that were taken back.
 
     Raises:
-        Damaged: the checkpoint is not what was written.
+        Damaged: the checkpoint is, too, or is older than the best model; resuming the run will make it again.
     """
     best, checkpoint = run.directory / BEST, checkpoint_at(run.directory, run.saved)
     try:
         if verify(best)["step"] == run.best_step:
             return
     except Damaged as why:
+        if run.best_step > run.saved:
+            raise
         print(f"{best} is made again: {why}", file=sys.stderr)
     verify(checkpoint)
     source = checkpoint if run.best_step == run.saved else checkpoint / BEST
     about = {"step": run.best_step, **run.described}
-    save_directory(best, about, lambda path: (copy_directory(source, path), (path / STATE).unlink(missing_ok=True)))
+    save_directory(best, about, lambda path: copy_directory(source, path, without=[STATE]))

@@ -264,7 +264,7 @@ def begin_fit_finish(run, signals):
         finish(run, signals)
         run.log.close(run.config, {"best_eval_loss": run.best_loss})
     except Stopped as stop:
-        if run.saved < run.step:
+        if run.saved < run.step and run.optimizer:  # which has made room once training is over
             save(run)
         run.log.close()
         return stop.number

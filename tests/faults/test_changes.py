@@ -55,7 +55,7 @@ def test_the_decay_is_the_new_one(interrupted, unbroken, live):
 
 
 def weights_of(run):
-    return load_file(run / "checkpoints" / "step-10" / "model.safetensors").values()
+    return load_file(run / "checkpoints" / "step-9" / "model.safetensors").values()
 
 
 def test_an_edited_dataset_is_noticed_by_its_fingerprint(flags, live, conversations, tmp_path):

@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, unbroken, li
     do(interrupted / "checkpoints" / "step-6" / name)
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
-    assert re.search(rf"^passed over: {interrupted}/checkpoints/step-6: {why}", life.complained, re.MULTILINE)
+    assert re.search(rf"^passed over: {interrupted}/checkpoints/step-6/{why}", life.complained, re.MULTILINE)
     assert f"resuming {interrupted} from step-3\n" in life.said
     assert_same(interrupted, unbroken)
 
@@ -101,7 +101,7 @@ def test_a_program_in_a_state_file_is_noticed_by_its_hash(interrupted, unbroken,
     payload(interrupted / "checkpoints" / "step-6" / "training.pt", tmp_path / "ran")
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
-    assert "step-6: training.pt has" in life.complained
+    assert "step-6/training.pt has" in life.complained
     assert not (tmp_path / "ran").exists()
     assert_same(interrupted, unbroken)
 
@@ -157,11 +157,29 @@ def test_a_best_model_that_is_damaged_is_not_copied(interrupted, unbroken, live)
     life = live(["--resume", interrupted, "--save-every", "1"], partial(on_call, "train.save", 1, damage))
     assert life.wait() == 1
     assert life.complained == (
-        f"error: {interrupted}, after update 7: model.safetensors is not what was written (another SHA-256); "
+        f"error: {interrupted}, after update 7: {interrupted}/best/model.safetensors is not what was written "
+        "(another SHA-256); "
         f"--resume {interrupted} goes on after update 6\n"
     )
     assert live(["--resume", interrupted]).wait() == 0
     assert_same(interrupted, unbroken)
+
+
+def test_a_best_model_lost_before_it_was_in_a_checkpoint_is_found_again(interrupted, unbroken, live):
+    """Removed at the end, when the last checkpoint is older than it."""
+    lose = partial(on_call, "train.finish", 1, partial(remove, interrupted / "best"))
+    life = live(["--resume", interrupted], lose)
+    assert life.wait() == 1
+    assert life.complained == (
+        f"error: {interrupted}, after update 10: {interrupted}/best/MANIFEST.json is missing; "
+        f"--resume {interrupted} goes on after update 9\n"
+    )
+    assert live(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, unbroken)
+
+
+def remove(directory, *_):
+    shutil.rmtree(directory)
 
 
 def flip_weights(directory, *_):
