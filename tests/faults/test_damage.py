@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as eval_command
 from checkpoint import MANIFEST, seal, sha256
 from tests.faults.harness import assert_same, some, steps_saved
 from tests.faults.inject import kill, on_call
@@ -176,6 +177,13 @@ def test_a_best_model_lost_before_it_was_in_a_checkpoint_is_found_again(interrup
     )
     assert live(["--resume", interrupted]).wait() == 0
     assert_same(interrupted, unbroken)
+
+
+def test_a_damaged_best_model_is_not_evaluated_without_a_word(interrupted, capsys):
+    flip_a_bit(interrupted / "best" / "model.safetensors")
+    assert eval_command.main([str(interrupted), "--prompts", "Hi", "--max-new-tokens", "1"]) == 0
+    warning = f"warning: {interrupted}/best/model.safetensors is not what was written (another SHA-256)\n"
+    assert capsys.readouterr().err == warning
 
 
 def remove(directory, *_):
