@@ -56,7 +56,7 @@ def differences(before, now):
         for name, value in now["config"].items()
         if name not in FREE_TO_CHANGE and shown(before["config"][name]) != shown(value)
     ]
-    if before["precision"] != now["precision"]:
+    if before.get("precision") != now.get("precision"):
         flags.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
     if before["data"] != now["data"]:
         flags.append(f"data {sizes(before['data'])} -> {sizes(now['data'])}")

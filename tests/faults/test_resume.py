@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from tests.faults.harness import assert_same, lines, some, steps_saved
-from tests.faults.inject import fewer_bits_of_scale, forget, kill, on_call, shift_the_order
+from tests.faults.inject import fewer_bits_of_scale, forget, kill, on_call, pretend, shift_the_order
 
 
 @pytest.mark.parametrize("step", some([3, 5, 9, 1, 4, 7], fast=3))
@@ -150,3 +150,14 @@ def test_a_finished_run_says_so(unbroken, live):
     assert life.wait() == 0, life.complained
     assert life.said.startswith(f"{unbroken} is finished already\n")
     assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
+
+
+def test_another_precision_on_another_machine_is_a_change(flags, live, tmp_path):
+    """`--dtype auto` is bf16 where the processor has it and fp32 elsewhere."""
+    run, native = tmp_path / "run", partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": True})
+    flags = [*flags, "--dtype", "auto", "--output-dir", run]
+    live(flags, native, partial(on_call, "train.update", 5, kill)).wait()
+    life = live(["--resume", run], partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": False}))
+    assert life.wait() == 1
+    assert life.complained.splitlines()[1].strip() == "forward pass in bf16 -> fp32 (--dtype)"
+    assert live(["--resume", run], native).wait() == 0
