@@ -36,7 +36,7 @@ def train(model, examples, eval_examples, tokenizer, config):
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler())
     run.log = SimpleNamespace(write=write)
-    run.saved = run.total_steps  # nothing is to be saved
+    run.saved, run.best_loss = run.total_steps, -math.inf  # so that nothing is saved
     fit(run, Signals())
     return witness.updates
 
