@@ -1,6 +1,7 @@
 """A run goes on as itself, or as another on purpose."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from checkpoint import MANIFEST, seal
 from tests.faults.harness import assert_same, lines, some, steps_saved
+from tests.faults.inject import kill, on_call
 
 CHANGES = [
     ("--lr", "0.02", "--lr 0.01 -> 0.02"),
@@ -93,10 +95,14 @@ def test_other_versions_are_told_but_go_on(interrupted, unbroken, live):
 
 
 def test_a_finished_run_goes_on_for_longer_on_purpose(flags, live, tmp_path):
+    """And is not taken for finished when it dies on the way."""
     run = tmp_path / "run"
     assert live([*flags, "--output-dir", run, "--epochs", "1"]).wait() == 0
     assert live(["--resume", run, "--epochs", "2"]).wait() == 1
-    life = live(["--resume", run, "--epochs", "2", "--allow-changes"])
+    longer = live(["--resume", run, "--epochs", "2", "--allow-changes"], partial(on_call, "train.update", 4, kill))
+    assert longer.wait() == 128 + 9
+    life = live(["--resume", run])
     assert life.wait() == 0, life.complained
+    assert "is finished already" not in life.said
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10]
     assert len(lines(run, "test")) == 2  # before and after

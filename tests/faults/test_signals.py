@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from quickstart import cache_directory
-from tests.faults.harness import assert_same, lines, steps_saved
+from tests.faults.harness import assert_same, lines, some, steps_saved
 from tests.faults.inject import hang_in_workers, on_call, send, send_and_hang
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -26,7 +26,7 @@ def goes_on(live, run, unbroken):
     assert_same(run, unbroken)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", some(SIGNALS, fast=2))
 def test_in_an_update_it_is_finished_and_saved(flags, unbroken, live, tmp_path, number):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number)))
@@ -45,7 +45,9 @@ def test_in_an_evaluation_it_is_dropped_and_made_later(flags, unbroken, live, tm
     goes_on(live, run, unbroken)
 
 
-@pytest.mark.parametrize("function", ["run.write_state", "checkpoint.write_manifest", "checkpoint.verify"])
+@pytest.mark.parametrize(
+    "function", some(["run.write_state", "checkpoint.write_manifest", "checkpoint.verify"], fast=1)
+)
 def test_in_a_save_it_is_finished(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     stopped(live([*flags, "--output-dir", run], partial(on_call, function, 1, term)), run, 143, 3)
@@ -53,7 +55,7 @@ def test_in_a_save_it_is_finished(flags, unbroken, live, tmp_path, function):
     goes_on(live, run, unbroken)
 
 
-@pytest.mark.parametrize("function", ["train.evaluate", "train.answer"])
+@pytest.mark.parametrize("function", some(["train.evaluate", "train.answer"], fast=1))
 def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     life = live([*flags, "--output-dir", run], partial(on_call, function, 1, term))
@@ -62,7 +64,7 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
     goes_on(live, run, unbroken)
 
 
-@pytest.mark.parametrize("function", ["train.load_model", "train.answer", "report.write_answers"])
+@pytest.mark.parametrize("function", some(["train.answer", "train.load_model", "report.write_answers"], fast=1))
 def test_at_the_end_it_is_made_later(interrupted, unbroken, live, function):
     call = {"train.load_model": 2, "train.answer": 1, "report.write_answers": 2}[function]
     life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
@@ -101,7 +103,10 @@ def corpora():
     return sorted(path for path in (cache_directory() / "corpora").iterdir() if not path.name.endswith(".lock"))
 
 
-@pytest.mark.parametrize(("function", "call"), [("train.train_step", 5), ("torch.save", 2), ("checkpoint.sync", 20)])
+HANGING = [("torch.save", 2), ("train.train_step", 5), ("checkpoint.sync", 20)]
+
+
+@pytest.mark.parametrize(("function", "call"), some(HANGING, fast=2))
 def test_twice_it_leaves_at_once_and_never_half_a_checkpoint(flags, unbroken, live, tmp_path, function, call):
     run = tmp_path / "run"
     hang = partial(on_call, function, call, partial(send_and_hang, signal.SIGTERM))
