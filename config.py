@@ -201,6 +201,11 @@ def with_tuples(settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
+def with_defaults(settings):
+    """Settings as a run recorded them, with the defaults of those that are newer than the run."""
+    return dataclasses.asdict(Config()) | settings
+
+
 def read_record(run):
     """What a run directory's `config.json` holds: its settings under "config", with today's defaults for newer ones.
 
@@ -210,7 +215,7 @@ def read_record(run):
     path = Path(run) / "config.json"
     try:
         record = json.loads(path.read_text())
-        record["config"] = dataclasses.asdict(Config()) | record["config"]
+        record["config"] = with_defaults(record["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
     return record

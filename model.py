@@ -87,9 +87,8 @@ def load_model(path, tokenizer, device, local_files_only=False):
 
 def checkpoint_activations(model):
     """Let a model recompute its activations in the backward pass instead of keeping them."""
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    )  # before 5.2x
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the older one
+    enable = newer or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

@@ -1,13 +1,12 @@
 """Going on with a run: from the newest checkpoint that can be trusted, and only if it is still the same run."""
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import newest_whole
-from config import FREE_TO_CHANGE, Config, UserError, flag_name, shown
+from config import FREE_TO_CHANGE, UserError, flag_name, shown, with_defaults
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def last_logged_update(run):
 
 def differences(before, now):
     """What makes one description of a run, as `report.describe` gives it, another run than a second: a line each."""
-    recorded = dataclasses.asdict(Config()) | before["config"]  # a setting that is newer than the run had its default
+    recorded = with_defaults(before["config"])
     flags = [
         f"{flag_name(name)} {shown(recorded[name])} -> {shown(value)}"
         for name, value in now["config"].items()

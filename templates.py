@@ -61,10 +61,8 @@ class Template:
             self.refuse(roles, f"it does not take them: {first_line(error)}")
         if parts[1::2] != [str(number) for number in range(len(roles))]:
             self.refuse(roles, "it drops, repeats or reorders contents")
-        before, literal = (
-            "",
-            parts[0],
-        )  # the text that has been yielded, with placeholders; the template's text after it
+        before = ""  # the text that has been yielded, with placeholders
+        literal = parts[0]  # the template's text after it
         for number, role in enumerate(roles):
             following = parts[2 * number + 2]
             if role != "assistant":
