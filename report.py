@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import replace_file, sync
 from config import UserError, shown
-from data import micro_batches, window_at, windows_per_epoch
+from data import window_at, windows_per_epoch
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
 
@@ -123,12 +123,12 @@ def write_record(run, described, changes):
     replace_file(Path(run) / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def plan(config, data, model, precision, total_steps):
+def plan(config, data, model, precision, layout, total_steps):
     """What is about to happen, derived from the settings and the data, in a few lines."""
     train, per_epoch = data.train.examples, windows_per_epoch(len(data.train.examples), config.batch_size)
     looked_at = min(per_epoch, 50)  # windows; to read all of them can take long
     windows = [window_at(step, train, config.batch_size, config.seed) for step in range(looked_at)]
-    cuts = sum(len(micro_batches(window, config.micro_batch_tokens)) for window in windows)
+    cuts = sum(len(layout.cut(window)) for window in windows)
     cut, dropped, lost, supervised = (
         sum(getattr(split, name) for split in data.splits.values())
         for name in ("cut", "dropped", "supervised_lost", "supervised")
@@ -137,7 +137,8 @@ def plan(config, data, model, precision, total_steps):
     never = " that is never reached" if config.warmup_steps >= total_steps else ""
     lines = {
         "model": f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters",
-        "device": f"{precision.device}, {precision.name} forward and backward over fp32 weights",
+        "device": f"{precision.describe()}, over fp32 weights",
+        "layout": f"{layout.describe()}{', compiled' if config.compile else ''}",
         "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({cut:,} cut for length{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),

@@ -16,6 +16,7 @@ import report
 from checkpoint import Damaged, checkpoint_at, copy_directory, save_checkpoint, save_directory, verify
 from config import Config, UserError
 from data import Data, windows_per_epoch
+from layout import Layout
 from model import Precision, save_model
 
 torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256 notices more
@@ -31,6 +32,7 @@ class Run:
 
     config: Config
     precision: Precision
+    layout: Layout
     tokenizer: PreTrainedTokenizerBase
     data: Data
     model: PreTrainedModel

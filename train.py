@@ -25,17 +25,22 @@ import report
 from chat import load_tokenizer
 from checkpoint import Damaged, locked, make_directory
 from config import PRESETS, Parser, UserError, first_line, read_record, resolve, run_command, shown, with_tuples
-from data import collate, micro_batches, prepare, window_at, window_indices, windows_per_epoch
+from data import prepare, window_at, window_indices, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
 from explain import highest_losses, memory_explained, way_on
-from model import checkpoint_activations, choose_precision, load_model, supervised_logits, ties_hold, token_loss
+from layout import Windows
+from model import checkpoint_activations, choose_precision, compiled_graphs, load_model, ties_hold, token_loss
+from probe import choose_layout, use_layout
 from resume import check_same_run, differences, find_start
 from run import Run, ensure_best, restore, save, save_best
 from signals import Signals, Stopped
 
 
-def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro_batch_tokens, max_grad_norm):
-    """One update: the gradient of the mean token loss over a window of examples, clipped and applied.
+def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm):
+    """One update: the gradient of the mean token loss over a window, clipped and applied.
+
+    Args:
+        window: its micro-batches, as `layout.Layout.batches` makes them.
 
     Returns:
         The numbers worth logging; None where fp16 gradients overflowed: nothing was applied, the scaler has lowered
@@ -47,18 +52,17 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    tokens = sum(example.supervised_tokens for example in window)
+    tokens = sum(len(micro_batch.targets) for micro_batch in window)
     if tokens == 0:
         raise ValueError("nothing is supervised in this window: it has no mean loss")
     loss_sum = 0.0
-    for micro_batch in micro_batches(window, micro_batch_tokens):
-        batch = collate(micro_batch, pad_id, precision.device)
+    for micro_batch in window:
         with precision.autocast():
-            micro_loss_sum = token_loss(*supervised_logits(model, batch))
+            micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
         scaler.scale(micro_loss_sum / tokens).backward()
         loss_sum += micro_loss_sum.detach()
     scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
+    grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()  # all that a GPU is waited for
     loss = loss_sum.item() / tokens
     overflow = not math.isfinite(grad_norm)
     if overflow and not (math.isfinite(loss) and scaler.get_scale() > 1):  # only fp16 has a scale to lower
@@ -73,7 +77,7 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, pad_id, micro
         "loss": loss,
         "grad_norm": grad_norm,  # before clipping
         "lr": lr,
-        "tokens": sum(len(example.input_ids) for example in window),
+        "tokens": sum(micro_batch.tokens for micro_batch in window),
         "supervised_tokens": tokens,
     }
 
@@ -105,6 +109,7 @@ def fit(run, signals):
         Stopped: by a signal; the run is then as it was after its last whole update.
     """
     config, last = run.config, run.total_steps
+    windows = Windows(run.data.train.examples, config.batch_size, config.seed, run.layout)
     run.model.train()
     # disable=None: a bar only on a terminal
     with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
@@ -119,13 +124,13 @@ def fit(run, signals):
             if run.step >= last:
                 return
             with signals.held():
-                numbers = update(run)
+                numbers = update(run, windows)
             if numbers:
                 progress.update()
                 progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s")
 
 
-def update(run):
+def update(run, windows):
     """The run's next update, logged; returns its numbers, or None where fp16 gradients overflowed.
 
     Raises:
@@ -133,18 +138,15 @@ def update(run):
     """
     began = time.perf_counter()
     config, examples = run.config, run.data.train.examples
-    window = window_at(run.step, examples, config.batch_size, config.seed)
     try:
-        with memory_explained(run, window):
+        with memory_explained(run, lambda: window_at(run.step, examples, config.batch_size, config.seed)):
             numbers = train_step(
                 run.model,
                 run.optimizer,
-                window,
+                windows.at(run.step),
                 learning_rate(run.step, config.lr, config.warmup_steps, run.total_steps),
                 precision=run.precision,
                 scaler=run.scaler,
-                pad_id=run.tokenizer.pad_token_id,
-                micro_batch_tokens=config.micro_batch_tokens,
                 max_grad_norm=config.max_grad_norm,
             )
     except FloatingPointError as error:
@@ -157,6 +159,8 @@ def update(run):
     run.step += 1
     if run.scaler.is_enabled():
         numbers["overflows"] = run.overflows
+    if config.compile:
+        numbers["compiled_graphs"] = compiled_graphs()
     numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - began)
     numbers["epoch"] = run.step / windows_per_epoch(len(examples), config.batch_size)
     if run.step % config.log_every == 0:
@@ -166,9 +170,8 @@ def update(run):
 
 def evaluate_examples(run, examples):
     """The `Evaluation` of the run's model over examples."""
-    with memory_explained(run, examples):
-        tokens = run.config.micro_batch_tokens
-        return evaluate(run.model, examples, run.tokenizer.pad_token_id, run.precision, tokens)
+    with memory_explained(run, lambda: examples):
+        return evaluate(run.model, examples, run.layout, run.precision)
 
 
 def evaluate_split(run, split):
@@ -220,10 +223,11 @@ def set_up(config, start=None, allow_changes=False):
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
     checkpoint = start.path if start else None
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
+    layout = choose_layout(model, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = make_optimizer(model, config.weight_decay)
-    run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler())
+    run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     torch.manual_seed(config.seed)
     if checkpoint:
         restore(run, checkpoint)
@@ -275,6 +279,7 @@ def finish(run, signals):
     ensure_best(run)
     run.optimizer = run.model = None  # room for it
     run.model = load_model(run.directory / "best", run.tokenizer, run.precision.device)
+    use_layout(run.model, run.layout)
     if not ties_hold(run.model):
         raise UserError(f"{run.directory}/best: its output head came back untied from its embeddings")
     examine(run, "after", run.best_step, signals)
@@ -311,7 +316,7 @@ def begin(named, dry_run, signals):
     config = dataclasses.replace(config, output_dir=str(directory))
     print(f"preset {preset} ({why}): {config.model} on {shown(config.dataset)}, into {directory}")
     run = set_up(config)
-    print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
+    print(report.plan(config, run.data, run.model, run.precision, run.layout, run.total_steps))
     if dry_run:
         return 0
     make_directory(directory)
@@ -339,7 +344,7 @@ def go_on(directory, named, allow_changes, dry_run, signals):
         )
         run = set_up(config, start, allow_changes)
         run.changes = record.get("changes", []) + run.changes
-        print(report.plan(config, run.data, run.model, run.precision, run.total_steps))
+        print(report.plan(config, run.data, run.model, run.precision, run.layout, run.total_steps))
         return 0 if dry_run else train(run, signals, resumed=True)
 
 

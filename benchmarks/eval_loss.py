@@ -13,6 +13,7 @@ from chat import load_tokenizer
 from config import resolve, run_command
 from data import prepare
 from eval import evaluate
+from layout import Layout
 from model import choose_precision, load_model
 from tests import reference
 
@@ -37,7 +38,7 @@ def main(_argv):
             trainer.log = lambda *_: None
             print(f"  Trainer, batches of {batch_size:>2}: {trainer.evaluate()['eval_loss']:.6f}", flush=True)
     for token_budget in (1, 512, 4096):
-        loss = evaluate(model, examples, pad_id, precision, token_budget).loss
+        loss = evaluate(model, examples, Layout(False, token_budget, pad_id), precision).loss
         print(f"  ours, micro-batches of up to {token_budget:>4} tokens: {loss:.6f}", flush=True)
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import hub
 from chat import Example, load_tokenizer
 from config import QUICKSTART_MODEL
+from layout import Layout
 from quickstart import quickstart_model
 
 hub.quiet_libraries()
@@ -85,6 +86,17 @@ def ragged_window():
         labels[: number * length // 9] = -100
         window.append(Example(ids, torch.full_like(ids, -100) if number == 3 else labels))
     return window
+
+
+def layout_of(packed, tokens=10_000):
+    """A `Layout` for the tiny model."""
+    return Layout(packed, tokens, pad_id=0)
+
+
+def one_batch(examples, packed=False):
+    """Examples as a single micro-batch."""
+    (batch,) = layout_of(packed).batches(examples)
+    return batch
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import transformers
 
 from data import Data, Encoded, window_at
 from model import Precision, checkpoint_activations
+from probe import choose_layout
 from signals import Signals
 from tests.reference import Witness
 from train import Run, fit, make_optimizer
@@ -30,11 +31,12 @@ def train(model, examples, eval_examples, tokenizer, config):
             witness.update_ended(numbers["loss"], numbers["grad_norm"], numbers["lr"])
 
     precision = Precision(config.dtype, next(model.parameters()).device)
+    layout = choose_layout(model, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     data = Data(Encoded(examples, 0, 0), Encoded(eval_examples, 0, 0), Encoded([], 0, 0))
     optimizer = make_optimizer(model, config.weight_decay)
-    run = Run(config, precision, tokenizer, data, model, optimizer, precision.grad_scaler())
+    run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     run.log = SimpleNamespace(write=write)
     run.saved, run.best_loss = run.total_steps, -math.inf  # so that nothing is saved
     fit(run, Signals())

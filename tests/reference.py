@@ -136,8 +136,12 @@ class Witness:
 
     def look(self, module, _args, batch):
         if module.training:
-            for ids, attended in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                self.seen.append(tuple(ids[attended.bool()].tolist()))
+            rows = batch["input_ids"]
+            if "spans" in batch:  # ours, packed
+                conversations = rows[0].split(batch["spans"].lengths)
+            else:
+                conversations = [ids[kept.bool()] for ids, kept in zip(rows, batch["attention_mask"], strict=True)]
+            self.seen += [tuple(ids.tolist()) for ids in conversations]
 
     def update_ended(self, loss, grad_norm, learning_rate):
         self.updates.append(Update(loss, grad_norm, learning_rate, self.seen))

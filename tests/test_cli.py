@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --supervise --eval-fraction --test-fraction --epochs --max-steps
---batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --micro-batch-tokens
---gradient-checkpointing --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
+--batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
+--compile --gradient-checkpointing
+--output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
 """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
@@ -27,7 +28,7 @@ DATA_FLAGS = """
 EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --supervise
 --eval-fraction --test-fraction --seed --device --dtype
---micro-batch-tokens --against --prompts --greedy --max-new-tokens --json
+--layout --micro-batch-tokens --against --prompts --greedy --max-new-tokens --json
 """
 
 
@@ -41,7 +42,7 @@ def test_the_command_line_is_frozen(command, flags, capsys):
     shown = {
         word.strip("[],:") for word in capsys.readouterr().out.split("options:")[1].split() if word.startswith("--")
     }
-    assert shown - {"--help", "--no-gradient-checkpointing"} == set(flags.split())
+    assert shown - {"--help", "--no-compile", "--no-gradient-checkpointing"} == set(flags.split())
 
 
 def test_every_flag_has_a_help_text_and_its_default(capsys):
@@ -84,7 +85,7 @@ def test_config_cannot_be_changed():
 
 BAD_VALUES = {
     "--batch-size": ["0", "-1", "two", "1.5"],
-    "--micro-batch-tokens": ["0"],
+    "--micro-batch-tokens": ["-1"],
     "--epochs": ["0"],
     "--max-steps": ["-1"],
     "--max-examples": ["-5"],

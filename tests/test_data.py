@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
 
-from chat import IGNORE, Example, encode, encode_prompt, preview
+from chat import IGNORE, encode, encode_prompt, preview
 from config import UserError
 from conversations import read_file
-from data import collate, micro_batches, split_rows, window_at, windows_per_epoch
+from data import split_rows, window_at, windows_per_epoch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there. How are you!!!"}]
@@ -141,28 +141,6 @@ def test_every_epoch_sees_every_example_once_in_the_order_of_trainer():
         assert [len(window) for window in windows] == [4, 4, 2]
         generator = torch.Generator().manual_seed(42 + epoch)
         assert list(itertools.chain(*windows)) == list(RandomSampler(examples, generator=generator))
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 200))
-def test_micro_batches_are_a_partition_within_the_budget_longest_first(lengths, budget):
-    examples = [Example(torch.full((length,), number), torch.zeros(length)) for number, length in enumerate(lengths)]
-    batches = micro_batches(examples, budget)
-    numbers = [int(example.input_ids[0]) for batch in batches for example in batch]
-    assert sorted(numbers) == list(range(len(lengths)))
-    assert [lengths[number] for number in numbers] == sorted(lengths, reverse=True)
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * len(batch[0].input_ids) <= budget
-
-
-def test_collate_pads_on_the_right():
-    rows = [
-        Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORE, 6, 7])),
-        Example(torch.tensor([8]), torch.tensor([8])),
-    ]
-    batch = collate(rows, pad_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [8, IGNORE, IGNORE]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 # --- reading

@@ -9,17 +9,20 @@ import eval as eval_command
 from config import UserError
 from eval import Evaluation, answer, evaluate, read_prompts
 from model import Precision
-from tests.conftest import tiny_llama
+from probe import use_layout
+from tests.conftest import layout_of, tiny_llama
 
 FP32 = Precision("fp32", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("budget", [1, 30, 130, 10_000])
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
-def test_the_loss_is_the_same_for_every_batch_size(ragged_window, budget, dtype, bar):
+def test_the_loss_is_the_same_for_every_batch_size(ragged_window, budget, packed, dtype, bar):
     model = tiny_llama(259).to(dtype)
-    whole = evaluate(model, ragged_window, 0, FP32, 512)
-    cut = evaluate(model, ragged_window, 0, FP32, budget)
+    whole = evaluate(model, ragged_window, layout_of(packed=False), FP32)
+    use_layout(model, layout_of(packed))
+    cut = evaluate(model, ragged_window, layout_of(packed, budget), FP32)
     assert cut.loss == pytest.approx(whole.loss, rel=bar)
     assert (cut.tokens, cut.correct) == (whole.tokens, whole.correct)
     assert cut.tokens == sum(example.supervised_tokens for example in ragged_window)
@@ -31,14 +34,14 @@ def test_a_mean_of_batch_means_would_depend_on_the_batch_size(ragged_window):
 
     def mean_of_means(size):
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return sum(evaluate(model, batch, 0, FP32, 512).loss for batch in batches) / len(batches)
+        return sum(evaluate(model, batch, layout_of(packed=False), FP32).loss for batch in batches) / len(batches)
 
     assert abs(mean_of_means(2) - mean_of_means(3)) > 1e-3
 
 
 def test_evaluation_leaves_the_model_as_it_was(tiny_model, ragged_window):
     tiny_model.train()
-    evaluate(tiny_model, ragged_window, 0, FP32, 100)
+    evaluate(tiny_model, ragged_window, layout_of(packed=False), FP32)
     assert tiny_model.training
     assert all(weights.grad is None for weights in tiny_model.parameters())
 

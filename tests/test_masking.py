@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import HELLO, quickstart_conversations, say
 
-from chat import IGNORE, ROLES, encode, preview
-from data import collate
-from model import supervised_logits, token_loss
+from chat import IGNORE, ROLES, Example, encode, preview
+from model import token_loss
 from tests import reference
+from tests.conftest import one_batch
 
 
 def system(text):
@@ -224,15 +224,16 @@ def test_the_text_of_a_user_changes_no_label(tiny_tokenizer, before, after):
 
 def loss_and_gradient(model, batch):
     model.zero_grad()
-    loss = token_loss(*supervised_logits(model, batch))
+    loss = token_loss(model, batch)
     loss.backward()
     return loss.detach(), torch.cat([weights.grad.flatten() for weights in model.parameters()])
 
 
 def test_what_is_predicted_where_nothing_is_supervised_changes_nothing(tiny_model, ragged_window):
     """Throwing the hidden states at masked positions about moves neither loss nor gradient; at others, both."""
-    batch = collate(ragged_window, pad_id=0)
-    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    batch = one_batch(ragged_window)
+    supervised = torch.zeros(batch.inputs["input_ids"].shape)
+    supervised.flatten()[batch.predicting] = 1
 
     def disturbed(positions):
         def disturb(_module, _args, output):
@@ -246,11 +247,11 @@ def test_what_is_predicted_where_nothing_is_supervised_changes_nothing(tiny_mode
         return result
 
     loss, gradient = loss_and_gradient(tiny_model, batch)
-    same_loss, same_gradient = disturbed(targets == IGNORE)
+    same_loss, same_gradient = disturbed(1 - supervised)
     assert torch.equal(loss, same_loss)
     assert torch.equal(gradient, same_gradient)
-    for row, position in (targets != IGNORE).nonzero()[::40]:
-        one = torch.zeros_like(targets)
+    for row, position in supervised.nonzero()[::40]:
+        one = torch.zeros_like(supervised)
         one[row, position] = 1
         other_loss, other_gradient = disturbed(one)
         assert other_loss != loss
@@ -258,17 +259,19 @@ def test_what_is_predicted_where_nothing_is_supervised_changes_nothing(tiny_mode
 
 
 def test_a_label_that_is_never_predicted_changes_nothing_and_every_other_one_does(tiny_model, ragged_window):
-    batch = collate(ragged_window, pad_id=0)
-    loss, gradient = loss_and_gradient(tiny_model, batch)
-    first = batch | {"labels": batch["labels"].clone()}
-    first["labels"][:, 0] = 7  # nothing comes before a first token, so nothing predicts it
-    assert all(torch.equal(a, b) for a, b in zip((loss, gradient), loss_and_gradient(tiny_model, first), strict=True))
-    for row, position in (batch["labels"][:, 1:] != IGNORE).nonzero()[::20]:
-        changed = batch | {"labels": batch["labels"].clone()}
-        changed["labels"][row, position + 1] = 3 + (changed["labels"][row, position + 1] - 2) % 256
-        other_loss, other_gradient = loss_and_gradient(tiny_model, changed)
-        assert other_loss != loss
-        assert not torch.equal(gradient, other_gradient)
+    def with_label(number, position, label):
+        window = [Example(ids, labels.clone()) for ids, labels in ragged_window]
+        window[number].labels[position] = label
+        return loss_and_gradient(tiny_model, one_batch(window))
+
+    loss, gradient = loss_and_gradient(tiny_model, one_batch(ragged_window))
+    for number, (_, labels) in enumerate(ragged_window):
+        same = with_label(number, 0, 7)  # nothing comes before a first token, so nothing predicts it
+        assert all(torch.equal(a, b) for a, b in zip((loss, gradient), same, strict=True))
+        for position in (labels[1:] != IGNORE).nonzero()[::20, 0] + 1:
+            other_loss, other_gradient = with_label(number, position, 3 + (labels[position] - 2) % 256)
+            assert other_loss != loss
+            assert not torch.equal(gradient, other_gradient)
 
 
 def test_the_mask_of_the_reference_example(real_tokenizer):

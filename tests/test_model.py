@@ -2,36 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat import IGNORE, encode, load_tokenizer
 from config import UserError
-from data import collate
-from model import check_logits, choose_precision, load_model, save_model, supervised_logits, ties_hold, token_loss
+from model import choose_precision, load_model, save_model, ties_hold
 from tests.conftest import byte_tokenizer, tiny_llama
-
-
-def test_the_loss_is_the_models_own(tiny_model, ragged_window):
-    batch = collate(ragged_window, pad_id=0)
-    count = (batch["labels"][:, 1:] != IGNORE).sum()
-    assert count == sum(example.supervised_tokens for example in ragged_window)
-    logits = tiny_model.double()(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-    own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-    torch.testing.assert_close(token_loss(*supervised_logits(tiny_model, batch)), own, rtol=1e-12, atol=0)
-
-
-def test_only_supervised_positions_reach_the_output_head(tiny_model, ragged_window):
-    rows = []
-    tiny_model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape))
-    supervised_logits(tiny_model, collate(ragged_window, pad_id=0))
-    assert rows == [(sum(example.supervised_tokens for example in ragged_window), 32)]
-
-
-def test_the_loss_of_16_bit_logits_is_summed_in_fp32():
-    logits, targets = torch.zeros(5000, 7), torch.zeros(5000, dtype=torch.long)
-    exact = token_loss(logits, targets)
-    assert token_loss(logits.bfloat16(), targets).dtype == torch.float32
-    torch.testing.assert_close(token_loss(logits.bfloat16(), targets), exact)  # a bf16 sum would stall near 512
 
 
 def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
@@ -72,21 +48,6 @@ def test_an_untied_head_that_should_be_tied_is_noticed(tiny_model):
     assert ties_hold(tiny_model)
     tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.clone())
     assert not ties_hold(tiny_model)
-
-
-def test_a_model_that_caps_its_logits_is_refused():
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-    }
-    config = Gemma2Config(vocab_size=99, num_key_value_heads=1, final_logit_softcapping=0.05, **shape)
-    with pytest.raises(UserError, match="scales or caps its logits"):
-        check_logits(Gemma2ForCausalLM(config), "gemma")
-    config.final_logit_softcapping = None
-    check_logits(Gemma2ForCausalLM(config), "gemma")
 
 
 def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, tiny_model):

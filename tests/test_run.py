@@ -143,8 +143,8 @@ def test_a_resumed_run_may_be_held_otherwise_but_not_be_another_run(flags, tmp_p
     with pytest.raises(train_command.UserError, match="it would be another run") as refused:
         train_command.main(["--resume", str(run), "--lr", "0.5", "--seed", "4", "--batch-size", "5"])
     assert str(refused.value).splitlines()[1:3] == ["--lr 0.01 -> 0.5", "--seed 3 -> 4"]
-    with pytest.raises(train_command.UserError, match="--micro-batch-tokens must be at least 1, not 0"):
-        train_command.main(["--resume", str(run), "--micro-batch-tokens", "0"])
+    with pytest.raises(train_command.UserError, match="--micro-batch-tokens must be 0 or more, not -1"):
+        train_command.main(["--resume", str(run), "--micro-batch-tokens", "-1"])
     capsys.readouterr()
     assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1", "--keep", "1"]) == 0
 
@@ -192,8 +192,8 @@ def test_a_signal_at_any_update_is_saved_there_once(flags, tmp_path, monkeypatch
     """Where nothing else would be saved, where a checkpoint is due anyway, at the last one."""
     update, save, saved = train_command.update, run_module.save, []
 
-    def interrupted(run):
-        numbers = update(run)
+    def interrupted(run, windows):
+        numbers = update(run, windows)
         if run.step == last:
             signal.raise_signal(signal.SIGTERM)
         return numbers

@@ -8,35 +8,37 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from chat import Example
-from data import collate, micro_batches
 from model import Precision, checkpoint_activations
-from tests.conftest import tiny_llama
+from probe import use_layout
+from tests.conftest import layout_of, one_batch, tiny_llama
 from train import learning_rate, make_optimizer, train_step
 
 CPU = torch.device("cpu")
+BUDGETS = (1, 30, 64, 130, 200, 10_000)
 
 
-def update(model, window, budget, precision="fp32", steps=3, max_grad_norm=1.0):
+def update(model, window, budget, precision="fp32", steps=3, max_grad_norm=1.0, packed=False):
     """The numbers of a few updates over one window, and the weights after them."""
     precision = Precision(precision, CPU)
     model, scaler = copy.deepcopy(model), precision.grad_scaler()
     optimizer = make_optimizer(model, weight_decay=0.1)
-    settings = {"pad_id": 0, "micro_batch_tokens": budget, "max_grad_norm": max_grad_norm}
-    logged = [
-        train_step(model, optimizer, window, 2e-4, precision=precision, scaler=scaler, **settings) for _ in range(steps)
-    ]
+    use_layout(model, layout_of(packed))
+    window = list(layout_of(packed, budget).batches(window))
+    settings = {"precision": precision, "scaler": scaler, "max_grad_norm": max_grad_norm}
+    logged = [train_step(model, optimizer, window, 2e-4, **settings) for _ in range(steps)]
     return logged, torch.cat([weights.detach().flatten() for weights in model.parameters()])
 
 
 # --- the law: any cut of a window gives the same update
 
 
-@pytest.mark.parametrize("budget", [1, 30, 64, 130, 200, 10_000])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_any_cut_of_a_window_gives_the_same_update(ragged_window, budget, dtype, bar):
+def test_any_cut_of_a_window_in_any_layout_gives_the_same_update(ragged_window, budget, packed, dtype, bar):
     model = tiny_llama(259).to(dtype)
     whole, whole_weights = update(model, ragged_window, budget=len(ragged_window) * 64)
-    logged, weights = update(model, ragged_window, budget)
+    logged, weights = update(model, ragged_window, budget, packed=packed)
     assert (weights - whole_weights).abs().max() <= bar
     for ours, theirs in zip(logged, whole, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=bar)
@@ -44,22 +46,29 @@ def test_any_cut_of_a_window_gives_the_same_update(ragged_window, budget, dtype,
 
 
 def test_the_cuts_above_run_from_single_conversations_to_the_whole_window(ragged_window):
-    assert [len(micro_batches(ragged_window, budget)) for budget in (1, 30, 64, 130, 200, 10_000)] == [8, 6, 4, 3, 2, 1]
+    cuts = {
+        packed: [len(layout_of(packed, budget).cut(ragged_window)) for budget in BUDGETS] for packed in (False, True)
+    }
+    assert cuts == {False: [8, 6, 4, 3, 2, 1], True: [8, 5, 3, 2, 1, 1]}
 
 
-def test_the_gradient_is_that_of_the_mean_over_the_windows_tokens(ragged_window):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_the_gradient_is_that_of_the_mean_over_the_windows_tokens(ragged_window, packed):
     model = tiny_llama(259).double()
-    batch = collate(ragged_window, 0)
-    logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss_sum, tokens = 0.0, 0
+    for ids, labels in ragged_window:  # one at a time, by the model's own forward pass
+        logits = model(ids[None]).logits[0, :-1]
+        loss_sum += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+        tokens += (labels[1:] != -100).sum().item()
+    loss = loss_sum / tokens
     loss.backward()
     norm = torch.nn.utils.get_total_norm([weights.grad for weights in model.parameters()])
     model.zero_grad()
-    logged, _ = update(model, ragged_window, budget=30, steps=1)
+    logged, _ = update(model, ragged_window, budget=30, steps=1, packed=packed)
     assert logged[0]["loss"] == pytest.approx(loss.item(), rel=1e-12)
     assert logged[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-12)
     assert logged[0]["tokens"] == sum(len(example.input_ids) for example in ragged_window)
-    assert logged[0]["supervised_tokens"] == (batch["labels"][:, 1:] != -100).sum()
+    assert logged[0]["supervised_tokens"] == tokens
 
 
 def test_a_conversation_with_nothing_supervised_changes_nothing(ragged_window):
@@ -69,18 +78,20 @@ def test_a_conversation_with_nothing_supervised_changes_nothing(ragged_window):
     assert torch.equal(update(model, ragged_window, budget=1)[1], update(model, without, budget=1)[1])
 
 
-def test_gradient_checkpointing_changes_nothing(ragged_window):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_gradient_checkpointing_changes_nothing(ragged_window, packed):
     model = tiny_llama(259).double().train()
     _, expected = update(model, ragged_window, budget=100)
     checkpoint_activations(model)
-    _, weights = update(model, ragged_window, budget=100)
+    _, weights = update(model, ragged_window, budget=100, packed=packed)
     assert (weights - expected).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize(("precision", "bar"), [("bf16", 0.02), ("fp16", 0.005)])
-def test_16_bit_losses_are_near_the_exact_one(ragged_window, precision, bar):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_16_bit_losses_are_near_the_exact_one(ragged_window, precision, bar, packed):
     exact, _ = update(tiny_llama(259), ragged_window, budget=100)
-    logged, _ = update(tiny_llama(259), ragged_window, budget=100, precision=precision)
+    logged, _ = update(tiny_llama(259), ragged_window, budget=100, precision=precision, packed=packed)
     assert [step["loss"] for step in logged] == pytest.approx([step["loss"] for step in exact], rel=bar)
 
 
@@ -132,9 +143,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(ragged_window
     before = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, 0.1)
     precision = Precision("fp32", CPU)
-    settings = {"scaler": precision.grad_scaler(), "pad_id": 0, "micro_batch_tokens": 100, "max_grad_norm": 1.0}
+    settings = {"scaler": precision.grad_scaler(), "max_grad_norm": 1.0}
     with pytest.raises(FloatingPointError, match="not finite, so the update was not applied"):
-        train_step(model, optimizer, ragged_window, 1e-3, precision=precision, **settings)
+        train_step(model, optimizer, [one_batch(ragged_window)], 1e-3, precision=precision, **settings)
     for name, weights in model.state_dict().items():
         torch.testing.assert_close(weights, before[name], rtol=0, atol=0, equal_nan=True)
     assert not optimizer.state
@@ -145,12 +156,12 @@ def test_an_fp16_overflow_is_left_out_and_tried_again_at_a_lower_scale(ragged_wi
     before = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    settings = {"precision": precision, "scaler": scaler, "pad_id": 0, "micro_batch_tokens": 100, "max_grad_norm": 1.0}
-    assert train_step(model, optimizer, ragged_window, 1e-3, **settings) is None
+    settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
+    assert train_step(model, optimizer, [one_batch(ragged_window)], 1e-3, **settings) is None
     assert scaler.get_scale() == 2.0**39
     assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
     for _ in range(40):
-        logged = train_step(model, optimizer, ragged_window, 1e-3, **settings)
+        logged = train_step(model, optimizer, [one_batch(ragged_window)], 1e-3, **settings)
         if logged:
             break
     assert math.isfinite(logged["grad_norm"])

@@ -13,6 +13,7 @@ from chat import IGNORE, Example, encode
 from eval import evaluate
 from model import Precision, load_model
 from tests import parity, reference
+from tests.conftest import layout_of
 
 
 def by_trainer(model, rows, tokenizer, directory, **arguments):
@@ -28,11 +29,9 @@ def rows(tiny_tokenizer):
 def by_us(model, window):
     """One update of ours over a window."""
     precision = Precision("fp32", CPU)
-    settings = {"pad_id": 0, "micro_batch_tokens": 400, "max_grad_norm": 1.0}
-    optimizer = train.make_optimizer(model, 0.1)
-    return train.train_step(
-        model, optimizer, window, 1e-3, precision=precision, scaler=precision.grad_scaler(), **settings
-    )
+    optimizer, scaler = train.make_optimizer(model, 0.1), precision.grad_scaler()
+    window = list(layout_of(packed=False).batches(window))
+    return train.train_step(model, optimizer, window, 1e-3, precision=precision, scaler=scaler, max_grad_norm=1.0)
 
 
 def test_its_eval_loss_depends_on_the_batch_size(tiny_tokenizer):
@@ -40,7 +39,7 @@ def test_its_eval_loss_depends_on_the_batch_size(tiny_tokenizer):
     theirs = [trainers_eval_loss(model, examples, batch_size) for batch_size in (1, 4, 21)]
     assert max(theirs) - min(theirs) > 1e-3
     fp32 = Precision("fp32", CPU)
-    ours = [evaluate(model, examples, 0, fp32, token_budget).loss for token_budget in (1, 400, 10_000)]
+    ours = [evaluate(model, examples, layout_of(False, token_budget), fp32).loss for token_budget in (1, 400, 10_000)]
     assert ours == pytest.approx([ours[0]] * 3, rel=1e-7)
 
 

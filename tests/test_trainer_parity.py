@@ -33,11 +33,10 @@ import hub
 import train
 from chat import IGNORE, encode
 from config import QUICKSTART_MODEL, Config
-from data import collate
 from eval import evaluate
-from model import Precision, load_model, supervised_logits, token_loss
+from model import Precision, load_model, token_loss
 from tests import parity, reference
-from tests.conftest import tiny_llama
+from tests.conftest import layout_of, one_batch, tiny_llama
 
 OUR_NAMES = {
     "num_train_epochs": "epochs",
@@ -220,7 +219,7 @@ def test_the_whole_program_is_trainer(tiny_tokenizer, tmp_path):
 def trainers_eval_loss(model, examples, batch_size):
     """`Trainer`'s eval loss, out of ours: the mean over examples of the mean token loss of each example's batch."""
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    losses = [evaluate(model, batch, 0, Precision("fp32", CPU), 10_000).loss for batch in batches]
+    losses = [evaluate(model, batch, layout_of(packed=False), Precision("fp32", CPU)).loss for batch in batches]
     return sum(len(batch) * loss for batch, loss in zip(batches, losses, strict=True)) / len(examples)
 
 
@@ -234,11 +233,13 @@ def test_the_eval_loss_of_trainer_follows_from_ours(tiny_tokenizer, tmp_path, ba
 
 
 def test_trainer_computes_our_loss_from_our_labels(tiny_model, ragged_window, tmp_path):
-    batch = collate(ragged_window, pad_id=0)
+    batch = reference.collator(0)(
+        [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in ragged_window]
+    )
     tokens = sum(example.supervised_tokens for example in ragged_window)
     trainer = Trainer(tiny_model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     theirs = trainer.compute_loss(tiny_model, batch, num_items_in_batch=torch.tensor(tokens))
-    assert token_loss(*supervised_logits(tiny_model, batch)).item() / tokens == pytest.approx(theirs.item(), rel=1e-6)
+    assert token_loss(tiny_model, one_batch(ragged_window)).item() / tokens == pytest.approx(theirs.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,16 @@ def spoil_weights(value, run, *_):
         run.model.model.layers[0].mlp.up_proj.weight[0, 0] = value
 
 
-def spoil_gradient(run):
+def spoil_gradient(run, *_):
     """Let the loss be finite and its gradient not."""
     run.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
 
 
 def shift_the_order():
     """A loop that takes the wrong window: the one of the update before."""
-    train = importlib.import_module("train")
-    real = train.window_at
-    train.window_at = lambda step, *rest: real(step - 1, *rest)
+    layout = importlib.import_module("layout")
+    real = layout.window_at
+    layout.window_at = lambda step, *rest: real(step - 1, *rest)
 
 
 def forget(name):

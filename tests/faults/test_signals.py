@@ -38,7 +38,7 @@ def test_in_an_update_it_is_finished_and_saved(flags, unbroken, live, tmp_path, 
 def test_in_an_evaluation_it_is_dropped_and_made_later(flags, unbroken, live, tmp_path):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     # Before the first update the eval split takes two micro-batches and the test split one; update 4 has the next two.
-    life = live([*flags, "--output-dir", run], partial(on_call, "eval.token_loss", 5, term))
+    life = live([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 5, term))
     stopped(life, run, 143, 4)
     assert steps_saved(run) == [3, 4]
     assert [line["step"] for line in lines(run, "eval")] == [0]

@@ -130,19 +130,19 @@ def test_of_two_new_runs_in_one_directory_one_goes_on(flags, unbroken, live, tmp
 @pytest.mark.parametrize(
     ("flags_too", "largest", "advice"),
     [
-        ((), "4 x 45", r"a --micro-batch-tokens below 180 \(now 200\)"),
-        (("--micro-batch-tokens", "1"), "1 x 45", "--gradient-checkpointing"),
-        (("--micro-batch-tokens", "1", "--gradient-checkpointing"), "1 x 45", "a lower --max-length"),
+        ((), "172", r"a --micro-batch-tokens below 172 \(now 200\)"),
+        (("--micro-batch-tokens", "1"), "45", "--gradient-checkpointing"),
+        (("--micro-batch-tokens", "1", "--gradient-checkpointing"), "45", "a lower --max-length"),
     ],
     ids=["several conversations", "one", "one, and nothing kept of it"],
 )
 def test_too_little_memory(flags, live, tmp_path, flags_too, largest, advice):
     run = tmp_path / "run"
-    fault = partial(on_call, "train.update", 4, partial(on_call, "train.supervised_logits", 1, ask_for_too_much))
+    fault = partial(on_call, "train.update", 4, partial(on_call, "train.token_loss", 1, ask_for_too_much))
     life = live([*flags, "--output-dir", run, *flags_too], fault)
     assert life.wait() == 1
     assert re.fullmatch(
-        rf"error: after update 3: out of memory in a micro-batch of {largest} tokens \(conversations x longest\): "
+        rf"error: after update 3: out of memory in a micro-batch of {largest} tokens, its longest conversation 45: "
         rf"use {advice}; --resume {run} goes on after update 3\n",
         life.complained,
     )
@@ -161,5 +161,8 @@ def test_a_machine_with_too_little_memory(flags, live, tmp_path):
     flags += ["--batch-size", "3", "--max-length", "8192"]
     life = live(flags, give_memory_back, partial(on_call, "train.update", 3, partial(little_memory, 1)))
     assert life.wait() == 1
-    assert "after update 2: out of memory in a micro-batch of 3 x 8192 tokens" in life.complained
+    assert (
+        "after update 2: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192"
+        in life.complained
+    )
     assert steps_saved(run) == [1, 2]

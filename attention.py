@@ -1,0 +1,131 @@
+"""Causal attention over conversations that lie end to end in one row, each attending to itself alone.
+
+No mask of T × T is made: what a conversation may see is where it begins and ends.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+PACKED = "packed"  # what `model.set_attn_implementation` calls it
+# What some models ask of their attention, by the names transformers passes it under, and this does not do.
+NOT_DONE = ("sliding_window", "softcap", "s_aux", "position_bias")
+BLOCK = 128  # queries
+LONGEST_IN_BLOCKS = 1024  # tokens: the probabilities kept for the backward pass grow with their square
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which tokens of a packed row belong together. An object, so that `torch.compile` does not look into it."""
+
+    lengths: tuple[int, ...]  # of the conversations
+    offsets: torch.Tensor  # (conversations + 1,) int32: where each begins, and where the last one ends
+
+
+@torch.compiler.disable  # what it does hangs on the conversations' lengths, and its kernels are compiled already
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **options):
+    """Attention as transformers' `AttentionInterface` has it.
+
+    Args:
+        query: (1, H, T, D).
+        key, value: (1, H_kv, T, D); H is a multiple of H_kv.
+        spans: the `Spans` of the conversations; None: there is one, as when an answer is generated.
+
+    Returns:
+        (1, T, H, D), and None for the weights, which nobody sees.
+
+    Raises:
+        NotImplementedError: the model wants more of its attention than that it is causal.
+    """
+    wanted = [name for name in NOT_DONE if options.get(name) is not None]
+    if wanted or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"its attention has {wanted[0] if wanted else 'no causal order'}")
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(kind, enabled=False):
+        query, key, value = (tensor[0].to(dtype) for tensor in (query, key, value))
+        if kind == "cuda" and fits_varlen(query, dropout):
+            output = varlen(query, key, value, scaling, spans)
+        else:
+            rows = zip(*(tensor.split(spans.lengths, 1) for tensor in (query, key, value)), strict=True)
+            output = torch.cat([one_conversation(*row, scaling, dropout) for row in rows], 1).transpose(0, 1)
+    return output[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def fits_varlen(query, dropout):
+    """Whether torch's kernel for packed rows takes this: 16 bits, on an Ampere GPU or a newer one."""
+    recent = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return recent and query.dtype in (torch.bfloat16, torch.float16) and not dropout
+
+
+def varlen(query, key, value, scaling, spans):
+    """All conversations in one kernel: (H, T, D), (H_kv, T, D), (H_kv, T, D) to (T, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn  # which a torch without CUDA may not have
+
+    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    bounds = (spans.offsets, spans.offsets, max(spans.lengths), max(spans.lengths))  # of queries and of keys
+    only_back = (-1, 0)  # as far back as there is, and not forward
+    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=only_back, enable_gqa=True)
+
+
+def one_conversation(query, key, value, scaling, dropout):
+    """Attention of one conversation: (H, t, D), (H_kv, t, D), (H_kv, t, D) to (H, t, D)."""
+    # torch's CPU kernel is half as fast in 16 bits, forward and backward, as the same in matrix products.
+    in_blocks = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if in_blocks and query.shape[1] <= LONGEST_IN_BLOCKS and not dropout:
+        grouped = query.unflatten(0, (len(key), -1))  # (H_kv, G, t, D): the G heads that share keys and values
+        return BlockedAttention.apply(grouped, key, value, scaling).flatten(0, 1)
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+    )[0]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention in a few matrix products for each block of queries; keeps the probabilities, t² / 2 a head.
+
+    With P = softmax(scaling · Q Kᵀ), O = P V and upstream dO: dV = Pᵀ dO, dP = dO Vᵀ, and through the softmax
+    dS = P ∘ (dP - Σ P ∘ dP), dQ = scaling · dS K, dK = scaling · dSᵀ Q. Query is (H_kv, G, t, D), the others
+    (H_kv, t, D).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        outputs, kept = [], []
+        for begin, end, block in blocks_of(query):
+            scores = (block * scaling) @ key[:, :end].mT  # (H_kv, G · n, end)
+            later = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
+            scores.unflatten(1, (-1, end - begin))[..., begin:].masked_fill_(later, -torch.inf)
+            kept.append(scores.softmax(-1))
+            outputs.append((kept[-1] @ value[:, :end]).unflatten(1, (-1, end - begin)))
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scaling = scaling
+        return torch.cat(outputs, 2)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        query, key, value, *kept = ctx.saved_tensors
+        grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        blocks = zip(blocks_of(query), blocks_of(upstream), kept, strict=True)
+        for (begin, end, block), (_, _, grad), probabilities in blocks:
+            grad_value[:, :end] += probabilities.mT @ grad
+            grad_probabilities = grad @ value[:, :end].mT
+            grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
+            grad_query.append((grad_scores @ key[:, :end]).unflatten(1, (-1, end - begin)))
+            grad_key[:, :end] += grad_scores.mT @ block
+        return torch.cat(grad_query, 2) * ctx.scaling, grad_key * ctx.scaling, grad_value, None
+
+
+def blocks_of(tensor):
+    """Where each block of a (H_kv, G, t, D) tensor begins and ends, and the block as (H_kv, G · n, D)."""
+    for begin in range(0, tensor.shape[2], BLOCK):
+        end = min(begin + BLOCK, tensor.shape[2])
+        yield begin, end, tensor[:, :, begin:end].flatten(1, 2)

@@ -1,0 +1,152 @@
+"""How the conversations of a window lie in memory: cut into micro-batches, packed end to end or padded to rows.
+
+A window decides what is learned (`data.py`). Nothing here does: it decides how much memory an update takes, and how
+long.
+"""
+
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from attention import Spans
+from chat import IGNORE
+from data import window_at
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as a model takes it. B is 1 where conversations are packed; T is then all of their tokens."""
+
+    inputs: dict  # what the model is called with: `input_ids`, (B, T), and what says which tokens belong together
+    predicting: torch.Tensor  # (N,): the positions, counted through B × T, whose next token is supervised
+    targets: torch.Tensor  # (N,): those next tokens
+    tokens: int  # of its conversations; padding is not counted
+    own_logits: bool = False  # whether the model must make its logits itself; see `Layout`
+
+    def map(self, change):
+        """The batch with every tensor of it changed."""
+        inputs = {name: change(value) for name, value in self.inputs.items() if name != "spans"}
+        if spans := self.inputs.get("spans"):
+            inputs["spans"] = replace(spans, offsets=change(spans.offsets))
+        return replace(self, inputs=inputs, predicting=change(self.predicting), targets=change(self.targets))
+
+    def to(self, device):
+        """The batch on a device; from pinned memory it gets there while the CPU goes on."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples become micro-batches. `probe.choose_layout` finds the one for a model."""
+
+    packed: bool  # conversations end to end, each attending to itself; else rows, padded to the longest
+    tokens: int  # in a micro-batch at most, padding counted; a conversation that is longer is one by itself
+    pad_id: int
+    own_logits: bool = False  # the model does more than multiply by its output head, so it makes all (B, T, V) of them
+    pinned: bool = False  # for copies to a GPU that do not wait
+    why: str = ""  # where it is not packed
+
+    def describe(self):
+        """The layout, as a plan says it."""
+        name = "packed: conversations end to end" if self.packed else "padded: conversations in rows"
+        head = ", all logits made by the model itself" if self.own_logits else ""
+        why = f" (not packed: {self.why})" if self.why else ""
+        return f"{name}{head}, {self.tokens:,} tokens at a time{why}"
+
+    def batches(self, examples):
+        """The micro-batches of some examples, those with the most tokens first."""
+        lay = pack if self.packed else self.pad
+        for micro_batch in self.cut(examples):
+            inputs, next_tokens = lay(micro_batch)
+            predicting = (next_tokens != IGNORE).nonzero()[:, 0]
+            tokens = sum(map(length, micro_batch))
+            batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits)
+            yield batch.map(torch.Tensor.pin_memory) if self.pinned else batch
+
+    def cut(self, examples):
+        """Lists of examples, those that take the most memory first."""
+        if self.packed:
+            return sorted(cut_packed(examples, self.tokens), key=lambda batch: -sum(map(length, batch)))
+        return cut_padded(examples, self.tokens)
+
+    def pad(self, examples):
+        """Examples as rows padded on the right: the model's inputs, (B, T), and what comes after each position."""
+
+        def padded(rows, value):
+            return pad_sequence(rows, batch_first=True, padding_value=value)
+
+        inputs = {
+            "input_ids": padded([example.input_ids for example in examples], self.pad_id),
+            "attention_mask": padded([torch.ones_like(example.input_ids) for example in examples], 0),
+        }
+        return inputs, padded([shifted(example.labels) for example in examples], IGNORE).flatten()
+
+
+def pack(examples):
+    """Examples end to end: the model's inputs, (1, T), and what comes after each position.
+
+    `position_ids` start anew with each conversation; `spans` is for `attention.packed_attention`.
+    """
+    lengths = tuple(map(length, examples))
+    inputs = {
+        "input_ids": torch.cat([example.input_ids for example in examples])[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "spans": Spans(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
+    }
+    return inputs, torch.cat([shifted(example.labels) for example in examples])
+
+
+def shifted(labels):
+    """The label of the token after each position, (T,): the one place where labels are shifted."""
+    return torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
+
+
+def length(example):
+    """The tokens of an example."""
+    return len(example.input_ids)
+
+
+def cut_padded(examples, budget):
+    """Cut examples into lists of at most `budget` padded tokens, longest first; one that is too long is alone."""
+    batches = []
+    for example in sorted(examples, key=length, reverse=True):
+        # The first of a batch is its longest, which all of its rows are padded to.
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= budget:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
+
+
+def cut_packed(examples, budget):
+    """Cut examples into lists of at most `budget` tokens: the longest that is left and the longest that still fit."""
+    left, batches = sorted(examples, key=length), []
+    while left:
+        batch = [left.pop()]
+        room = budget - length(batch[0])
+        while fitting := bisect_right(left, room, key=length):
+            batch.append(left.pop(fitting - 1))
+            room -= length(batch[-1])
+        batches.append(batch)
+    return batches
+
+
+class Windows:
+    """The windows of a run's updates in micro-batches, each made while the update before it runs."""
+
+    def __init__(self, examples, batch_size, seed, layout):
+        self.arguments, self.layout = (examples, batch_size, seed), layout
+        self.thread, self.ahead = ThreadPoolExecutor(max_workers=1), {}
+
+    def at(self, step):
+        """The micro-batches of the window that update `step` (from 0) sees."""
+        window = self.ahead.get(step) or self.thread.submit(self.make, step)
+        self.ahead = {step: window, step + 1: self.thread.submit(self.make, step + 1)}
+        return window.result()
+
+    def make(self, step):
+        return list(self.layout.batches(window_at(step, *self.arguments)))

@@ -1,0 +1,99 @@
+"""The loss of hidden states under an output head, and its gradient, without ever holding all of their logits.
+
+Logits are V / H times as large as the hidden states they are made of: 85 times in SmolLM2. Here they exist for one
+chunk of tokens at a time, which becomes its part of the loss and of the gradient at once.
+"""
+
+import torch
+from torch.nn import functional as F
+
+CHUNK = 2**25  # logits of one matrix product: enough to keep it fast; 64 MB in 16 bits
+BLOCK = 2**20  # logits of one softmax on a CPU: few enough for its caches; 4 MB in fp32
+
+
+def linear_cross_entropy(hidden, head, targets):
+    """Sum of the token losses of hidden states, (N, H), under an output head: cross-entropy with (N,) targets.
+
+    Matrix products run in autocast's precision; softmax, losses, and the sum of the weights' gradient in fp32 (fp64 for
+    fp64). It can go backward once.
+    """
+    return LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+
+
+@torch.no_grad()
+def loss_and_correct(hidden, head, targets):
+    """That sum, and how many of the targets are ranked first: (2,), in fp64, without a gradient."""
+    sums = hidden.new_zeros(2, dtype=torch.float64)
+    for rows, logits in logits_by_chunk(*as_multiplied(hidden, head.weight, head.bias)):
+        for part, target in by_block(logits, targets[rows]):
+            sums += of_logits(part, target)
+    return sums
+
+
+def of_logits(logits, targets):
+    """Their sum of token losses, and how many of the targets they rank first, (2,) in fp64."""
+    loss = F.cross_entropy(logits.to(summed_in(logits)), targets, reduction="sum")
+    return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum()])
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradient on the way forward, while it has the logits: that of a sum of losses needs nothing more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        states, matrix, shift = as_multiplied(hidden, weight, bias)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        losses = [hidden.new_empty(0, dtype=summed_in(hidden))]
+        for rows, logits in logits_by_chunk(states, matrix, shift):
+            losses += [gradients_for_logits(part, target) for part, target in by_block(logits, targets[rows])]
+            grad_hidden[rows] = logits @ matrix
+            grad_weight += logits.T @ states[rows]
+            if bias is not None:
+                grad_bias += logits.sum(0, dtype=summed_in(logits))
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients, ctx.gradients = ctx.gradients, ()  # scaled where they are, so only once
+        return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None
+
+
+def gradients_for_logits(logits, targets):
+    """Put the gradient of the token losses in the place of (n, V) logits: softmax, less 1 at the target.
+
+    Returns:
+        The token losses, (n,).
+    """
+    targets = targets[:, None]
+    log_p = F.log_softmax(logits, -1, dtype=summed_in(logits))
+    losses = -log_p.gather(1, targets)[:, 0]
+    logits.copy_(log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0)))
+    return losses
+
+
+def as_multiplied(hidden, weight, bias):
+    """Hidden states, weights and bias in the precision that they are multiplied in here."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def summed_in(tensor):
+    """The precision that softmax and sums are computed in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def logits_by_chunk(hidden, weight, bias):
+    """Pairs of a slice of the rows and their logits, (n, V)."""
+    size = max(1, CHUNK // len(weight))
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        yield rows, F.linear(hidden[rows], weight, bias)
+
+
+def by_block(logits, targets):
+    """Pairs of a block of logits, a view, and their targets; a GPU takes them all at once."""
+    size = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return zip(logits.split(size), targets.split(size), strict=True)

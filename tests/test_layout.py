@@ -1,0 +1,83 @@
+"""How a window lies in memory: whole, in any order, within its budget, and on its way before it is asked for."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat import IGNORE, Example
+from data import window_at
+from layout import Windows
+from tests.conftest import layout_of, one_batch
+
+ROWS = [
+    Example(torch.tensor([8]), torch.tensor([8])),
+    Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORE, 6, 7])),
+]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 200), st.booleans())
+def test_micro_batches_are_a_partition_within_the_budget_largest_first(lengths, budget, packed):
+    examples = [Example(torch.full((length,), number), torch.zeros(length)) for number, length in enumerate(lengths)]
+    cut = layout_of(packed, budget).cut(examples)
+    numbers = [int(example.input_ids[0]) for micro_batch in cut for example in micro_batch]
+    assert sorted(numbers) == list(range(len(lengths)))
+    sizes = [[len(example.input_ids) for example in micro_batch] for micro_batch in cut]
+    taken = [sum(size) if packed else len(size) * max(size) for size in sizes]
+    assert all(tokens <= budget or len(size) == 1 for tokens, size in zip(taken, sizes, strict=True))
+    assert all(size == sorted(size, reverse=True) for size in sizes)
+    if packed:
+        assert taken == sorted(taken, reverse=True)
+        assert all(first + second > budget for first, second in itertools.pairwise(taken))
+    else:
+        assert [size[0] for size in sizes] == sorted([size[0] for size in sizes], reverse=True)
+
+
+def test_padded_rows():
+    batch = one_batch(ROWS)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert (batch.predicting.tolist(), batch.targets.tolist(), batch.tokens) == ([0, 1], [6, 7], 4)
+
+
+def test_packed_conversations():
+    batch = one_batch(ROWS, packed=True)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert batch.inputs["spans"].lengths == (3, 1)
+    assert batch.inputs["spans"].offsets.tolist() == [0, 3, 4]
+    assert batch.inputs["spans"].offsets.dtype == torch.int32
+    assert (batch.predicting.tolist(), batch.targets.tolist(), batch.tokens) == ([0, 1], [6, 7], 4)
+
+
+def test_no_first_token_is_predicted_from_the_conversation_before_it():
+    rows = [Example(torch.tensor([5, 6]), torch.tensor([5, 6])), Example(torch.tensor([7, 8]), torch.tensor([7, 8]))]
+    batch = one_batch(rows, packed=True)
+    assert sorted(batch.targets.tolist()) == [6, 8]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_on_its_way_to_a_device_nothing_is_left_behind(ragged_window, packed):
+    batch = one_batch(ragged_window, packed).to("meta")
+    tensors = [batch.predicting, batch.targets, *batch.inputs.values()]
+    if packed:
+        tensors[tensors.index(batch.inputs["spans"])] = batch.inputs["spans"].offsets
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_windows_come_in_order_each_made_before_it_is_asked_for(ragged_window):
+    windows = Windows(ragged_window, 3, 42, layout_of(packed=True))
+    for step in (0, 1, 1, 2, 5, 3):  # an overflow asks for a window again
+        ahead = windows.ahead.get(step)
+        (batch,) = windows.at(step)
+        expected = one_batch(window_at(step, ragged_window, 3, 42), packed=True)
+        assert torch.equal(batch.inputs["input_ids"], expected.inputs["input_ids"])
+        assert (ahead is not None) == (step in (1, 2))
+        assert sorted(windows.ahead) == [step, step + 1]
+
+
+def test_what_goes_wrong_in_making_a_window_is_told_who_asks_for_it():
+    with pytest.raises(ZeroDivisionError):
+        Windows([], 3, 42, layout_of(packed=True)).at(0)

@@ -1,0 +1,132 @@
+"""The loss in chunks: its value and its gradient against the whole in fp64, and what it never holds."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import loss
+from loss import linear_cross_entropy, loss_and_correct, of_logits
+from model import token_loss
+from tests.conftest import one_batch
+
+
+def problem(vocabulary, bias=False, rows=70, width=24):
+    """Hidden states, an output head and targets, in fp32."""
+    torch.manual_seed(0)
+    head = nn.Linear(width, vocabulary, bias=bias)
+    return (3 * torch.randn(rows, width)).requires_grad_(), head, torch.randint(vocabulary, (rows,))
+
+
+def gradients(value, hidden, head):
+    return value.detach(), *torch.autograd.grad(value, [hidden, *head.parameters()])
+
+
+def exact(hidden, head, targets):
+    """Loss and gradients by torch, all at once in fp64."""
+    hidden, head = hidden.detach().double().requires_grad_(), copy_in_fp64(head)
+    return gradients(F.cross_entropy(head(hidden), targets, reduction="sum"), hidden, head)
+
+
+def copy_in_fp64(head):
+    copy = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None).double()
+    copy.load_state_dict(head.state_dict())
+    return copy
+
+
+def differences(ours, theirs):
+    """Of loss and each gradient: the norm of the difference, relative."""
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("vocabulary", [11, 49_152, 256_000])
+@pytest.mark.parametrize("chunk", [2**19, 2**25])
+def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, vocabulary, bias, chunk):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "BLOCK", chunk // 4)
+    hidden, head, targets = problem(vocabulary, bias)
+    whole = exact(hidden, head, targets)
+    in_fp32 = differences(gradients(linear_cross_entropy(hidden, head, targets), hidden, head), whole)
+    assert in_fp32[0] < 1e-6
+    assert max(in_fp32) < 5e-5  # a product of two rows with 256,000 columns is summed one by one
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bf16 = linear_cross_entropy(hidden, head, targets)
+    off = differences(gradients(in_bf16, hidden, head), whole)
+    assert off[0] < 2e-3
+    assert max(off) < 2e-2
+    assert in_bf16.dtype == torch.float32
+
+
+def test_in_fp64_it_is_exact_to_fp64(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 2**9)
+    hidden, head, targets = problem(99, bias=True)
+    hidden, head = hidden.detach().double().requires_grad_(), copy_in_fp64(head)
+    ours = gradients(linear_cross_entropy(hidden, head, targets), hidden, head)
+    assert max(differences(ours, exact(hidden, head, targets))) < 1e-14
+
+
+def test_the_gradient_is_scaled_by_what_comes_from_above():
+    hidden, head, targets = problem(99)
+    whole = exact(hidden, head, targets)
+    ours = gradients(linear_cross_entropy(hidden, head, targets) / 7, hidden, head)
+    assert max(differences([7 * part for part in ours], whole)) < 2e-6
+
+
+def test_many_tokens_are_summed_in_fp32():
+    """A bf16 sum of equal losses would stall near 512."""
+    hidden, head, targets = torch.zeros(5000, 4), nn.Linear(4, 7, bias=False), torch.zeros(5000, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = linear_cross_entropy(hidden, head, targets)
+    assert total.item() == pytest.approx(5000 * math.log(7), rel=1e-6)
+
+
+def test_no_supervised_token_has_no_loss_and_no_gradient():
+    hidden, head, _ = problem(99, rows=0)
+    value, *grads = gradients(linear_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long)), hidden, head)
+    assert value == 0
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_evaluated_loss_is_the_same_and_the_ranks_are_counted(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 2**10)
+    hidden, head, targets = problem(99)
+    with torch.no_grad():
+        targets[:30] = head(hidden[:30]).argmax(-1)
+        summed, correct = loss_and_correct(hidden, head, targets)
+        assert summed.item() == pytest.approx(linear_cross_entropy(hidden, head, targets).item(), rel=1e-6)
+        assert correct == (head(hidden).argmax(-1) == targets).sum() >= 30
+        assert torch.equal(of_logits(head(hidden), targets)[1], correct)
+
+
+def test_tied_and_untied_heads_get_the_models_own_gradient(tiny_model, ragged_window):
+    batch = one_batch(ragged_window)
+    for tied in (True, False):
+        if not tied:
+            tiny_model.lm_head.weight = nn.Parameter(tiny_model.lm_head.weight.detach().clone())
+        parameters = list(tiny_model.double().parameters())
+        logits = tiny_model(**batch.inputs).logits.flatten(0, 1)[batch.predicting]
+        own = F.cross_entropy(logits, batch.targets, reduction="sum")
+        theirs, ours = (torch.autograd.grad(value, parameters) for value in (own, token_loss(tiny_model, batch)))
+        assert max(differences(ours, theirs)) < 1e-13
+
+
+@pytest.mark.parametrize("vocabulary", [1_000, 64_000])
+def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch, vocabulary):
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if torch.is_tensor(result):
+                largest = max(largest, result.numel())
+            return result
+
+    monkeypatch.setattr(loss, "CHUNK", 128_000)
+    hidden, head, targets = problem(vocabulary, rows=300, width=2)
+    with Watch():
+        linear_cross_entropy(hidden, head, targets).backward()
+    assert 100_000 < largest <= 128_000 < 300 * vocabulary

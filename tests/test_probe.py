@@ -1,0 +1,159 @@
+"""The check before training: which layout a model gets, and why not the faster one."""
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import attention
+from config import Config, UserError
+from eval import answer, evaluate
+from model import Precision, compiled_graphs, save_model, token_loss
+from probe import CPU_TOKENS, choose_layout, loss_and_gradient
+from tests.conftest import layout_of, one_batch, tiny_llama
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", CPU)
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "pad_token_id": 0,
+}
+GEMMA = SMALL | {"head_dim": 8, "sliding_window": 64, "layer_types": ["full_attention"] * 2}
+PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL), "packed", ""),
+    "a head with a bias": (Phi3ForCausalLM, Phi3Config(**SMALL), "packed", ""),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL), "packed", ""),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL), "packed", ""),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2), "packed", ""),
+    "sliding window": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=64), "padded", "sliding_window"),
+    "capped scores": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**GEMMA | PLAIN | {"attn_logit_softcapping": 5.0}),
+        "padded",
+        "softcap",
+    ),
+    "capped logits": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**GEMMA | PLAIN | {"final_logit_softcapping": 0.05}),
+        "own",
+        "off by",
+    ),
+    "scaled logits": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=4.0), "own", "off by"),
+    "scaled the other way": (CohereForCausalLM, CohereConfig(**SMALL), "own", "off by"),
+    "no interface": (BloomForCausalLM, BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259), "padded", ""),
+}
+
+
+def made(model, config):
+    torch.manual_seed(0)
+    return model(config).eval()
+
+
+@pytest.mark.parametrize(("model", "config", "expected", "why"), MODELS.values(), ids=MODELS.keys())
+def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, model, config, expected, why):
+    model = made(model, config)
+    own = sum(loss_alone(model, example) for example in ragged_window)
+    layout = choose_layout(model, Config(), 0, FP32)
+    assert ("packed" if layout.packed else "own" if layout.own_logits else "padded") == expected
+    assert why in layout.why
+    assert bool(layout.why) == (expected != "packed")
+    assert layout.tokens == CPU_TOKENS
+    (batch,) = layout.batches(ragged_window)
+    assert token_loss(model, batch).item() == pytest.approx(own, rel=1e-5)
+    assert evaluate(model, ragged_window, layout, FP32).loss * len(batch.targets) == pytest.approx(own, rel=1e-5)
+    if not layout.packed:
+        with pytest.raises(UserError, match=r"--layout packed: not exact for mine, .*; use --layout padded"):
+            choose_layout(model, Config(layout="packed", model="mine"), 0, FP32)
+
+
+@torch.no_grad()
+def loss_alone(model, example):
+    """The loss of one conversation by the model's own forward pass; it has no row beside it, and no padding."""
+    logits = model(example.input_ids[None]).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, example.labels[1:], reduction="sum").item()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_conversations_that_see_each_other_are_noticed(monkeypatch, precision):
+    def contaminated(*tensors, spans=None, **options):
+        return attention.packed_attention(
+            *tensors, spans=spans and attention.Spans((sum(spans.lengths),), None), **options
+        )
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, contaminated)
+    layout = choose_layout(tiny_llama(259), Config(), 0, Precision(precision, CPU))
+    assert not layout.packed
+    assert "off by" in layout.why
+
+
+def test_a_layout_can_be_asked_for(tiny_model):
+    assert not choose_layout(tiny_model, Config(layout="padded"), 0, FP32).packed
+    assert choose_layout(tiny_model, Config(layout="packed", micro_batch_tokens=7), 0, FP32).tokens == 7
+
+
+def test_nothing_of_it_is_saved_and_answers_are_the_same(tiny_model, tiny_tokenizer, tmp_path):
+    before = answer(tiny_model, tiny_tokenizer, "Who are you?", greedy=True, max_new_tokens=8)
+    assert choose_layout(tiny_model, Config(), 0, FP32).packed
+    assert answer(tiny_model, tiny_tokenizer, "Who are you?", greedy=True, max_new_tokens=8) == before
+    save_model(tiny_model, tiny_tokenizer, tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+    assert not any(weights.grad is not None for weights in tiny_model.parameters())
+
+
+def compiled_by(monkeypatch, backend):
+    """Have another backend compile, as inductor takes its time."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile(module, **how, backend=backend))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_is_the_same_and_not_compiled_anew_for_every_length(monkeypatch, ragged_window, backend):
+    compiled_by(monkeypatch, backend)
+    model = tiny_llama(259).eval()
+    expected, gradient = loss_and_gradient(model, layout_of(packed=False), FP32)
+    layout = choose_layout(model, Config(compile=True), 0, FP32)
+    loss, compiled_gradient = loss_and_gradient(model, layout, FP32)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-6)
+    graphs = compiled_graphs()
+    for count in range(2, 9):
+        token_loss(model, one_batch(ragged_window[:count], packed=True)).backward()
+    assert compiled_graphs() == graphs > 0
+
+
+def test_what_cannot_be_compiled_is_one_line(monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no C++ compiler found")
+
+    compiled_by(monkeypatch, no_compiler)
+    with pytest.raises(UserError, match=r"--compile: .*; leave it out"):
+        choose_layout(tiny_llama(259), Config(compile=True), 0, FP32)
