@@ -18,7 +18,7 @@ from model import compile_layers, in_eval_mode, supervised_states, token_loss
 LENGTHS = (24, 9, 16)  # of the small batch's conversations
 # How far loss and gradient may be off, relative: 16 bits round. Where conversations see each other, a third and more.
 BARS = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
-CPU_TOKENS = 2048  # of a micro-batch; a CPU is no faster with more, and they cost 2 MB each in SmolLM2
+CPU_TOKENS = 1536  # of a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
 GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.7  # of what is free; the rest is for the loss, and for what an allocator cannot use
 

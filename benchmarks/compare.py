@@ -1,0 +1,336 @@
+"""Training speed and memory beside `Trainer` and TRL: the same model, conversations and updates, in one run.
+
+    python -m benchmarks.compare --data conversations.jsonl --max-length 1024
+
+Every engine trains in a process of its own, one after the other and that several times over, so that a machine that
+slows down slows them all. Writes benchmarks/results/compare-<hardware>.json and, with --readme, the README's table.
+"""
+
+import json
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hub
+from chat import Example, encode, load_tokenizer
+from config import PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, run_command
+from conversations import read_file
+from model import choose_precision, compiled_graphs, load_model
+from probe import choose_layout
+from tests.reference import collator
+from train import make_optimizer, train_step
+
+ROOT = Path(__file__).parent.parent
+LEARNING_RATE = 1e-4
+WARM_UP = 4  # short conversations that every engine sees first, untimed: caches fill, compilers compile
+
+
+def ours(setting, layout, compile=False):
+    """This project's update."""
+    precision, model = setting.precision, setting.model
+    config = Config(layout=layout, compile=compile, micro_batch_tokens=setting.options["micro_batch_tokens"])
+    layout = choose_layout(model, config, setting.pad_id, precision)
+    optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
+    model.train()
+    for window in setting.windows():
+        setting.begin()
+        micro_batches = list(layout.batches(window))
+        numbers = train_step(
+            model, optimizer, micro_batches, LEARNING_RATE, precision=precision, scaler=scaler, max_grad_norm=1.0
+        )
+        setting.end(numbers["loss"])
+    print(f"{layout.describe()}; {compiled_graphs()} graphs compiled", file=sys.stderr)
+
+
+def by_trainer(setting, rows_at_once, kind=Trainer, arguments=TrainingArguments, **more):
+    """`Trainer`'s, or that of a class derived from it."""
+    size = setting.options["batch_size"]
+    rows_at_once = min(rows_at_once, size)
+    how = {"data_collator": collator(setting.pad_id)} if kind is Trainer else {"processing_class": setting.tokenizer}
+    for rows in (setting.warm_up, setting.rows):
+        arguments_of_run = arguments(
+            tempfile.mkdtemp(),
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=size // rows_at_once,
+            max_steps=-1,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=setting.precision.device.type == "cpu",
+            bf16=setting.precision.name == "bf16",
+            fp16=setting.precision.name == "fp16",
+            **more,
+        )
+        data = Dataset.from_list([{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in rows])
+        trainer = kind(setting.model, arguments_of_run, train_dataset=data, callbacks=[Stopwatch(setting)], **how)
+        trainer.train()
+        trainer.accelerator.free_memory()
+
+
+class Stopwatch(TrainerCallback):
+    """Times `Trainer`'s updates."""
+
+    def __init__(self, setting):
+        self.setting = setting
+
+    def on_step_begin(self, *_, **__):
+        self.setting.begin()
+
+    def on_step_end(self, *_, **__):
+        self.setting.end()
+
+    def on_log(self, args, state, control, logs, **_):  # noqa: ARG002
+        if "loss" in logs and self.setting.updates:
+            self.setting.updates[-1]["loss"] = logs["loss"]
+
+
+def trl(setting, rows_at_once, **more):
+    """TRL's, with what it can leave out left out."""
+    from trl import SFTConfig, SFTTrainer
+
+    more = {"gradient_checkpointing": False, "max_length": setting.options["max_length"], **more}
+    by_trainer(setting, rows_at_once, SFTTrainer, SFTConfig, **more)
+
+
+GROUPED = {"train_sampling_strategy": "group_by_length"}
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+ENGINES = {
+    "ours, padded": lambda setting: ours(setting, "padded"),
+    "ours, packed": lambda setting: ours(setting, "packed"),
+    "ours, packed, compiled": lambda setting: ours(setting, "packed", compile=True),
+    "Trainer, reference settings": lambda setting: by_trainer(setting, 4, gradient_checkpointing=True, **IN_ORDER),
+    "Trainer, best": lambda setting: by_trainer(setting, setting.rows_at_once, **GROUPED),
+    "TRL, packed": lambda setting: trl(setting, max(1, setting.rows_at_once // 2), packing=True),
+    "TRL, padded": lambda setting: trl(setting, setting.rows_at_once, **GROUPED),
+}
+
+
+class Setting:
+    """What every engine is given, and the stopwatch it is measured with."""
+
+    def __init__(self, options):
+        self.options = options
+        self.precision = choose_precision(options["device"], options["dtype"])
+        path, local = hub.find_model(options["model"])
+        self.tokenizer = load_tokenizer(path, local)
+        self.pad_id = self.tokenizer.pad_token_id
+        self.model = load_model(path, self.tokenizer, self.precision.device, local)
+        self.rows_at_once = options["rows_at_once"] or (2 if self.precision.device.type == "cpu" else 16)
+        self.warm_up, self.rows = self.conversations()
+        self.tokens, self.updates = 0, []
+        self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def conversations(self):
+        """The shortest conversations to warm up on, and random others, as examples."""
+        length, wanted = self.options["max_length"], self.options["batch_size"] * self.options["updates"]
+        chats = [chat for file in self.options["data"] for chat in read_file(file)]
+        examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
+        examples = [example for example in examples if example.supervised_tokens]
+        if len(examples) < wanted + WARM_UP:
+            raise UserError(f"--data: {len(examples)} conversations are too few; this takes {wanted + WARM_UP}")
+        short = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))[:WARM_UP]
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(42)).tolist()
+        return [examples[i] for i in short], [examples[i] for i in order if i not in short][:wanted]
+
+    def windows(self):
+        """The windows of all updates; the first is for warming up."""
+        size = self.options["batch_size"]
+        return [self.warm_up] + [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
+
+    def count(self, _module, _args, batch):
+        """Count the tokens of a forward pass, without padding."""
+        mask = batch.get("attention_mask")
+        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def begin(self):
+        self.wait()
+        self.tokens, self.began = 0, time.perf_counter()
+
+    def end(self, loss=None):
+        self.wait()
+        seconds = time.perf_counter() - self.began
+        self.updates.append({"tokens": self.tokens, "seconds": seconds, "loss": loss})
+
+    def wait(self):
+        if self.precision.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self):
+        """In GB: of the GPU what was allocated, of the CPU the process."""
+        if self.precision.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def flops_per_token(self):
+        """Of a forward and a backward pass over these conversations, by what has to be multiplied: 6 a weight."""
+        config = self.model.config.get_text_config()
+        head = self.model.get_output_embeddings().weight
+        embedded = {id(head), id(self.model.get_input_embeddings().weight)}
+        layers = sum(p.numel() for p in self.model.parameters() if id(p) not in embedded)
+        lengths = [len(example.input_ids) for example in self.rows]
+        supervised = sum(example.supervised_tokens for example in self.rows) / sum(lengths)
+        seen = sum(n * n / 2 for n in lengths) / sum(lengths)  # tokens that a token attends to, in the mean
+        attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_width(config) * seen
+        return 6 * (layers + supervised * head.numel() + attention)
+
+
+def head_width(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def multiply(precision, size):
+    """The FLOP/s of a large matrix product: what this machine can do."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision.name]
+    a = torch.randn(size, size, device=precision.device).to(dtype)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        _ = (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(times)
+
+
+def measure(engine, options):
+    """One engine, in this process; prints what was measured as JSON."""
+    setting = Setting(options)
+    ENGINES[engine](setting)
+    measured = [update for update in setting.updates[1:] if update["tokens"]]
+    result = {
+        "updates": measured,
+        "peak_memory_gb": setting.peak_memory(),
+        "flops_per_token": setting.flops_per_token(),
+        "gemm_flops": multiply(setting.precision, 4096 if setting.precision.device.type == "cpu" else 8192),
+    }
+    print(json.dumps(result))
+
+
+def run_all(engines, options):
+    """Each engine in its own process, all of them in turn; returns their results by name."""
+    results = {engine: [] for engine in engines}
+    for number in range(options["rounds"]):
+        for engine in engines:
+            began = time.perf_counter()
+            arguments = ["--measure", engine, "--options", json.dumps(options)]
+            command = [sys.executable, "-m", "benchmarks.compare", *arguments]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{engine}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", file=sys.stderr)
+                continue
+            results[engine].append(json.loads(done.stdout.splitlines()[-1]))
+            speeds = [f"{update['tokens'] / update['seconds']:,.0f}" for update in results[engine][-1]["updates"]]
+            took = f"{time.perf_counter() - began:.0f} s"
+            print(f"round {number + 1}: {engine}: {', '.join(speeds)} tokens/s ({took})", file=sys.stderr, flush=True)
+    return {engine: rounds for engine, rounds in results.items() if rounds}
+
+
+def summarise(results):
+    """Of each engine: the median and the range of its updates' speeds, memory, utilisation, and its last loss."""
+    gemm = statistics.median(result["gemm_flops"] for rounds in results.values() for result in rounds)
+    rows = {}
+    for engine, rounds in results.items():
+        speeds = [update["tokens"] / update["seconds"] for result in rounds for update in result["updates"]]
+        whole = [sum(u["tokens"] for u in r["updates"]) / sum(u["seconds"] for u in r["updates"]) for r in rounds]
+        rows[engine] = {
+            "tokens_per_second": statistics.median(whole),
+            "slowest_update": min(speeds),
+            "fastest_update": max(speeds),
+            "peak_memory_gb": max(result["peak_memory_gb"] for result in rounds),
+            "utilisation": statistics.median(whole) * rounds[0]["flops_per_token"] / gemm,
+            "last_loss": rounds[0]["updates"][-1]["loss"],
+        }
+    return gemm, rows
+
+
+def table(rows):
+    """The summary as Markdown; ratios are to `Trainer` with the reference's settings."""
+    base = rows.get("Trainer, reference settings", next(iter(rows.values())))["tokens_per_second"]
+    lines = [
+        "| | real tokens/s | slowest to fastest update | ratio | peak memory | utilisation | loss of the last update |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for engine, row in rows.items():
+        lines.append(
+            f"| {engine} | {row['tokens_per_second']:,.0f} "
+            f"| {row['slowest_update']:,.0f} – {row['fastest_update']:,.0f} "
+            f"| {row['tokens_per_second'] / base:.2f} | {row['peak_memory_gb']:.1f} GB | {row['utilisation']:.0%} "
+            f"| {row['last_loss']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def hardware(precision):
+    """The device's name, as it is written in a table and as it is in a file's name."""
+    name = torch.cuda.get_device_name(precision.device) if precision.device.type == "cuda" else cpu_name()
+    return name, re.sub(r"[^a-z0-9]+", "-", f"{name} {precision.name}".lower()).strip("-")
+
+
+def cpu_name():
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} cores"
+
+
+def main(argv):
+    parser = Parser(description="Compare training speed and memory with Trainer and TRL.")
+    parser.add_argument("--data", nargs="+", default=PRESETS["quickstart"]["dataset"], metavar="FILE")
+    parser.add_argument("--model", default=QUICKSTART_MODEL)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=4, help="conversations of an update (default 4)")
+    parser.add_argument("--updates", type=int, default=3, help="timed, of each engine in each round (default 3)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows-at-once", type=int, default=0, help="micro-batch of the best Trainer (CPU 2, GPU 16)")
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="ours; default: as the device chooses")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, metavar="NAME")
+    parser.add_argument("--readme", action="store_true", help="put the table into the README")
+    parser.add_argument("--measure", choices=ENGINES, metavar="NAME", help="of one engine only, in this process")
+    parser.add_argument("--options", type=json.loads, help="as JSON")
+    options = vars(parser.parse_args(argv))
+    hub.quiet_libraries()
+    if options["measure"]:
+        return measure(options["measure"], options["options"])
+    engines = options.pop("engines")
+    results = run_all(engines, options)
+    if not results:
+        raise UserError("no engine ran")
+    gemm, rows = summarise(results)
+    name, file_name = hardware(choose_precision(options["device"], options["dtype"]))
+    record = {
+        "hardware": name,
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "options": {**options, "data": [Path(file).name for file in options["data"]]},
+        "gemm_flops": gemm,
+        "engines": rows,
+        "measured": results,
+    }
+    path = ROOT / "benchmarks" / "results" / f"compare-{file_name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    if options["readme"]:
+        readme = ROOT / "README.md"
+        before, mark, _, end, after = re.split(r"(<!-- /?compare -->\n)", readme.read_text())
+        readme.write_text(f"{before}{mark}\n{table(rows)}\n\n{end}{after}")
+    print(f"{name}; a large matrix product makes {gemm / 1e9:,.0f} GFLOP/s\n\n{table(rows)}\n\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
