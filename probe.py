@@ -37,21 +37,23 @@ def choose_layout(model, config, pad_id, precision):
     """
     attention = model.config._attn_implementation
     own = Layout(False, 2**20, pad_id, own_logits=True, pinned=precision.device.type == "cuda")
-    expected = loss_and_gradient(model, own, precision)
     padded = replace(own, own_logits=False)
     packed = replace(padded, packed=True)
-    try:
-        layout = padded
-        compare(model, padded, precision, expected)
-        if config.layout != "padded":
-            layout = packed
-            use_layout(model, packed)
-            compare(model, packed, precision, expected)
-    except Differs as why:
-        if config.layout == "packed":
-            raise UserError(f"--layout packed: not exact for {config.model}, {why}; use --layout padded") from why
-        layout = replace(own if layout is padded else padded, why=str(why))
+    expected = loss_and_gradient(model, own, precision)
+    layout, why = own, None
+    for faster in (padded,) if config.layout == "padded" else (padded, packed):
+        use_layout(model, faster)
+        try:
+            compare(model, faster, precision, expected)
+        except Differs as error:
+            why = error
+            break
+        layout = faster
+    if why and config.layout == "packed":
+        raise UserError(f"--layout packed: not exact for {config.model}, {why}; use --layout padded") from why
+    if why:
         model.set_attn_implementation(attention)
+        layout = replace(layout, why=str(why))
     layout = replace(layout, tokens=config.micro_batch_tokens or fitting_tokens(model, layout, precision))
     if config.compile:
         compile_layers(model)

@@ -29,7 +29,15 @@ from data import prepare, window_at, window_indices, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
 from explain import highest_losses, memory_explained, way_on
 from layout import Windows
-from model import checkpoint_activations, choose_precision, compiled_graphs, load_model, ties_hold, token_loss
+from model import (
+    checkpoint_activations,
+    choose_precision,
+    compiled_graphs,
+    keep_freed_memory,
+    load_model,
+    ties_hold,
+    token_loss,
+)
 from probe import choose_layout, use_layout
 from resume import check_same_run, differences, find_start
 from run import Run, ensure_best, restore, save, save_best
@@ -216,6 +224,8 @@ def set_up(config, start=None, allow_changes=False):
         UserError: something cannot be loaded, or it would be another run and changes are not allowed.
     """
     precision = choose_precision(config.device, config.dtype)
+    if precision.device.type == "cpu":
+        keep_freed_memory()
     path, local_files_only = hub.find_model(config.model)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
     data = prepare(config, tokenizer)

@@ -1,0 +1,89 @@
+"""What only a GPU can run; everything here is skipped without one."""
+
+import copy
+
+import pytest
+import torch
+
+from attention import fits_varlen, packed_attention
+from config import Config
+from eval import evaluate
+from layout import Layout
+from model import Precision, compiled_graphs, token_loss
+from probe import choose_layout, fitting_tokens
+from tests.conftest import layout_of, tiny_llama
+from tests.test_attention import a_row, off, one_by_one, spans, with_gradients
+from train import make_optimizer, train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+GPU = torch.device("cuda")
+SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 16: as small as kernels take
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
+)
+def test_each_conversation_attends_to_itself_alone(dtype, bar):
+    row = [tensor.detach().to(GPU).requires_grad_() for tensor in a_row(dtype)]
+    there = spans()
+    there = type(there)(there.lengths, there.offsets.to(GPU))
+    assert fits_varlen(row[0], 0.0) == (dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0))
+    assert off(with_gradients(packed_attention(None, *row, None, spans=there)[0], row), one_by_one(*row)) < bar
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("name", "bar"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 5e-3)])
+def test_an_update_is_that_of_a_cpu(ragged_window, name, bar, compile):
+    exact, there = tiny_llama(259, **SHAPE), Precision(name, GPU)
+    model = copy.deepcopy(exact).to(GPU)
+    layout = choose_layout(model, Config(compile=compile, micro_batch_tokens=100), 0, there)
+    assert layout.packed
+    assert layout.pinned
+
+    def numbers(model, precision, layout):
+        optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
+        settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
+        window = list(layout.batches(ragged_window))
+        updates = [train_step(model, optimizer, window, 2e-4, **settings) for _ in range(3)]
+        return [(update["loss"], update["grad_norm"]) for update in updates]
+
+    on_cpu = Precision("fp32", torch.device("cpu"))
+    expected = numbers(exact, on_cpu, layout_of(packed=False))
+    for ours, theirs in zip(numbers(model, there, layout), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=bar)
+    loss = evaluate(model, ragged_window, layout, there).loss
+    assert loss == pytest.approx(evaluate(exact, ragged_window, layout_of(packed=False), on_cpu).loss, rel=bar)
+
+
+def test_compiled_it_is_not_compiled_anew_for_every_length(ragged_window):
+    model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
+    layout = choose_layout(model, Config(compile=True), 0, precision)
+    counts = []
+    for count in range(1, 9):
+        for batch in layout.batches(ragged_window[:count]):
+            with precision.autocast():
+                token_loss(model, batch.to(GPU)).backward()
+        counts.append(compiled_graphs())
+    assert counts[2:] == [counts[2]] * 6
+
+
+def test_an_update_waits_for_the_gpu_once(ragged_window):
+    """Copying micro-batches and their forward and backward passes wait for nothing; what is read is read at the end."""
+    model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
+    layout = choose_layout(model, Config(micro_batch_tokens=100), 0, precision)
+    window = list(layout.batches(ragged_window))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in window:
+            with precision.autocast():
+                token_loss(model, batch.to(GPU)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_fits_is_measured():
+    model, precision = tiny_llama(259, **SHAPE, max_position_embeddings=2048).to(GPU), Precision("bf16", GPU)
+    tokens = fitting_tokens(model, Layout(False, 2**20, 0), precision)
+    assert tokens % 1024 == 0
+    assert 1024 <= tokens <= 2**16
