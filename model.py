@@ -69,8 +69,8 @@ def choose_precision(device="auto", dtype="auto"):
 def keep_freed_memory():
     """Have glibc keep the memory of freed tensors for the next ones, on a CPU.
 
-    It otherwise gives large pieces back to the kernel, which clears and maps them anew for every tensor: a fifth of the
-    time of an update. See mallopt(3); elsewhere than on Linux with glibc nothing happens.
+    It otherwise gives much of it back to the kernel, which clears and maps it anew for the next tensor: a fifth of the
+    time of an update. See mallopt(3); without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

@@ -139,7 +139,7 @@ class Setting:
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(self.precision.device)
         else:
             self.model = load_model(path, self.tokenizer, self.precision.device, local)
-        self.rows_at_once = options["rows_at_once"] or (2 if self.precision.device.type == "cpu" else 16)
+        self.rows_at_once = options["rows_at_once"] or (1 if self.precision.device.type == "cpu" else 16)
         self.warm_up, self.rows = self.conversations()
         self.tokens, self.updates = 0, []
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -305,7 +305,7 @@ def main(argv):
     parser.add_argument("--batch-size", type=int, default=4, help="conversations of an update (default 4)")
     parser.add_argument("--updates", type=int, default=3, help="timed, of each engine in each round (default 3)")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rows-at-once", type=int, default=0, help="micro-batch of the best Trainer (CPU 2, GPU 16)")
+    parser.add_argument("--rows-at-once", type=int, default=0, help="micro-batch of the best Trainer (CPU 1, GPU 16)")
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="ours; default: as the device chooses")
     parser.add_argument("--engines", nargs="+", default=USUAL, choices=ENGINES, metavar="NAME")
     parser.add_argument("--readme", action="store_true", help="put the table into the README")

@@ -1,12 +1,16 @@
 """The loss, its precision, and what is done to a model before it is trained."""
 
+import os
+import platform
+import resource
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat import IGNORE, encode, load_tokenizer
 from config import UserError
-from model import choose_precision, load_model, save_model, ties_hold
+from model import choose_precision, keep_freed_memory, load_model, save_model, ties_hold
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -36,6 +40,23 @@ def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
     assert again.chat_template == tokenizer.chat_template
     for name, weights in model.state_dict().items():
         assert torch.equal(weights, saved.state_dict()[name])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that is told")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    def faults(prepare):
+        """The page faults of making and freeing 64 MB ten times, in a process of its own."""
+        child = os.fork()
+        if child == 0:
+            prepare()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                b"x" * 2**26
+            pages = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**26
+            os._exit(pages)  # how many times 64 MB were mapped
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert faults(keep_freed_memory) <= 1 < 9 <= faults(lambda: None)
 
 
 def test_a_tokenizer_with_chatml_is_left_its_vocabulary(real_tokenizer, capsys):

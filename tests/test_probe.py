@@ -54,6 +54,12 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL), "packed", ""),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2), "packed", ""),
     "sliding window": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=64), "padded", "sliding_window"),
+    "sliding window in some layers": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+        "padded",
+        "layers of sliding_attention",
+    ),
     "capped scores": (
         Gemma2ForCausalLM,
         Gemma2Config(**GEMMA | PLAIN | {"attn_logit_softcapping": 5.0}),
