@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 CHUNK = 2**25  # logits of one matrix product: enough to keep it fast; 64 MB in 16 bits
+ROWS = 512  # of it at least: each product's part of the weights' gradient has to be added to the rest of it
 BLOCK = 2**20  # logits of one softmax on a CPU: few enough for its caches; 4 MB in fp32
 
 
@@ -44,15 +45,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         states, matrix, shift = as_multiplied(hidden, weight, bias)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        losses = [hidden.new_empty(0, dtype=summed_in(hidden))]
+        losses = hidden.new_zeros(len(hidden), dtype=summed_in(hidden))
         for rows, logits in logits_by_chunk(states, matrix, shift):
-            losses += [gradients_for_logits(part, target) for part, target in by_block(logits, targets[rows])]
+            for part, target, loss in by_block(logits, targets[rows], losses[rows]):
+                gradients_for_logits(part, target, loss)
             grad_hidden[rows] = logits @ matrix
             grad_weight += logits.T @ states[rows]
             if bias is not None:
                 grad_bias += logits.sum(0, dtype=summed_in(logits))
         ctx.gradients = grad_hidden, grad_weight, grad_bias
-        return torch.cat(losses).sum()
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, upstream):
@@ -60,17 +62,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None
 
 
-def gradients_for_logits(logits, targets):
+def gradients_for_logits(logits, targets, losses):
     """Put the gradient of the token losses in the place of (n, V) logits: softmax, less 1 at the target.
 
-    Returns:
-        The token losses, (n,).
+    Args:
+        losses: (n,), for the token losses.
     """
     targets = targets[:, None]
     log_p = F.log_softmax(logits, -1, dtype=summed_in(logits))
-    losses = -log_p.gather(1, targets)[:, 0]
+    losses.copy_(-log_p.gather(1, targets)[:, 0])
     logits.copy_(log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0)))
-    return losses
 
 
 def as_multiplied(hidden, weight, bias):
@@ -87,13 +88,13 @@ def summed_in(tensor):
 
 def logits_by_chunk(hidden, weight, bias):
     """Pairs of a slice of the rows and their logits, (n, V)."""
-    size = max(1, CHUNK // len(weight))
+    size = max(ROWS, CHUNK // len(weight))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         yield rows, F.linear(hidden[rows], weight, bias)
 
 
-def by_block(logits, targets):
-    """Pairs of a block of logits, a view, and their targets; a GPU takes them all at once."""
+def by_block(logits, *others):
+    """Blocks of logits, views, each with its part of the others, such as targets; a GPU takes them all at once."""
     size = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    return zip(logits.split(size), targets.split(size), strict=True)
+    return zip(*(tensor.split(size) for tensor in (logits, *others)), strict=True)

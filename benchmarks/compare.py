@@ -33,7 +33,6 @@ from train import make_optimizer, train_step
 
 ROOT = Path(__file__).parent.parent
 LEARNING_RATE = 1e-4
-WARM_UP = 4  # short conversations that every engine sees first, untimed: caches fill, compilers compile
 
 
 def ours(setting, layout, compile=False):
@@ -55,35 +54,33 @@ def ours(setting, layout, compile=False):
     print(f"{layout.describe()}; {compiled_graphs()} graphs compiled", file=sys.stderr)
 
 
-def by_trainer(setting, rows_at_once, kind=Trainer, arguments=TrainingArguments, **more):
-    """`Trainer`'s, or that of a class derived from it."""
-    size = setting.options["batch_size"]
-    rows_at_once = min(rows_at_once, size)
+def by_trainer(setting, rows_at_once, rows=None, kind=Trainer, arguments=TrainingArguments, **more):
+    """`Trainer`'s, or that of a class derived from it; `rows` are those of an update."""
+    rows = rows or setting.options["batch_size"]
+    rows_at_once = min(rows_at_once, rows)
     how = {"data_collator": collator(setting.pad_id)} if kind is Trainer else {"processing_class": setting.tokenizer}
-    for rows in (setting.warm_up, setting.rows):
-        arguments_of_run = arguments(
-            tempfile.mkdtemp(),
-            per_device_train_batch_size=rows_at_once,
-            gradient_accumulation_steps=size // rows_at_once,
-            max_steps=-1,
-            num_train_epochs=1,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.1,
-            max_grad_norm=1.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=setting.precision.device.type == "cpu",
-            bf16=setting.precision.name == "bf16",
-            fp16=setting.precision.name == "fp16",
-            **more,
-        )
-        data = Dataset.from_list([{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in rows])
-        trainer = kind(setting.model, arguments_of_run, train_dataset=data, callbacks=[Stopwatch(setting)], **how)
-        trainer.train()
-        trainer.accelerator.free_memory()
+    arguments_of_run = arguments(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=rows // rows_at_once,
+        max_steps=-1,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=setting.precision.device.type == "cpu",
+        bf16=setting.precision.name == "bf16",
+        fp16=setting.precision.name == "fp16",
+        **more,
+    )
+    examples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in setting.examples]
+    data, stopwatch = Dataset.from_list(examples), [Stopwatch(setting)]
+    kind(setting.model, arguments_of_run, train_dataset=data, callbacks=stopwatch, **how).train()
 
 
 class Stopwatch(TrainerCallback):
@@ -104,23 +101,24 @@ class Stopwatch(TrainerCallback):
 
 
 def trl(setting, rows_at_once, **more):
-    """TRL's, with what it can leave out left out."""
+    """TRL's, with what it can leave out left out; where it packs, an update has as many tokens, not rows."""
     from trl import SFTConfig, SFTTrainer
 
     more = {"gradient_checkpointing": False, "max_length": setting.options["max_length"], **more}
-    by_trainer(setting, rows_at_once, SFTTrainer, SFTConfig, **more)
+    tokens = sum(len(example.input_ids) for example in setting.examples) / len(setting.windows())
+    rows = max(1, round(tokens / more["max_length"])) if more.get("packing") else None
+    by_trainer(setting, rows_at_once, rows, SFTTrainer, SFTConfig, **more)
 
 
-GROUPED = {"train_sampling_strategy": "group_by_length"}
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 ENGINES = {
     "ours, padded": lambda setting: ours(setting, "padded"),
     "ours, packed": lambda setting: ours(setting, "packed"),
     "ours, packed, compiled": lambda setting: ours(setting, "packed", compile=True),
     "Trainer, reference settings": lambda setting: by_trainer(setting, 4, gradient_checkpointing=True, **IN_ORDER),
-    "Trainer, best": lambda setting: by_trainer(setting, setting.rows_at_once, **GROUPED),
+    "Trainer, best": lambda setting: by_trainer(setting, setting.rows_at_once, **setting.grouped()),
     "TRL, packed": lambda setting: trl(setting, max(1, setting.rows_at_once // 2), packing=True),
-    "TRL, padded": lambda setting: trl(setting, setting.rows_at_once, **GROUPED),
+    "TRL, padded": lambda setting: trl(setting, setting.rows_at_once, **setting.grouped()),
 }
 USUAL = [name for name in ENGINES if name != "TRL, padded"]  # which was the slower of the two wherever it was measured
 
@@ -140,26 +138,29 @@ class Setting:
         else:
             self.model = load_model(path, self.tokenizer, self.precision.device, local)
         self.rows_at_once = options["rows_at_once"] or (1 if self.precision.device.type == "cpu" else 16)
-        self.warm_up, self.rows = self.conversations()
+        self.examples = self.conversations()
         self.tokens, self.updates = 0, []
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def conversations(self):
-        """The shortest conversations to warm up on, and random others, as examples."""
-        length, wanted = self.options["max_length"], self.options["batch_size"] * self.options["updates"]
+        """The examples of all updates, in their order."""
+        length, wanted = self.options["max_length"], self.options["batch_size"] * (1 + self.options["updates"])
         chats = [chat for file in self.options["data"] for chat in read_file(file)]
         examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
         examples = [example for example in examples if example.supervised_tokens]
-        if len(examples) < wanted + WARM_UP:
-            raise UserError(f"--data: {len(examples)} conversations are too few; this takes {wanted + WARM_UP}")
-        short = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))[:WARM_UP]
+        if len(examples) < wanted:
+            raise UserError(f"--data: {len(examples)} conversations are too few; this takes {wanted}")
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(42)).tolist()
-        return [examples[i] for i in short], [examples[i] for i in order if i not in short][:wanted]
+        return [examples[i] for i in order[:wanted]]
 
     def windows(self):
-        """The windows of all updates; the first is for warming up."""
+        """The windows of all updates; the first is for warming up: caches fill, compilers compile."""
         size = self.options["batch_size"]
-        return [self.warm_up] + [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
+        return [self.examples[i : i + size] for i in range(0, len(self.examples), size)]
+
+    def grouped(self):
+        """`Trainer`'s arguments for conversations of one length together; where there is nothing to pad, none."""
+        return {"train_sampling_strategy": "group_by_length"} if self.rows_at_once > 1 else IN_ORDER
 
     def count(self, _module, _args, batch):
         """Count the tokens of a forward pass, without padding."""
@@ -185,8 +186,8 @@ class Setting:
         head = self.model.get_output_embeddings().weight
         embedded = {id(head), id(self.model.get_input_embeddings().weight)}
         layers = sum(p.numel() for p in self.model.parameters() if id(p) not in embedded)
-        lengths = [len(example.input_ids) for example in self.rows]
-        supervised = sum(example.supervised_tokens for example in self.rows) / sum(lengths)
+        lengths = [len(example.input_ids) for example in self.examples]
+        supervised = sum(example.supervised_tokens for example in self.examples) / sum(lengths)
         seen = sum(n * n / 2 for n in lengths) / sum(lengths)  # tokens that a token attends to, in the mean
         attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_width(config) * seen
         return 6 * (layers + supervised * head.numel() + attention)
@@ -303,7 +304,7 @@ def main(argv):
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4, help="conversations of an update (default 4)")
-    parser.add_argument("--updates", type=int, default=3, help="timed, of each engine in each round (default 3)")
+    parser.add_argument("--updates", type=int, default=3, help="timed, after one that is not (default 3)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows-at-once", type=int, default=0, help="micro-batch of the best Trainer (CPU 1, GPU 16)")
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="ours; default: as the device chooses")

@@ -7,6 +7,8 @@ prints the tables. SmolLM2's shape with random weights: neither time nor memory 
 """
 
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from probe import choose_layout, made_up
 from train import make_optimizer, train_step
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-COUNTS = (4, 16, 64)  # of conversations of 256 tokens, in one window
+COUNTS = (4, 16, 32)  # of conversations of 256 tokens, in one window
 VOCABULARIES = (49_152, 256_000)
 SUPERVISED = (512, 2048, 8192)  # tokens, for the output head alone
 SMOLLM2 = {
@@ -45,8 +47,6 @@ def update(length, count):
     """The second of two updates over `count` conversations of `length` tokens: its seconds, and the peak memory."""
     torch.manual_seed(0)
     precision = choose_precision()
-    if precision.device.type == "cpu":
-        keep_freed_memory()
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(precision.device)
     layout = choose_layout(model, Config(), 0, precision)
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
@@ -107,14 +107,14 @@ def draw(lengths, heads, path):
     left.plot(tokens, [1000 * lengths[n]["seconds"] / n for n in tokens], "o-", label="ms a token")
     left.plot(tokens, [lengths[n]["peak_memory_gb"] for n in tokens], "s-", label="peak memory, GB")
     left.set(xscale="log", xlabel="tokens in one conversation", title="An update over one conversation", ylim=0)
-    left.set_xticks(tokens, tokens, minor=False)
     for (vocabulary, whole), found in heads.items():
         points = [(n, result["peak_memory_gb"]) for n, result in found.items() if result]
         label = f"V = {vocabulary:,}, {how(whole)}"
         right.plot(*zip(*points, strict=True), "x--" if whole else "o-", label=label)
-    right.set(xscale="log", yscale="log", xlabel="supervised tokens", ylabel="GB", title="Memory of the output head")
-    right.set_xticks(SUPERVISED, SUPERVISED, minor=False)
-    for axes in (left, right):
+    right.set(xscale="log", xlabel="supervised tokens", ylabel="GB", title="Memory of the output head", ylim=0)
+    for axes, ticks in ((left, tokens), (right, SUPERVISED)):
+        axes.minorticks_off()
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -127,6 +127,10 @@ def main(argv):
     hub.quiet_libraries()
     if options.measure:
         kind, *arguments = options.measure
+        if choose_precision().device.type == "cpu":  # an error, before the kernel kills somebody
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (int(0.9 * memory),) * 2)
+            keep_freed_memory()
         print(json.dumps({"update": update, "head": head}[kind](*arguments)))
         return 0
     lengths = {n: measured("update", n, 1) for n in LENGTHS}

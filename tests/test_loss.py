@@ -1,6 +1,8 @@
 """The loss in chunks: its value and its gradient against the whole in fp64, and what it never holds."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +48,7 @@ def differences(ours, theirs):
 @pytest.mark.parametrize("chunk", [2**19, 2**25])
 def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, vocabulary, bias, chunk):
     monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "ROWS", 1)
     monkeypatch.setattr(loss, "BLOCK", chunk // 4)
     hidden, head, targets = problem(vocabulary, bias)
     whole = exact(hidden, head, targets)
@@ -62,6 +65,7 @@ def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, vocabulary, bias
 
 def test_in_fp64_it_is_exact_to_fp64(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 2**9)
+    monkeypatch.setattr(loss, "ROWS", 1)
     hidden, head, targets = problem(99, bias=True)
     hidden, head = hidden.detach().double().requires_grad_(), copy_in_fp64(head)
     ours = gradients(linear_cross_entropy(hidden, head, targets), hidden, head)
@@ -92,6 +96,7 @@ def test_no_supervised_token_has_no_loss_and_no_gradient():
 
 def test_the_evaluated_loss_is_the_same_and_the_ranks_are_counted(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 2**10)
+    monkeypatch.setattr(loss, "ROWS", 1)
     hidden, head, targets = problem(99)
     with torch.no_grad():
         targets[:30] = head(hidden[:30]).argmax(-1)
@@ -126,7 +131,29 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch, vocabulary):
             return result
 
     monkeypatch.setattr(loss, "CHUNK", 128_000)
+    monkeypatch.setattr(loss, "ROWS", 1)
     hidden, head, targets = problem(vocabulary, rows=300, width=2)
     with Watch():
         linear_cross_entropy(hidden, head, targets).backward()
     assert 100_000 < largest <= 128_000 < 300 * vocabulary
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its unit is Linux's")
+def test_memory_does_not_grow_with_the_tokens():
+    """In a process of its own: small tensors that outlive large ones once kept the heap from being used again."""
+    program = """
+import resource
+import torch
+from loss import linear_cross_entropy
+
+def peak(tokens):
+    hidden = torch.zeros(tokens, 8, requires_grad=True)
+    linear_cross_entropy(hidden, head, torch.zeros(tokens, dtype=torch.long)).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+head = torch.nn.Linear(8, 100_000)
+print(peak(600), peak(3_600))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    short, long = map(float, done.stdout.split())
+    assert long - short < 0.2  # GB; 3,600 x 100,000 logits are 1.4

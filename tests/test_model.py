@@ -1,8 +1,8 @@
 """The loss, its precision, and what is done to a model before it is trained."""
 
-import os
 import platform
-import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat import IGNORE, encode, load_tokenizer
 from config import UserError
-from model import choose_precision, keep_freed_memory, load_model, save_model, ties_hold
+from model import choose_precision, load_model, save_model, ties_hold
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -44,19 +44,23 @@ def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that is told")
 def test_freed_memory_is_kept_for_the_next_tensor():
-    def faults(prepare):
-        """The page faults of making and freeing 64 MB ten times, in a process of its own."""
-        child = os.fork()
-        if child == 0:
-            prepare()
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(10):
-                b"x" * 2**26
-            pages = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**26
-            os._exit(pages)  # how many times 64 MB were mapped
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    program = """
+import resource
+from model import keep_freed_memory
 
-    assert faults(keep_freed_memory) <= 1 < 9 <= faults(lambda: None)
+def times_mapped():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        b"x" * 2**26
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**26
+
+print(times_mapped())
+keep_freed_memory()
+print(times_mapped())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept <= 1 < 9 <= given_back
 
 
 def test_a_tokenizer_with_chatml_is_left_its_vocabulary(real_tokenizer, capsys):
