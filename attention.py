@@ -117,10 +117,10 @@ class BlockedAttention(torch.autograd.Function):
 
 def probabilities(query, key, scaling):
     """Of each block of queries where it begins and ends, scaling · Q as (H_kv, G · n, D), P as (H_kv, G · n, end)."""
+    later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype).triu(1)
     for begin in range(0, query.shape[2], BLOCK):
         end = min(begin + BLOCK, query.shape[2])
         block = query[:, :, begin:end].flatten(1, 2) * scaling
         scores = block @ key[:, :end].mT
-        later = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
-        scores.unflatten(1, (-1, end - begin))[..., begin:].masked_fill_(later, -torch.inf)
+        scores.unflatten(1, (-1, end - begin))[..., begin:] += later[: end - begin, : end - begin]
         yield begin, end, block, scores.softmax(-1)

@@ -44,7 +44,7 @@ def ours(setting, layout, compile=False):
     layout = choose_layout(model, config, setting.pad_id, precision)
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
-    for window in setting.windows():
+    for window in setting.windows:
         setting.begin()
         micro_batches = list(layout.batches(window))
         numbers = train_step(
@@ -105,7 +105,7 @@ def trl(setting, rows_at_once, **more):
     from trl import SFTConfig, SFTTrainer
 
     more = {"gradient_checkpointing": False, "max_length": setting.options["max_length"], **more}
-    tokens = sum(len(example.input_ids) for example in setting.examples) / len(setting.windows())
+    tokens = tokens_of(setting.examples) / len(setting.windows)
     rows = max(1, round(tokens / more["max_length"])) if more.get("packing") else None
     by_trainer(setting, rows_at_once, rows, SFTTrainer, SFTConfig, **more)
 
@@ -138,25 +138,24 @@ class Setting:
         else:
             self.model = load_model(path, self.tokenizer, self.precision.device, local)
         self.rows_at_once = options["rows_at_once"] or (1 if self.precision.device.type == "cpu" else 16)
-        self.examples = self.conversations()
+        self.windows = self.conversations()
+        self.examples = [example for window in self.windows for example in window]
         self.tokens, self.updates = 0, []
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def conversations(self):
-        """The examples of all updates, in their order."""
-        length, wanted = self.options["max_length"], self.options["batch_size"] * (1 + self.options["updates"])
+        """The windows of all updates; the first, for warming up, has most tokens: caches fill, compilers compile."""
+        length, size = self.options["max_length"], self.options["batch_size"]
+        wanted = size * (1 + self.options["updates"])
         chats = [chat for file in self.options["data"] for chat in read_file(file)]
         examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
         examples = [example for example in examples if example.supervised_tokens]
         if len(examples) < wanted:
             raise UserError(f"--data: {len(examples)} conversations are too few; this takes {wanted}")
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(42)).tolist()
-        return [examples[i] for i in order[:wanted]]
-
-    def windows(self):
-        """The windows of all updates; the first is for warming up: caches fill, compilers compile."""
-        size = self.options["batch_size"]
-        return [self.examples[i : i + size] for i in range(0, len(self.examples), size)]
+        windows = [[examples[i] for i in order[first : first + size]] for first in range(0, wanted, size)]
+        largest = max(windows, key=tokens_of)
+        return [largest] + [window for window in windows if window is not largest]
 
     def grouped(self):
         """`Trainer`'s arguments for conversations of one length together; where there is nothing to pad, none."""
@@ -191,6 +190,10 @@ class Setting:
         seen = sum(n * n / 2 for n in lengths) / sum(lengths)  # tokens that a token attends to, in the mean
         attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_width(config) * seen
         return 6 * (layers + supervised * head.numel() + attention)
+
+
+def tokens_of(examples):
+    return sum(len(example.input_ids) for example in examples)
 
 
 def peak_memory(precision):
