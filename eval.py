@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-import hub
-from chat import encode_prompt, load_tokenizer
-from checkpoint import Damaged, verify
+from compute.layers import in_eval_mode
+from compute.self_check import choose_layout
 from config import OF_THE_DATASET, Parser, UserError, recorded_settings, resolve, run_command
-from data import DATA_FLAGS, prepare, prepare_whole
-from model import choose_precision, in_eval_mode, load_model, loss_and_correct
-from probe import choose_layout
+from conversations.tokenizer import load_tokenizer
+from data import DATA_FLAGS, encode_prompt, prepare, prepare_whole
+from model import choose_precision, load_model, loss_and_correct, token_loss
+from storage import hub
+from storage.durable import Damaged, verify
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
 
@@ -56,9 +57,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model, examples, layout, precision):
     """The `Evaluation` of a model over examples; leaves the model in the mode, train or eval, it came in."""
-    sums = torch.zeros(
-        2, dtype=torch.float64, device=precision.device
-    )  # read once, at the end: a GPU is not kept waiting
+    sums = torch.zeros(2, dtype=torch.float64, device=precision.device)  # read once, at the end: no wait for a GPU
     tokens = 0
     with in_eval_mode(model):
         for batch in layout.batches(examples):
@@ -121,11 +120,13 @@ def main(argv):
     if options["max_new_tokens"] < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {options['max_new_tokens']}")
     model, config = settings_of(options["model_or_run"], named)
-    reports = [examine(name, config, "dataset" in named, options) for name in (model, options["against"]) if name]
+    reports = [
+        evaluate_model(name, config, "dataset" in named, options) for name in (model, options["against"]) if name
+    ]
     if options["json"]:
         print(json.dumps({**reports[0], "against": reports[1]} if options["against"] else reports[0]))
     else:
-        print("\n\n".join(map(as_text, reports)))
+        print("\n\n".join(map(format_report, reports)))
     return 0
 
 
@@ -146,7 +147,7 @@ def settings_of(model_or_run, named):
     return str(run / "best"), resolve({**recorded, **named}, recorded["preset"])
 
 
-def examine(model_name, config, whole_dataset, options):
+def evaluate_model(model_name, config, whole_dataset, options):
     """Everything the command says of one model, as a dict.
 
     Args:
@@ -161,7 +162,7 @@ def examine(model_name, config, whole_dataset, options):
         data = prepare(config, tokenizer)
         splits = {"eval": data.eval, "test": data.test}
     model = load_model(path, tokenizer, precision.device, local_files_only)
-    layout = choose_layout(model, replace(config, compile=False), tokenizer.pad_token_id, precision)
+    layout = choose_layout(model, token_loss, replace(config, compile=False), tokenizer.pad_token_id, precision)
     losses = {
         name: evaluate(model, split.examples, layout, precision).report()
         for name, split in splits.items()
@@ -189,7 +190,7 @@ def read_prompts(texts):
             yield text
 
 
-def as_text(report):
+def format_report(report):
     """A report for reading."""
     lines = [f"{report['model']} ({report['precision']})"]
     for name, split in report["splits"].items():

@@ -1,8 +1,6 @@
-"""A causal language model: loading and saving it, the precision it runs in, its loss where tokens are supervised."""
+"""A causal language model: loading and saving it, the precision it computes in, the loss of a micro-batch."""
 
 import contextlib
-import ctypes
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +8,9 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import loss
+from compute import cross_entropy
 from config import UserError, first_line
-from hub import LOADING_ERRORS
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+from storage.hub import LOADING_ERRORS
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Precision:
         return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.name])
 
     def describe(self):
-        """The device and the precision, as a plan says it."""
+        """The device and the precision, as the plan prints them."""
         if self.device.type == "cpu":
             return f"{self.device} ({torch.get_num_threads()} threads), {self.name}"
         name = torch.cuda.get_device_name(self.device)
@@ -66,18 +62,6 @@ def choose_precision(device="auto", dtype="auto"):
     return Precision(dtype, device)
 
 
-def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors for the next ones, on a CPU.
-
-    It otherwise gives much of it back to the kernel, which clears and maps it anew for the next tensor: a fifth of the
-    time of an update. See mallopt(3); without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
-            mallopt(setting, value)
-
-
 def load_model(path, tokenizer, device, local_files_only=False):
     """A model with fp32 weights on `device`, with an embedding for every token of the tokenizer.
 
@@ -106,28 +90,6 @@ def load_model(path, tokenizer, device, local_files_only=False):
     return model.to(device)
 
 
-def checkpoint_activations(model):
-    """Let a model recompute its activations in the backward pass instead of keeping them."""
-    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the older one
-    enable = newer or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def compile_layers(model):
-    """Have `torch.compile` compile a model's layers, all into the same few graphs, when they are first called.
-
-    One layer at a time, because they are alike: 30 of them compile as fast as one.
-    """
-    for module in model.modules():
-        if type(module).__name__ in (model._no_split_modules or ()):  # transformers' list of the layers' classes
-            module.compile(dynamic=True)
-
-
-def compiled_graphs():
-    """How many graphs `torch.compile` has made in this process; it should stop growing after the first update."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def save_model(model, tokenizer, directory):
     """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
 
@@ -145,26 +107,16 @@ def token_loss(model, batch):
     """Sum of the token losses of a `layout.Batch`, in fp32 (fp64 for a model in fp64)."""
     if batch.own_logits:
         logits, targets = own_logits(model, batch), batch.targets
-        return F.cross_entropy(logits.to(loss.summed_in(logits)), targets, reduction="sum")
-    return loss.linear_cross_entropy(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)
+        return F.cross_entropy(logits.to(cross_entropy.accumulation_dtype(logits)), targets, reduction="sum")
+    hidden, head = supervised_states(model, batch), model.get_output_embeddings()
+    return cross_entropy.linear_cross_entropy(hidden, head, batch.targets)
 
 
 def loss_and_correct(model, batch):
     """That sum, and how many supervised tokens the model ranks first: (2,), in fp64, without a gradient."""
     if batch.own_logits:
-        return loss.of_logits(own_logits(model, batch), batch.targets)
-    return loss.loss_and_correct(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)
-
-
-@contextlib.contextmanager
-def in_eval_mode(model):
-    """Switch a model's dropout and the like off, and afterwards back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+        return cross_entropy.loss_and_correct_of_logits(own_logits(model, batch), batch.targets)
+    return cross_entropy.loss_and_correct(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)
 
 
 def supervised_states(model, batch):

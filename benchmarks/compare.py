@@ -22,12 +22,15 @@ import transformers
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-import hub
-from chat import Example, encode, load_tokenizer
+from compute.layers import compiled_graphs
+from compute.memory import keep_freed_memory
+from compute.self_check import choose_layout
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, run_command
-from conversations import read_file
-from model import choose_precision, compiled_graphs, keep_freed_memory, load_model
-from probe import choose_layout
+from conversations.formats import read_file
+from conversations.tokenizer import load_tokenizer
+from data import Example, encode
+from model import choose_precision, load_model, token_loss
+from storage import hub
 from tests.reference import collator
 from train import make_optimizer, train_step
 
@@ -41,7 +44,7 @@ def ours(setting, layout, compile=False):
     if precision.device.type == "cpu":
         keep_freed_memory()
     config = Config(layout=layout, compile=compile, micro_batch_tokens=setting.options["micro_batch_tokens"])
-    layout = choose_layout(model, config, setting.pad_id, precision)
+    layout = choose_layout(model, token_loss, config, setting.pad_id, precision)
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
     for window in setting.windows:

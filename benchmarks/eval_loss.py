@@ -8,13 +8,13 @@ import tempfile
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-import hub
-from chat import load_tokenizer
+from compute.layout import Layout
 from config import resolve, run_command
+from conversations.tokenizer import load_tokenizer
 from data import prepare
 from eval import evaluate
-from layout import Layout
 from model import choose_precision, load_model
+from storage import hub
 from tests import reference
 
 

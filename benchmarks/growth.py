@@ -19,12 +19,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hub
 from benchmarks.compare import ROOT, hardware, peak_memory
+from compute.cross_entropy import linear_cross_entropy
+from compute.layout import random_examples
+from compute.memory import keep_freed_memory
+from compute.self_check import choose_layout
 from config import Config, Parser, run_command
-from loss import linear_cross_entropy
-from model import choose_precision, keep_freed_memory
-from probe import choose_layout, made_up
+from model import choose_precision, token_loss
+from storage import hub
 from train import make_optimizer, train_step
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -48,11 +50,11 @@ def update(length, count):
     torch.manual_seed(0)
     precision = choose_precision()
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(precision.device)
-    layout = choose_layout(model, Config(), 0, precision)
+    layout = choose_layout(model, token_loss, Config(), 0, precision)
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     for lengths in ([64], [length] * count):
         began = time.perf_counter()
-        window = list(layout.batches(made_up(lengths, 49_152)))
+        window = list(layout.batches(random_examples(lengths, 49_152)))
         train_step(model, optimizer, window, 1e-4, precision=precision, scaler=scaler, max_grad_norm=1.0)
     return {"seconds": time.perf_counter() - began, "peak_memory_gb": peak_memory(precision)}
 

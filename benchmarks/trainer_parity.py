@@ -13,11 +13,12 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import hub
-from chat import encode, load_tokenizer
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, run_command
-from conversations import read_file
+from conversations.formats import read_file
+from conversations.tokenizer import load_tokenizer
+from data import encode
 from model import choose_precision, load_model
+from storage import hub
 from tests import parity, reference
 
 BATCH, ACCUMULATION = 2, 4

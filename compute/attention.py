@@ -11,27 +11,27 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PACKED = "packed"  # what `model.set_attn_implementation` calls it
-# What some models ask of their attention, by the names transformers passes it under, and this does not do.
-NOT_DONE = ("sliding_window", "softcap", "s_aux", "position_bias")
+# What some models ask of their attention, by the names that transformers passes, and this does not support.
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 BLOCK = 128  # queries
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Which tokens of a packed row belong together. An object, so that `torch.compile` does not look into it."""
+class SequenceBoundaries:
+    """Where the conversations of a packed row begin and end; an object, which `torch.compile` does not trace."""
 
     lengths: tuple[int, ...]  # of the conversations
-    offsets: torch.Tensor  # (conversations + 1,) int32: where each begins, and where the last one ends
+    cu_seqlens: torch.Tensor  # (conversations + 1,) int32: where each begins, and where the last one ends
 
 
 @torch.compiler.disable  # what it does hangs on the conversations' lengths, and its kernels are compiled already
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **options):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, boundaries=None, **options):
     """Attention as transformers' `AttentionInterface` has it.
 
     Args:
         query: (1, H, T, D).
         key, value: (1, H_kv, T, D); H is a multiple of H_kv.
-        spans: the `Spans` of the conversations; None: there is one, as when an answer is generated.
+        boundaries: the `SequenceBoundaries` of the conversations; None: there is one, as when an answer is generated.
 
     Returns:
         (1, T, H, D), and None for the weights, which nobody sees.
@@ -39,10 +39,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     Raises:
         NotImplementedError: the model wants more of its attention than that it is causal.
     """
-    wanted = [name for name in NOT_DONE if options.get(name) is not None]
+    wanted = [name for name in UNSUPPORTED if options.get(name) is not None]
     if wanted or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"its attention has {wanted[0] if wanted else 'no causal order'}")
-    if spans is None:
+    if boundaries is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
@@ -50,9 +50,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     with torch.autocast(kind, enabled=False):
         query, key, value = (tensor[0].to(dtype) for tensor in (query, key, value))
         if kind == "cuda" and fits_varlen(query, dropout):
-            output = varlen(query, key, value, scaling, spans)
+            output = varlen(query, key, value, scaling, boundaries)
         else:
-            rows = zip(*(tensor.split(spans.lengths, 1) for tensor in (query, key, value)), strict=True)
+            rows = zip(*(tensor.split(boundaries.lengths, 1) for tensor in (query, key, value)), strict=True)
             output = torch.cat([one_conversation(*row, scaling, dropout) for row in rows], 1).transpose(0, 1)
     return output[None], None
 
@@ -66,14 +66,15 @@ def fits_varlen(query, dropout):
     return recent and query.dtype in (torch.bfloat16, torch.float16) and not dropout
 
 
-def varlen(query, key, value, scaling, spans):
+def varlen(query, key, value, scaling, boundaries):
     """All conversations in one kernel: (H, T, D), (H_kv, T, D), (H_kv, T, D) to (T, H, D)."""
     from torch.nn.attention.varlen import varlen_attn  # which a torch without CUDA may not have
 
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    bounds = (spans.offsets, spans.offsets, max(spans.lengths), max(spans.lengths))  # of queries and of keys
-    only_back = (-1, 0)  # as far back as there is, and not forward
-    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=only_back, enable_gqa=True)
+    cu_seqlens, longest = boundaries.cu_seqlens, max(boundaries.lengths)
+    sequences = (cu_seqlens, cu_seqlens, longest, longest)  # of queries and of keys
+    causal = (-1, 0)  # the window: everything before a token, nothing after it
+    return varlen_attn(query, key, value, *sequences, scale=scaling, window_size=causal, enable_gqa=True)
 
 
 def one_conversation(query, key, value, scaling, dropout):

@@ -25,15 +25,15 @@ def linear_cross_entropy(hidden, head, targets):
 def loss_and_correct(hidden, head, targets):
     """That sum, and how many of the targets are ranked first: (2,), in fp64, without a gradient."""
     sums = hidden.new_zeros(2, dtype=torch.float64)
-    for rows, logits in logits_by_chunk(*as_multiplied(hidden, head.weight, head.bias)):
+    for rows, logits in logits_by_chunk(*cast_for_matmul(hidden, head.weight, head.bias)):
         for part, target in by_block(logits, targets[rows]):
-            sums += of_logits(part, target)
+            sums += loss_and_correct_of_logits(part, target)
     return sums
 
 
-def of_logits(logits, targets):
+def loss_and_correct_of_logits(logits, targets):
     """Their sum of token losses, and how many of the targets they rank first, (2,) in fp64."""
-    loss = F.cross_entropy(logits.to(summed_in(logits)), targets, reduction="sum")
+    loss = F.cross_entropy(logits.to(accumulation_dtype(logits)), targets, reduction="sum")
     return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum()])
 
 
@@ -42,17 +42,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
-        states, matrix, shift = as_multiplied(hidden, weight, bias)
+        states, matrix, shift = cast_for_matmul(hidden, weight, bias)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        losses = hidden.new_zeros(len(hidden), dtype=summed_in(hidden))
+        losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(hidden))
         for rows, logits in logits_by_chunk(states, matrix, shift):
             for part, target, loss in by_block(logits, targets[rows], losses[rows]):
-                gradients_for_logits(part, target, loss)
+                logits_to_gradients(part, target, loss)
             grad_hidden[rows] = logits @ matrix
             grad_weight += logits.T @ states[rows]
             if bias is not None:
-                grad_bias += logits.sum(0, dtype=summed_in(logits))
+                grad_bias += logits.sum(0, dtype=accumulation_dtype(logits))
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return losses.sum()
 
@@ -62,26 +62,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None
 
 
-def gradients_for_logits(logits, targets, losses):
-    """Put the gradient of the token losses in the place of (n, V) logits: softmax, less 1 at the target.
+def logits_to_gradients(logits, targets, losses):
+    """Overwrite (n, V) logits with the gradient of the token losses: softmax, less 1 at the target.
 
     Args:
         losses: (n,), for the token losses.
     """
     targets = targets[:, None]
-    log_p = F.log_softmax(logits, -1, dtype=summed_in(logits))
+    log_p = F.log_softmax(logits, -1, dtype=accumulation_dtype(logits))
     losses.copy_(-log_p.gather(1, targets)[:, 0])
     logits.copy_(log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0)))
 
 
-def as_multiplied(hidden, weight, bias):
+def cast_for_matmul(hidden, weight, bias):
     """Hidden states, weights and bias in the precision that they are multiplied in here."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def summed_in(tensor):
+def accumulation_dtype(tensor):
     """The precision that softmax and sums are computed in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 

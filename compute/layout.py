@@ -12,9 +12,8 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import Spans
-from chat import IGNORE
-from data import window_at
+from compute.attention import SequenceBoundaries
+from data import IGNORE, Example, window_at
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Batch:
 
     def map(self, change):
         """The batch with every tensor of it changed."""
-        inputs = {name: change(value) for name, value in self.inputs.items() if name != "spans"}
-        if spans := self.inputs.get("spans"):
-            inputs["spans"] = replace(spans, offsets=change(spans.offsets))
+        inputs = {name: change(value) for name, value in self.inputs.items() if name != "boundaries"}
+        if boundaries := self.inputs.get("boundaries"):
+            inputs["boundaries"] = replace(boundaries, cu_seqlens=change(boundaries.cu_seqlens))
         return replace(self, inputs=inputs, predicting=change(self.predicting), targets=change(self.targets))
 
     def to(self, device):
@@ -41,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become micro-batches. `probe.choose_layout` finds the one for a model."""
+    """How examples become micro-batches. `self_check.choose_layout` finds the one for a model."""
 
     packed: bool  # conversations end to end, each attending to itself; else rows, padded to the longest
     tokens: int  # in a micro-batch at most, padding counted; a conversation that is longer is one by itself
@@ -51,7 +50,7 @@ class Layout:
     why: str = ""  # where it is not packed
 
     def describe(self):
-        """The layout, as a plan says it."""
+        """The layout, as the plan prints it."""
         name = "packed: conversations end to end" if self.packed else "padded: conversations in rows"
         head = ", all logits made by the model itself" if self.own_logits else ""
         why = f" (not packed: {self.why})" if self.why else ""
@@ -68,7 +67,7 @@ class Layout:
             yield batch.map(torch.Tensor.pin_memory) if self.pinned else batch
 
     def cut(self, examples):
-        """Lists of examples, those that take the most memory first."""
+        """Lists of examples, the largest first."""
         if self.packed:
             return sorted(cut_packed(examples, self.tokens), key=lambda batch: -sum(map(length, batch)))
         return cut_padded(examples, self.tokens)
@@ -89,13 +88,13 @@ class Layout:
 def pack(examples):
     """Examples end to end: the model's inputs, (1, T), and what comes after each position.
 
-    `position_ids` start anew with each conversation; `spans` is for `attention.packed_attention`.
+    `position_ids` start anew with each conversation; `boundaries` is for `attention.packed_attention`.
     """
     lengths = tuple(map(length, examples))
     inputs = {
         "input_ids": torch.cat([example.input_ids for example in examples])[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "spans": Spans(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
+        "boundaries": SequenceBoundaries(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
     }
     return inputs, torch.cat([shifted(example.labels) for example in examples])
 
@@ -135,8 +134,14 @@ def cut_packed(examples, budget):
     return batches
 
 
-class Windows:
-    """The windows of a run's updates in micro-batches, each made while the update before it runs."""
+def random_examples(lengths, vocabulary):
+    """Examples of random tokens, all of them supervised; always the same."""
+    ids = torch.randint(vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    return [Example(part, part) for part in ids.split(lengths)]
+
+
+class PrefetchedWindows:
+    """The windows of a run's updates as micro-batches, each made while the update before it runs."""
 
     def __init__(self, examples, batch_size, seed, layout):
         self.arguments, self.layout = (examples, batch_size, seed), layout

@@ -1,4 +1,4 @@
-"""A model's own chat template, taken apart so that its answers can be masked and nobody's text can forge a turn.
+"""A model's own chat template, parsed so that its answers can be masked and no text can forge a turn.
 
 The template is rendered with a placeholder for each content. What stands between the placeholders is the template's own
 and may hold control tokens; what goes into them is somebody's text and is encoded as text. Nothing is trusted: every
@@ -47,10 +47,10 @@ class Template:
                 answer with a control token.
         """
         if roles not in self.layouts:
-            self.layouts[roles] = list(self.take_apart(roles))
+            self.layouts[roles] = list(self.parse(roles))
         return self.layouts[roles]
 
-    def take_apart(self, roles):
+    def parse(self, roles):
         """Yield the `Piece`s of a conversation of placeholders; see `layout`."""
         messages = [{"role": role, "content": f"{OPEN}{number}{CLOSE}"} for number, role in enumerate(roles)]
         try:
@@ -128,7 +128,7 @@ def encode(conversations, tokenizer):
     """
     template = Template(tokenizer)
     filled = [template.fill(messages) for messages in conversations]
-    cut = [list(runs(pieces, template.control)) for pieces in filled]
+    cut = [list(segments(pieces, template.control)) for pieces in filled]
     texts = iter(encode_texts([run for row in cut for is_control, run, _ in row if not is_control], tokenizer))
 
     def ids_of(is_control, run):
@@ -140,7 +140,7 @@ def encode(conversations, tokenizer):
     return encoded
 
 
-def runs(pieces, control):
+def segments(pieces, control):
     """Cut pieces into `(is a control token, text, answer)`: what is encoded at once.
 
     Text runs on over the border of a template's text and a content, as it does when a prompt is encoded whole; but it
@@ -167,7 +167,7 @@ def check(messages, pieces, row, template):
     for answer in {answer for _, answer in row} - {None}:
         ids = [number for run, whose in row for number in run if whose == answer]
         expected = "".join(piece.text for piece in pieces if piece.answer == answer)
-        if plain(tokenizer.decode(ids)) != plain(expected):
+        if normalized(tokenizer.decode(ids)) != normalized(expected):
             template.refuse_conversation(messages, "the ids of an answer do not decode to that answer")
     contents = [message["content"] for message in messages]
     if any(template.control.search(text) or text != text.lstrip() for text in contents):
@@ -177,6 +177,6 @@ def check(messages, pieces, row, template):
         template.refuse_conversation(messages, "its tokenizer gives the parts other ids than the whole")
 
 
-def plain(text):
-    """A text without what tokenizers may normalise away."""
+def normalized(text):
+    """A text without what tokenizers may normalise."""
     return unicodedata.normalize("NFKC", text).strip()

@@ -1,28 +1,17 @@
-"""From a conversation to token ids and labels: ChatML, and which tokens are supervised.
+"""The tokenizer of a model, made to write ChatML or the model's own chat template.
 
-A model's own template instead of ChatML is the business of templates.py.
-
-ChatML writes every message as `<|im_start|>{role}\\n{content}<|im_end|>\\n`. What the assistant says is supervised: its
-content, its `<|im_end|>` and the newline after it. Everything else is context, label -100.
-
-The pieces are encoded one by one and the two control tokens are put in as ids: text can therefore never become a
-control token, and a reply is encoded as the model meets it at inference, right after its header.
+ChatML writes every message as `<|im_start|>{role}\\n{content}<|im_end|>\\n`.
 """
 
-import itertools
 import sys
-from typing import NamedTuple
 
-import torch
 from transformers import AutoConfig, AutoTokenizer
 
-import templates
 from config import UserError, first_line
-from hub import LOADING_ERRORS
-from templates import encode_texts
+from conversations import templates
+from conversations.templates import encode_texts
+from storage.hub import LOADING_ERRORS
 
-IGNORE = -100  # torch's cross_entropy skips this label
-ROLES = ("system", "user", "assistant", "tool")
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
     "{% for message in messages %}"
@@ -30,18 +19,6 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-class Example(NamedTuple):
-    """An encoded conversation; `labels` are unshifted: `labels[i]` is `input_ids[i]` or IGNORE."""
-
-    input_ids: torch.Tensor  # (T,) int64
-    labels: torch.Tensor  # (T,) int64
-
-    @property
-    def supervised_tokens(self):
-        """How many tokens are predicted and scored; the first has nothing before it to be predicted from."""
-        return int((self.labels[1:] != IGNORE).sum())
 
 
 def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
@@ -88,73 +65,3 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
     return tokenizer
-
-
-def supervised_messages(messages, supervise="all"):
-    """Which messages are supervised: a bool each.
-
-    Args:
-        supervise: "all" of the assistant's messages, or the "last"; one with `"train": False` never is.
-    """
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    chosen = answers if supervise == "all" else answers[-1:]
-    return [number in chosen and message.get("train", True) for number, message in enumerate(messages)]
-
-
-def encode(conversations, tokenizer, supervise="all"):
-    """Conversations to `Example`s, one each, in their order, by the tokenizer's template.
-
-    Args:
-        conversations: lists of `{"role", "content"}` messages with a role of ROLES, and perhaps `"train": False`.
-        supervise: as for `supervised_messages`.
-    """
-    by_template = encode_chatml if tokenizer.chat_template == CHATML else templates.encode
-    examples = []
-    for messages, runs in zip(conversations, by_template(conversations, tokenizer), strict=True):
-        is_supervised = supervised_messages(messages, supervise)
-        input_ids = [number for ids, _ in runs for number in ids]
-        labels = []
-        for ids, answer in runs:
-            labels += ids if answer is not None and is_supervised[answer] else [IGNORE] * len(ids)
-        examples.append(Example(torch.tensor(input_ids), torch.tensor(labels)))
-    return examples
-
-
-def encode_chatml(conversations, tokenizer):
-    """Ids of conversations in ChatML, for each a list of `(ids, answer)` as `templates.encode` returns."""
-    start, end = tokenizer.convert_tokens_to_ids([START, END])
-    header = {role: [start, *encode_texts([role + "\n"], tokenizer)[0]] for role in ROLES}
-    footer = [end, *encode_texts(["\n"], tokenizer)[0]]
-    texts = [message["content"] for messages in conversations for message in messages]
-    contents = iter(encode_texts(texts, tokenizer))
-    encoded = []
-    for messages in conversations:
-        runs = []
-        for number, message in enumerate(messages):
-            answer = number if message["role"] == "assistant" else None
-            runs += [(header[message["role"]], None), (next(contents) + footer, answer)]
-        encoded.append(runs)
-    return encoded
-
-
-def encode_prompt(prompt, tokenizer):
-    """A user's prompt up to the point where the assistant answers: ids (T,), all context."""
-    example = encode([[{"role": "user", "content": prompt}, {"role": "assistant", "content": "x"}]], tokenizer)[0]
-    return example.input_ids[: (example.labels != IGNORE).int().argmax()]
-
-
-RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
-
-
-def preview(example, tokenizer, color):
-    """An example as text: what is supervised in green, the rest in red; without color, the supervised in `[[…]]`."""
-    supervised = (example.labels != IGNORE).tolist()
-    edges = [i for i in range(len(supervised)) if i == 0 or supervised[i] != supervised[i - 1]] + [len(supervised)]
-    text = ""
-    for begin, stop in itertools.pairwise(edges):
-        span = tokenizer.decode(example.input_ids[begin:stop])
-        if color:
-            text += (GREEN if supervised[begin] else RED) + span + PLAIN
-        else:
-            text += f"[[{span}]]" if supervised[begin] else span
-    return text

@@ -1,12 +1,45 @@
-"""What went wrong in a run, in words that somebody can act on: which conversations, which flag, what is left."""
+"""Diagnostics of a failed run: which conversations, which flag to change, from where it can be resumed."""
 
 import contextlib
 import math
 
 import torch
 
-from config import UserError
+from config import UserError, first_line
+from data import window_indices
 from eval import evaluate
+from storage.durable import Damaged
+
+
+@contextlib.contextmanager
+def explain_failed_update(run):
+    """Turn a non-finite update, or one that does not fit into memory, into a `UserError` about its window."""
+    config, examples = run.config, run.data.train.examples
+    window = (run.step, len(examples), config.batch_size, config.seed)
+    try:
+        with explain_out_of_memory(run, lambda: [examples[index] for index in window_indices(*window)]):
+            yield
+    except FloatingPointError as error:
+        losses = "\n".join(highest_losses(run, examples, window_indices(*window)))
+        raise UserError(f"update {run.step + 1}: {error}; {resume_hint(run)}; its window:\n{losses}") from error
+
+
+@contextlib.contextmanager
+def explain_failed_write(run):
+    """Turn a failed write to the run's directory into a `UserError` that says how to resume."""
+    try:
+        yield
+    except (OSError, Damaged) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
+
+
+def refuse_non_finite(run, split, loss):
+    """Raise `UserError` where the loss over a split is not finite; it names the split's worst conversations."""
+    if not math.isfinite(loss):
+        examples = getattr(run.data, split).examples
+        losses = "\n".join(highest_losses(run, examples, range(len(examples))))
+        raise UserError(f"after update {run.step}: {split} loss {loss}; {resume_hint(run)}; of these:\n{losses}")
 
 
 def highest_losses(run, examples, indices, most=10):
@@ -14,32 +47,36 @@ def highest_losses(run, examples, indices, most=10):
     losses = []
     for index in indices:
         result = evaluate(run.model, [examples[index]], run.layout, run.precision)
-        losses.append((result.loss, examples.place(index)))
+        losses.append((result.loss, examples.location(index)))
     losses.sort(key=lambda loss: (math.isfinite(loss[0]), -loss[0]))
-    yield from (f"loss {loss:.4f}   {place}" for loss, place in losses[:most])
+    yield from (f"loss {loss:.4f}   {location}" for loss, location in losses[:most])
     if losses[most:]:
         yield f"and {len(losses) - most} more, with losses up to {losses[most][0]:.4f}"
 
 
 @contextlib.contextmanager
-def memory_explained(run, examples):
-    """Say what did not fit, and what to turn, where memory runs out over some examples, which a call of that gives."""
+def explain_out_of_memory(run, examples):
+    """Turn running out of memory into a `UserError` that says what did not fit and which flag helps.
+
+    Args:
+        examples: a function that returns the examples being computed.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not told:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not out_of_memory:
             raise
         largest = run.layout.cut(examples())[0]
         tokens = next(run.layout.batches(largest)).inputs["input_ids"].numel()
-        turn = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
+        remedy = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
         if len(largest) > 1:
-            turn = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"
+            remedy = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"
         longest = len(largest[0].input_ids)
         what = f"out of memory in a micro-batch of {tokens} tokens, its longest conversation {longest}"
-        raise UserError(f"after update {run.step}: {what}: use {turn}; {way_on(run)}") from error
+        raise UserError(f"after update {run.step}: {what}: use {remedy}; {resume_hint(run)}") from error
 
 
-def way_on(run):
-    """What somebody can do whose run an error has ended."""
-    return f"--resume {run.directory} goes on after update {run.saved}" if run.saved else "there is no checkpoint yet"
+def resume_hint(run):
+    """How a run can be resumed after an error."""
+    return f"--resume {run.directory} continues after update {run.saved}" if run.saved else "there is no checkpoint yet"

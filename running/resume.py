@@ -1,61 +1,78 @@
-"""Going on with a run: from the newest checkpoint that can be trusted, and only if it is still the same run."""
+"""Resuming a run: from its newest valid checkpoint, and only as the same run."""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import newest_whole
-from config import FREE_TO_CHANGE, UserError, flag_name, shown, with_defaults
+from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_tuples
+from running.checkpoints import newest_valid
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: at a checkpoint, or at its beginning where it died before the first (path is None)."""
+    """Where a run resumes: at a checkpoint, or at its beginning if it died before the first one (path is None)."""
 
     path: Path | None
     described: dict  # what it was made with, as `report.describe` says it
 
 
 def find_start(run, recorded):
-    """The `Start` of a run: its newest checkpoint that verifies; those that do not are named and passed over.
+    """The `Start` of a run: its newest valid checkpoint; damaged ones are named and skipped.
 
     Args:
         recorded: what its `config.json` holds.
 
     Raises:
-        UserError: no checkpoint verifies, or they are gone.
+        UserError: no checkpoint is valid, or they are missing.
     """
-    checkpoint, described, damages = newest_whole(run)
+    checkpoint, described, damages = newest_valid(run)
     for damage in damages:
-        print(f"passed over: {damage}", file=sys.stderr)
+        print(f"skipped: {damage}", file=sys.stderr)
     if checkpoint:
+        print(f"resuming {run} from {checkpoint.name}")
         return Start(checkpoint, described)
     if damages:
-        raise UserError(f"--resume {run}: none of its checkpoints is whole; start anew in another directory")
+        raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     logged = last_logged_update(run)
     if logged > recorded["config"]["save_every"]:  # a checkpoint comes before any later update
         raise UserError(
-            f"--resume {run}: it logged update {logged} and has no checkpoint; put them back, or start anew elsewhere"
+            f"--resume {run}: it logged update {logged} but has no checkpoint; restore them, or start a new run"
         )
+    print(f"resuming {run} from its beginning: it has no checkpoint yet")
     return Start(None, recorded)
+
+
+def resumed_config(directory, named):
+    """The `Config` of a run with the settings that a user named on top, and what its `config.json` holds.
+
+    Raises:
+        UserError: there is no run in the directory, or another directory is named as well.
+    """
+    if not (directory / "config.json").exists():
+        raise UserError(f"--resume {directory}: there is no run in it")
+    if Path(named.get("output_dir", directory)) != directory:
+        raise UserError(f"--output-dir {named['output_dir']}: a resumed run stays in its own directory; leave that out")
+    recorded = read_record(directory)
+    settings = with_tuples({**recorded["config"], **named, "output_dir": str(directory)})
+    return resolve(settings, settings["preset"]), recorded
 
 
 def last_logged_update(run):
     """The last update in the metrics of a run; 0 where there is none."""
     path = Path(run) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # the last line may have been cut short
-    return max((json.loads(line)["step"] for line in whole.splitlines()), default=0)
+    complete = text[: text.rfind("\n") + 1]  # the last line may be truncated
+    return max((json.loads(line)["step"] for line in complete.splitlines()), default=0)
 
 
 def differences(before, now):
-    """What makes one description of a run, as `report.describe` gives it, another run than a second: a line each."""
-    recorded = with_defaults(before["config"])
+    """What differs between two descriptions of a run, as `report.describe` gives them, and makes it a different run."""
+    recorded = before["config"]
     flags = [
-        f"{flag_name(name)} {shown(recorded[name])} -> {shown(value)}"
+        f"{flag_name(name)} {as_text(recorded[name])} -> {as_text(value)}"
         for name, value in now["config"].items()
-        if name not in FREE_TO_CHANGE and shown(recorded[name]) != shown(value)
+        if name not in FREE_TO_CHANGE and as_text(recorded[name]) != as_text(value)
     ]
     if before.get("precision") != now.get("precision"):
         flags.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
@@ -80,7 +97,7 @@ def check_same_run(run, before, now, allow_changes):
     if changed and not allow_changes:
         what = "\n".join(changed)
         raise UserError(
-            f"--resume {run}: it would be another run; leave that out, or change it on purpose: --allow-changes\n{what}"
+            f"--resume {run}: it would be a different run; leave that out, or allow it with --allow-changes\n{what}"
         )
     for line in changed:
         print(f"changed: {line}")
@@ -90,5 +107,5 @@ def check_same_run(run, before, now, allow_changes):
         if before["versions"].get(name, version) != version
     ]
     if versions:
-        print(f"other versions than before ({', '.join(versions)}): equal within rounding, not to the last bit")
+        print(f"library versions differ ({', '.join(versions)}): results are equal within rounding, not bit for bit")
     return changed

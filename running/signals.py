@@ -1,4 +1,4 @@
-"""Signals that ask a run to end, and the moments in which it must not end yet."""
+"""Signals that stop a run, deferred while it must not be interrupted."""
 
 import contextlib
 import os
@@ -19,41 +19,41 @@ class Stopped(BaseException):
 class Signals:
     """A context in which the first stopping signal raises `Stopped` and a second one kills.
 
-    Within `held()`, it is raised at the end: what changes weights, or counts what was changed, is done whole.
+    Within `deferred()` it is raised at the end, so that an update or a checkpoint is never left half done.
     """
 
     def __init__(self):
-        self.noted = None
-        self.holding = False
+        self.received = None
+        self.deferring = False
 
     def __enter__(self):
         self.process = os.getpid()
-        self.before = {number: signal.signal(number, self.note) for number in STOPPING}
+        self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number, _frame):
+    def handle(self, number, _frame):
         """The handler of the first signal."""
         for each in STOPPING:
             signal.signal(each, signal.SIG_DFL)
-        if os.getpid() != self.process:  # a worker, which has this handler from us and is not to have it
+        if os.getpid() != self.process:  # a worker process, which inherited this handler
             os.kill(os.getpid(), number)
             return
-        self.noted = number
+        self.received = number
         os.write(2, b"\nstopping; once more to leave at once\n")  # print might have been interrupted by the signal
-        if not self.holding:
+        if not self.deferring:
             raise Stopped(number)
 
     @contextlib.contextmanager
-    def held(self):
-        """Something that is to end well before a signal may stop the program."""
-        self.holding = True
+    def deferred(self):
+        """A block that a signal does not interrupt; `Stopped` is raised after it."""
+        self.deferring = True
         try:
             yield
         finally:
-            self.holding = False
-        if self.noted is not None:
-            raise Stopped(self.noted)
+            self.deferring = False
+        if self.received is not None:
+            raise Stopped(self.received)

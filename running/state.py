@@ -1,4 +1,4 @@
-"""A run: all that it has in hand, and its state on disk."""
+"""A run: its settings, data, model and optimizer in memory, and its state in checkpoints."""
 
 import contextlib
 import math
@@ -12,23 +12,25 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import report
-from checkpoint import Damaged, checkpoint_at, copy_directory, save_checkpoint, save_directory, verify
+from compute.layout import Layout
 from config import Config, UserError
 from data import Data, windows_per_epoch
-from layout import Layout
 from model import Precision, save_model
+from running import report
+from running.checkpoints import checkpoint_at, save_checkpoint
+from running.metrics import Log
+from storage.durable import Damaged, copy_directory, save_directory, verify
 
 torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256 notices more
 
-STATE = "training.pt"  # in a checkpoint: all that resuming needs beside the weights
+STATE = "training.pt"  # in a checkpoint: everything that resuming needs except the weights
 BEST = "best"  # in a run's directory the best model so far; in a checkpoint too, where it is not the checkpoint's own
 COUNTED = ("step", "evaluated", "best_step", "best_loss", "overflows", "log_lines")  # of a Run, in that file
 
 
 @dataclass
 class Run:
-    """All that a run has in hand."""
+    """Everything a run works with, and its position."""
 
     config: Config
     precision: Precision
@@ -38,17 +40,17 @@ class Run:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    log: report.Log | None = None
-    step: int = 0  # updates done: the whole position in training; epoch and window are arithmetic on it
+    log: Log | None = None
+    step: int = 0  # updates done: the position in training; epoch and window are arithmetic on it
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
     best_loss: float = math.inf
-    overflows: int = 0  # fp16 gradients left out so far
+    overflows: int = 0  # updates skipped so far because fp16 gradients overflowed
     log_lines: int = 0  # of the metrics, when the last checkpoint was written
     saved: int = 0  # the step of the last checkpoint
     seconds_saving: float = 0.0  # checkpoints
-    changes: list = field(default_factory=list)  # made on purpose when the run went on, for its record
-    resumed_from: int | None = None  # the step of the checkpoint that this process began with
+    changes: list = field(default_factory=list)  # of settings, made on purpose when the run was resumed
+    resumed_from: int | None = None  # the step of the checkpoint that this process resumed from
 
     @property
     def directory(self):
@@ -65,7 +67,7 @@ class Run:
 
 
 def save(run):
-    """Write a checkpoint: a model directory, the best model so far, and all else that resuming needs."""
+    """Write a checkpoint: a model directory, the best model so far, and everything else that resuming needs."""
     with timed(run, "checkpoint"):
         run.log.sync()
         about = {"step": run.step, **run.described}
@@ -87,7 +89,7 @@ def timed(run, what):
     yield
     seconds = time.perf_counter() - began
     run.seconds_saving += seconds
-    run.log.draw_numbers("time", run.step, **{what: seconds})
+    run.log.add_scalars("time", run.step, **{what: seconds})
 
 
 def write_state(run, directory):
@@ -121,10 +123,10 @@ def write_models(run, directory):
 
 
 def restore(run, checkpoint):
-    """Take up what `write_state` wrote, but for the weights, which the model was loaded with.
+    """Load what `write_state` wrote, except the weights, which the model was loaded with.
 
     Raises:
-        UserError: it holds what is no tensor, number or text, and might be a program; nothing of it was run.
+        UserError: it holds more than tensors, numbers and texts; nothing of it was executed.
     """
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
@@ -142,10 +144,10 @@ def restore(run, checkpoint):
 
 
 def ensure_best(run):
-    """Make `best/` again from the last checkpoint, where it is damaged or the best of updates that were taken back.
+    """Restore `best/` from the last checkpoint, where it is damaged or is the best of updates that were discarded.
 
     Raises:
-        Damaged: the checkpoint is, too, or is older than the best model; resuming the run will make it again.
+        Damaged: the checkpoint is damaged, too, or is older than the best model; resuming the run repairs that.
     """
     best, checkpoint = run.directory / BEST, checkpoint_at(run.directory, run.saved)
     try:
@@ -154,7 +156,7 @@ def ensure_best(run):
     except Damaged as why:
         if run.best_step > run.saved:
             raise
-        print(f"{best} is made again: {why}", file=sys.stderr)
+        print(f"{best} is restored: {why}", file=sys.stderr)
     verify(checkpoint)
     source = checkpoint if run.best_step == run.saved else checkpoint / BEST
     about = {"step": run.best_step, **run.described}

@@ -1,11 +1,8 @@
-"""Files and directories that are complete or absent at whatever instant the process or the machine dies, and a run's
-checkpoints made of them: saving, verifying, finding and keeping.
+"""Files and directories that are complete or absent at whatever instant the process or the machine dies.
 
-Knows nothing of what a checkpoint's files mean: the caller writes them.
-
-The order that makes it so: everything is written under a name of no meaning and forced to disk; then it gets its name,
-by one rename; then that is forced to disk. A checkpoint's last file is a manifest with the size and the SHA-256 of all
-others, so that what a disk did to them later is noticed too.
+The caller writes the contents. Everything is written under a temporary name and forced to disk; one rename gives it its
+name; then the rename is forced to disk. The last file of a directory is a manifest with the size and the SHA-256 of all
+others, so that later damage to them is noticed.
 """
 
 import contextlib
@@ -13,19 +10,13 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import filelock
-
-from config import UserError
-
 MANIFEST = "MANIFEST.json"
-UNFINISHED = ".unfinished-"  # in the names of what nobody may rely on
+UNFINISHED = ".unfinished-"  # part of every temporary name
 
 
 class Damaged(Exception):
@@ -188,25 +179,6 @@ def digest_of(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_checkpoint(run, about, write, newest, also):
-    """Write `run/checkpoints/step-N`, verify it as it is on disk, and only then remove older ones.
-
-    Args:
-        about: what the manifest says besides its files; its `step` is N.
-        write: fills the directory it is given.
-        newest: how many of the newest are kept.
-        also: the step of another that is.
-
-    Raises:
-        OSError, Damaged: it could not be written, or not read again; the older ones are as they were.
-    """
-    save_directory(checkpoint_at(run, about["step"]), about, write)
-    done = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= about["step"]]
-    for old in done[:-newest]:
-        if step_of(old) != also:
-            remove_directory(old)
-
-
 def save_directory(path, about, write):
     """Make `path` the directory that `write(empty_directory)` fills, with a manifest, and verify it as it is on disk.
 
@@ -235,61 +207,3 @@ def link_weights(source, target):
             os.link(source, target)
             return
     shutil.copy2(source, target)
-
-
-def newest_whole(run):
-    """The newest checkpoint that verifies, what it is about, and why each newer one was passed over.
-
-    Returns:
-        (path, about, damages); path and about are None where there is none.
-    """
-    damages = []
-    for checkpoint in reversed(checkpoints(run)):
-        try:
-            return checkpoint, verify(checkpoint), damages
-        except Damaged as why:
-            damages.append(str(why))
-    return None, None, damages
-
-
-def checkpoints(run):
-    """A run's checkpoint directories, oldest first."""
-    found = (Path(run) / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
-
-
-def checkpoint_at(run, step):
-    """Where the checkpoint after `step` updates is, or would be."""
-    return Path(run) / "checkpoints" / f"step-{step}"
-
-
-def step_of(checkpoint):
-    """How many updates a checkpoint has seen: the N of `step-N`."""
-    return int(Path(checkpoint).name.removeprefix("step-"))
-
-
-@contextlib.contextmanager
-def locked(run):
-    """Hold a run directory for this process alone, and clean up what one that died left there.
-
-    The system lets go of it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it, or it cannot be written.
-    """
-    run = Path(run)
-    lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
-    try:
-        lock.acquire(timeout=0)
-        owner.write_text(f"process {os.getpid()} on {platform.node()}")
-    except filelock.Timeout:
-        who = f" ({owner.read_text()})" if owner.exists() else ""
-        raise UserError(f"{run}: another process is training in it{who}; wait for it, or stop it") from None
-    except OSError as error:
-        raise UserError(f"{run}: cannot write to it ({error.strerror})") from error
-    try:
-        remove_unfinished(run)
-        remove_unfinished(run / "checkpoints")
-        yield
-    finally:
-        lock.release()

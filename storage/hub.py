@@ -1,4 +1,4 @@
-"""Names of models and datasets: a place on this disk, on the Hub, in its cache, or nowhere, settled within seconds.
+"""Where a model or dataset is found, by its name: on this disk, on the Hub, or in its cache, within seconds.
 
 The libraries retry an unreachable Hub for about a minute before they fail; here it is asked once whether it answers.
 """
@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.utils import get_session, httpx
 
 from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
-from quickstart import quickstart_model
+from storage.quickstart import quickstart_model
 
 ASK_SECONDS = 3
 # What the libraries raise over a model or dataset that is missing, damaged, or cut off on its way.
@@ -82,9 +82,9 @@ def only_cached(kind, name, configuration=None):
             raise UserError(f"--{kind} {name}: the Hub fails ({first_line(error)}); try again later") from error
         return False
     if not is_cached(kind, name, configuration):
-        advice = (
-            f"check the network, name a local {'directory' if kind == 'model' else 'file'}, or use --preset quickstart"
-        )
+        advice = "check the network, or name a local file"
+        if kind == "model":
+            advice = f"check the network, name a local directory, or use the quickstart's: --model {QUICKSTART_MODEL}"
         raise UserError(
             f"--{kind} {name}: not on this disk, and the Hub does not answer ({first_line(hub_silence())}); {advice}"
         )
@@ -138,14 +138,18 @@ def offline():
 
 
 def choose_preset(named):
-    """The preset that a user's settings ask for, and why: `(name, reason)`. What `auto` means is decided here."""
+    """The preset for the settings that a user named, and why: `(name, reason)`. Decides what `auto` means."""
     if named.get("preset", "auto") != "auto":
         return named["preset"], "as asked"
+    if "dataset" in named:
+        return "none", "your own --dataset"
     if not torch.cuda.is_available():
         return "quickstart", "auto: there is no GPU"
     try:
-        experiment = PRESETS["ultrachat"]
-        cached = [only_cached("model", experiment["model"]), only_cached("dataset", experiment["dataset"][0], None)]
+        (dataset,) = PRESETS["ultrachat"]["dataset"]
+        cached = [only_cached("dataset", dataset, None)]
+        if "model" not in named:
+            cached.append(only_cached("model", PRESETS["ultrachat"]["model"]))
     except UserError:
         return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
     return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"

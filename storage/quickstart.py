@@ -12,8 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from checkpoint import replace_directory, sha256
 from config import UserError
+from storage.durable import replace_directory, sha256
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -7,11 +7,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import hub
-from chat import Example, load_tokenizer
+from compute.layout import Layout
 from config import QUICKSTART_MODEL
-from layout import Layout
-from quickstart import quickstart_model
+from conversations.tokenizer import load_tokenizer
+from data import Example
+from storage import hub
+from storage.quickstart import quickstart_model
 
 hub.quiet_libraries()
 

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from data import Data, Encoded, window_at
-from model import Precision, checkpoint_activations
-from probe import choose_layout
-from signals import Signals
+from compute.layers import checkpoint_activations
+from compute.self_check import choose_layout
+from data import Data, Split, window_at
+from model import Precision, token_loss
+from running.signals import Signals
+from running.state import Run
 from tests.reference import Witness
-from train import Run, fit, make_optimizer
+from train import fit, make_optimizer
 
 
 def train(model, examples, eval_examples, tokenizer, config):
@@ -31,10 +33,10 @@ def train(model, examples, eval_examples, tokenizer, config):
             witness.update_ended(numbers["loss"], numbers["grad_norm"], numbers["lr"])
 
     precision = Precision(config.dtype, next(model.parameters()).device)
-    layout = choose_layout(model, config, tokenizer.pad_token_id, precision)
+    layout = choose_layout(model, token_loss, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    data = Data(Encoded(examples, 0, 0), Encoded(eval_examples, 0, 0), Encoded([], 0, 0))
+    data = Data(Split(examples, 0, 0), Split(eval_examples, 0, 0), Split([], 0, 0))
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     run.log = SimpleNamespace(write=write)

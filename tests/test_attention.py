@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import attention
-from attention import BlockedAttention, Spans, packed_attention
+from compute import attention
+from compute.attention import BlockedAttention, SequenceBoundaries, packed_attention
 
 LENGTHS = (130, 1, 5, 300, 128)
 
@@ -18,7 +18,7 @@ def a_row(dtype, heads=6, key_heads=2, width=16):
 
 
 def spans(lengths=LENGTHS):
-    return Spans(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+    return SequenceBoundaries(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
 
 
 def with_gradients(output, inputs):
@@ -43,13 +43,13 @@ def off(ours, theirs):
 )
 def test_each_conversation_attends_to_itself_alone(dtype, bar):
     row = a_row(dtype)
-    ours = with_gradients(packed_attention(None, *row, None, spans=spans())[0], row)
+    ours = with_gradients(packed_attention(None, *row, None, boundaries=spans())[0], row)
     assert off(ours, one_by_one(*row)) < bar
 
 
 def test_conversations_that_see_each_other_would_be_noticed():
     row = a_row(torch.float32)
-    contaminated = with_gradients(packed_attention(None, *row, None, spans=spans((sum(LENGTHS),)))[0], row)
+    contaminated = with_gradients(packed_attention(None, *row, None, boundaries=spans((sum(LENGTHS),)))[0], row)
     assert off(contaminated, one_by_one(*row)) > 0.1
 
 
@@ -70,22 +70,22 @@ def test_attention_in_blocks_is_exact(key_heads):
 def test_blocks_are_for_bf16_in_training_on_a_cpu(monkeypatch):
     asked = []
     monkeypatch.setattr(attention.BlockedAttention, "apply", lambda query, *_: asked.append(query.shape[2]) or query)
-    packed_attention(None, *a_row(torch.float32), None, spans=spans())
+    packed_attention(None, *a_row(torch.float32), None, boundaries=spans())
     with torch.no_grad():
-        packed_attention(None, *a_row(torch.bfloat16), None, spans=spans())
-    packed_attention(None, *a_row(torch.bfloat16), None, spans=spans(), dropout=0.5)
+        packed_attention(None, *a_row(torch.bfloat16), None, boundaries=spans())
+    packed_attention(None, *a_row(torch.bfloat16), None, boundaries=spans(), dropout=0.5)
     assert asked == []
-    packed_attention(None, *a_row(torch.bfloat16), None, spans=spans())
+    packed_attention(None, *a_row(torch.bfloat16), None, boundaries=spans())
     assert asked == list(LENGTHS)
 
 
 def test_products_are_in_autocasts_precision_whatever_came():
     row = a_row(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert packed_attention(None, *row, None, spans=spans())[0].dtype == torch.bfloat16
+        assert packed_attention(None, *row, None, boundaries=spans())[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", ["sliding_window", "softcap", "s_aux", "position_bias"])
 def test_what_a_model_asks_beyond_it_is_refused(asked):
     with pytest.raises(NotImplementedError, match=asked):
-        packed_attention(None, *a_row(torch.float32), None, spans=spans(), **{asked: 4})
+        packed_attention(None, *a_row(torch.float32), None, boundaries=spans(), **{asked: 4})

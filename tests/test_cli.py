@@ -10,7 +10,7 @@ import pytest
 import data as data_command
 import eval as eval_command
 import train as train_command
-from config import Config, Parser, UserError, complain, resolve
+from config import Config, Parser, UserError, print_error, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,7 +133,7 @@ def test_flags_that_say_nothing_together_are_refused(tmp_path):
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
-    assert "there are no conversations in it" in refused("--dataset", tmp_path / "empty.jsonl")
+    assert "it has no valid conversations" in refused("--dataset", tmp_path / "empty.jsonl")
 
 
 def test_a_file_that_is_too_small_to_split_is_refused(chats):
@@ -164,14 +164,14 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: {tmp_path}/bad.jsonl:1: no conversation: none of messages, conversations, prompt+completion, "
-        "instruction+output; mend that row, or leave it out with --skip-bad-rows\n"
+        f"error: {tmp_path}/bad.jsonl:1: no known format: it has none of messages, conversations, prompt+completion, "
+        "instruction+output; correct that row, or leave it out with --skip-bad-rows\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 def test_a_message_of_several_lines_keeps_them(capsys):
-    assert complain("a  b\n c") == 1
+    assert print_error("a  b\n c") == 1
     assert capsys.readouterr().err == "error: a b\n  c\n"
 
 

@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from config import UserError
-from conversations import Findings, Source, files_of, parse_source, read_conversations, read_file
+from conversations.formats import Findings, read_conversations, read_file
+from conversations.sources import Source, files_of, parse_source
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 GOOD = {"messages": HELLO}
@@ -167,13 +168,13 @@ def test_an_amount_of_nothing_is_refused(text):
 # --- broken files: each with the line it must give
 
 
-NO_FORMAT = "no conversation: none of messages, conversations, prompt+completion, instruction+output"
-NO_REPLY = "no message is the assistant's: there is nothing to train"
+NO_FORMAT = "no known format: it has none of messages, conversations, prompt+completion, instruction+output"
+NO_REPLY = "no message is the assistant's: nothing would be supervised"
 DEEP = b'{"a":' * 100_000
 BROKEN = {  # file name: content, the line it must give after the path
     "malformed.jsonl": (lines(GOOD) + b"{\n", ":2: column 2, "),
     "single_quotes.jsonl": (lines(GOOD) + b"{'messages': []}\n", ":2: column 2, Expecting property name"),
-    "cut_short.jsonl": (lines(GOOD) + lines(GOOD)[:30], ":2: the file ends within this row: it was cut short"),
+    "cut_short.jsonl": (lines(GOOD) + lines(GOOD)[:30], ":2: the file ends within this row: it is truncated"),
     "blank_lines.jsonl": (lines(GOOD) + b"\n\n{}\n", f":4: {NO_FORMAT}"),
     "latin1.jsonl": (lines(GOOD) + '{"messages": "é"}\n'.encode("latin-1"), ":2: byte 15: not UTF-8"),
     "binary.jsonl": (b"\x00\x01\x02\n", ":1: column 1, "),
@@ -211,7 +212,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     "no_reply.jsonl": (chat(user("Hi")), f":2: {NO_REPLY}"),
     "nothing_trained.jsonl": (
         chat(user("Hi"), assistant("x", train=False)),
-        ":2: no message of the assistant's is to be trained",
+        ":2: no message of the assistant's is excluded from training",
     ),
     "half_weight.jsonl": (
         chat(user("Hi"), assistant("x", weight=0.5)),
@@ -240,7 +241,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     "array_broken.json": (b"[\n" + lines(GOOD).strip() + b",\n{]", ":3: not valid JSON"),
     "array_cut.json": (
         b"[\n" + lines(GOOD).strip() + b",\n",
-        ":3: the file ends within the array: it was cut short",
+        ":3: the file ends within the array: it is truncated",
     ),
     "array_latin1.json": (b'[\n"\xe9"]', ":2: not UTF-8"),
     "object.json": (b'{"data": []}', f":1: {NO_FORMAT}"),
@@ -255,13 +256,13 @@ def test_a_broken_file_is_named_by_file_and_line(tmp_path, name):
     with pytest.raises(UserError) as raised:
         read_file(path)
     assert str(raised.value).startswith(f"{path}{complaint}")
-    assert str(raised.value).endswith("; mend that row, or leave it out with --skip-bad-rows")
+    assert str(raised.value).endswith("; correct that row, or leave it out with --skip-bad-rows")
     assert "\n" not in str(raised.value)
 
 
 UNREADABLE = {
-    "nothing.jsonl": (b"", r"--dataset .*/nothing.jsonl: there are no conversations in it"),
-    "nothing.json": (b"[]", r"there are no conversations in it"),
+    "nothing.jsonl": (b"", r"--dataset .*/nothing.jsonl: it has no valid conversations"),
+    "nothing.json": (b"[]", r"it has no valid conversations"),
     "cut.jsonl.gz": (gzip.compress(lines(GOOD) * 99)[:-20], r"/cut.jsonl.gz: cannot be read: "),
     "not_gzip.jsonl.gz": (lines(GOOD), r"/not_gzip.jsonl.gz: cannot be read: "),
     "not_parquet.parquet": (b"PAR1", r"/not_parquet.parquet: cannot be read: "),
@@ -297,7 +298,7 @@ def test_the_first_ten_problems_and_the_count(tmp_path):
     with pytest.raises(UserError) as raised:
         read_file(path)
     first, *problems = str(raised.value).splitlines()
-    assert first == "15 of 35 rows are no conversations; --skip-bad-rows leaves them out"
+    assert first == "15 of 35 rows are invalid; --skip-bad-rows leaves them out"
     assert problems[:10] == [f"  {path}:{line}: {NO_FORMAT}" for line in range(21, 31)]
     assert problems[10:] == ["  … and 5 more"]
 
@@ -307,12 +308,12 @@ def test_bad_rows_may_be_left_out_up_to_a_share(tmp_path):
     path.write_bytes(lines(*[GOOD] * 18, {}, {"messages": [user("Hi")]}))
     assert len(read_file(path, skip_bad_rows=0.1, findings=findings)) == 18
     assert dict(findings.bad) == {NO_FORMAT: 1, NO_REPLY: 1}
-    with pytest.raises(UserError, match=r"^2 of 20 rows are no conversations; more than --skip-bad-rows 0\.09\n"):
+    with pytest.raises(UserError, match=r"^2 of 20 rows are invalid; more than --skip-bad-rows 0\.09\n"):
         read_file(path, skip_bad_rows=0.09)
 
 
 def test_nothing_but_bad_rows_is_no_dataset(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines({}))
-    with pytest.raises(UserError, match="there are no conversations in it"):
+    with pytest.raises(UserError, match="it has no valid conversations"):
         read_file(path, skip_bad_rows=1.0)

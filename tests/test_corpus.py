@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_templates import STYLES, tokenizer_with
 
-import corpus
 import data as data_command
-from chat import encode, load_tokenizer
 from config import UserError, resolve
-from data import keep_copies_together, prepare
-from quickstart import cache_directory
+from conversations import corpus
+from conversations.mixture import keep_copies_together
+from conversations.tokenizer import load_tokenizer
+from data import encode, prepare
+from storage.quickstart import cache_directory
 
 
 def a_chat(text, answer="Yes."):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import loss
-from loss import linear_cross_entropy, loss_and_correct, of_logits
+from compute import cross_entropy as loss
+from compute.cross_entropy import linear_cross_entropy, loss_and_correct, loss_and_correct_of_logits
 from model import token_loss
 from tests.conftest import one_batch
 
@@ -103,7 +103,7 @@ def test_the_evaluated_loss_is_the_same_and_the_ranks_are_counted(monkeypatch):
         summed, correct = loss_and_correct(hidden, head, targets)
         assert summed.item() == pytest.approx(linear_cross_entropy(hidden, head, targets).item(), rel=1e-6)
         assert correct == (head(hidden).argmax(-1) == targets).sum() >= 30
-        assert torch.equal(of_logits(head(hidden), targets)[1], correct)
+        assert torch.equal(loss_and_correct_of_logits(head(hidden), targets)[1], correct)
 
 
 def test_tied_and_untied_heads_get_the_models_own_gradient(tiny_model, ragged_window):
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_the_tokens():
     program = """
 import resource
 import torch
-from loss import linear_cross_entropy
+from compute.cross_entropy import linear_cross_entropy
 
 def peak(tokens):
     hidden = torch.zeros(tokens, 8, requires_grad=True)

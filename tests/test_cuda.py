@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 
-from attention import fits_varlen, packed_attention
+from compute.attention import fits_varlen, packed_attention
+from compute.layers import compiled_graphs
+from compute.layout import Layout
+from compute.memory import fitting_tokens
+from compute.self_check import choose_layout
 from config import Config
 from eval import evaluate
-from layout import Layout
-from model import Precision, compiled_graphs, token_loss
-from probe import choose_layout, fitting_tokens
+from model import Precision, token_loss
 from tests.conftest import layout_of, tiny_llama
 from tests.test_attention import a_row, off, one_by_one, spans, with_gradients
 from train import make_optimizer, train_step
@@ -26,9 +28,9 @@ SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2} 
 def test_each_conversation_attends_to_itself_alone(dtype, bar):
     row = [tensor.detach().to(GPU).requires_grad_() for tensor in a_row(dtype)]
     there = spans()
-    there = type(there)(there.lengths, there.offsets.to(GPU))
+    there = type(there)(there.lengths, there.cu_seqlens.to(GPU))
     assert fits_varlen(row[0], 0.0) == (dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0))
-    assert off(with_gradients(packed_attention(None, *row, None, spans=there)[0], row), one_by_one(*row)) < bar
+    assert off(with_gradients(packed_attention(None, *row, None, boundaries=there)[0], row), one_by_one(*row)) < bar
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
@@ -36,7 +38,7 @@ def test_each_conversation_attends_to_itself_alone(dtype, bar):
 def test_an_update_is_that_of_a_cpu(ragged_window, name, bar, compile):
     exact, there = tiny_llama(259, **SHAPE), Precision(name, GPU)
     model = copy.deepcopy(exact).to(GPU)
-    layout = choose_layout(model, Config(compile=compile, micro_batch_tokens=100), 0, there)
+    layout = choose_layout(model, token_loss, Config(compile=compile, micro_batch_tokens=100), 0, there)
     assert layout.packed
     assert layout.pinned
 
@@ -57,7 +59,7 @@ def test_an_update_is_that_of_a_cpu(ragged_window, name, bar, compile):
 
 def test_compiled_it_is_not_compiled_anew_for_every_length(ragged_window):
     model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
-    layout = choose_layout(model, Config(compile=True), 0, precision)
+    layout = choose_layout(model, token_loss, Config(compile=True), 0, precision)
     counts = []
     for count in range(1, 9):
         for batch in layout.batches(ragged_window[:count]):
@@ -70,7 +72,7 @@ def test_compiled_it_is_not_compiled_anew_for_every_length(ragged_window):
 def test_an_update_waits_for_the_gpu_once(ragged_window):
     """Copying micro-batches and their forward and backward passes wait for nothing; what is read is read at the end."""
     model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
-    layout = choose_layout(model, Config(micro_batch_tokens=100), 0, precision)
+    layout = choose_layout(model, token_loss, Config(micro_batch_tokens=100), 0, precision)
     window = list(layout.batches(ragged_window))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -84,6 +86,6 @@ def test_an_update_waits_for_the_gpu_once(ragged_window):
 
 def test_what_fits_is_measured():
     model, precision = tiny_llama(259, **SHAPE, max_position_embeddings=2048).to(GPU), Precision("bf16", GPU)
-    tokens = fitting_tokens(model, Layout(False, 2**20, 0), precision)
+    tokens = fitting_tokens(model, token_loss, Layout(False, 2**20, 0), precision)
     assert tokens % 1024 == 0
     assert 1024 <= tokens <= 2**16

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
 
-from chat import IGNORE, encode, encode_prompt, preview
 from config import UserError
-from conversations import read_file
-from data import split_rows, window_at, windows_per_epoch
+from conversations.formats import read_file
+from conversations.preview import preview
+from data import IGNORE, encode, encode_prompt, split_rows, window_at, windows_per_epoch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there. How are you!!!"}]

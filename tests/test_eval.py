@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import eval as eval_command
+from compute.self_check import use_layout
 from config import UserError
 from eval import Evaluation, answer, evaluate, read_prompts
 from model import Precision
-from probe import use_layout
 from tests.conftest import layout_of, tiny_llama
 
 FP32 = Precision("fp32", torch.device("cpu"))

@@ -29,10 +29,10 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import hub
-from chat import load_tokenizer
 from config import PRESETS, UserError
+from conversations.tokenizer import load_tokenizer
 from model import load_model
+from storage import hub
 
 PROJECT = Path(hub.__file__).parent
 COMMIT = "c0ffee" + "0" * 34

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat import IGNORE, Example
-from data import window_at
-from layout import Windows
+from compute.layout import PrefetchedWindows
+from data import IGNORE, Example, window_at
 from tests.conftest import layout_of, one_batch
 
 ROWS = [
@@ -46,9 +45,9 @@ def test_packed_conversations():
     batch = one_batch(ROWS, packed=True)
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0]]
-    assert batch.inputs["spans"].lengths == (3, 1)
-    assert batch.inputs["spans"].offsets.tolist() == [0, 3, 4]
-    assert batch.inputs["spans"].offsets.dtype == torch.int32
+    assert batch.inputs["boundaries"].lengths == (3, 1)
+    assert batch.inputs["boundaries"].cu_seqlens.tolist() == [0, 3, 4]
+    assert batch.inputs["boundaries"].cu_seqlens.dtype == torch.int32
     assert (batch.predicting.tolist(), batch.targets.tolist(), batch.tokens) == ([0, 1], [6, 7], 4)
 
 
@@ -63,12 +62,12 @@ def test_on_its_way_to_a_device_nothing_is_left_behind(ragged_window, packed):
     batch = one_batch(ragged_window, packed).to("meta")
     tensors = [batch.predicting, batch.targets, *batch.inputs.values()]
     if packed:
-        tensors[tensors.index(batch.inputs["spans"])] = batch.inputs["spans"].offsets
+        tensors[tensors.index(batch.inputs["boundaries"])] = batch.inputs["boundaries"].cu_seqlens
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_windows_come_in_order_each_made_before_it_is_asked_for(ragged_window):
-    windows = Windows(ragged_window, 3, 42, layout_of(packed=True))
+    windows = PrefetchedWindows(ragged_window, 3, 42, layout_of(packed=True))
     for step in (0, 1, 1, 2, 5, 3):  # an overflow asks for a window again
         ahead = windows.ahead.get(step)
         (batch,) = windows.at(step)
@@ -80,4 +79,4 @@ def test_windows_come_in_order_each_made_before_it_is_asked_for(ragged_window):
 
 def test_what_goes_wrong_in_making_a_window_is_told_who_asks_for_it():
     with pytest.raises(ZeroDivisionError):
-        Windows([], 3, 42, layout_of(packed=True)).at(0)
+        PrefetchedWindows([], 3, 42, layout_of(packed=True)).at(0)

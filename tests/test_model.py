@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chat import IGNORE, encode, load_tokenizer
 from config import UserError
+from conversations.tokenizer import load_tokenizer
+from data import IGNORE, encode
 from model import choose_precision, load_model, save_model, ties_hold
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -46,7 +47,7 @@ def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
 def test_freed_memory_is_kept_for_the_next_tensor():
     program = """
 import resource
-from model import keep_freed_memory
+from compute.memory import keep_freed_memory
 
 def times_mapped():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

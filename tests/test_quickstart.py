@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import hub
-import quickstart
 from config import QUICKSTART_MODEL, UserError
 from model import load_model, ties_hold
+from storage import hub, quickstart
 
 
 def test_the_weights_are_smollm2s(real_tokenizer):

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_command
-import run as run_module
 import train as train_command
 from eval import Evaluation
+from running import state as run_module
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12  # 30 training conversations, windows of 5, two epochs

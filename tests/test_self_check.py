@@ -26,11 +26,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import attention
+from compute import attention
+from compute.layers import compiled_graphs
+from compute.memory import CPU_TOKENS
+from compute.self_check import choose_layout, loss_and_gradient
 from config import Config, UserError
 from eval import answer, evaluate
-from model import Precision, compiled_graphs, save_model, token_loss
-from probe import CPU_TOKENS, choose_layout, loss_and_gradient
+from model import Precision, save_model, token_loss
 from tests.conftest import layout_of, one_batch, tiny_llama
 
 CPU = torch.device("cpu")
@@ -87,7 +89,7 @@ def made(model, config):
 def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, model, config, expected, why):
     model = made(model, config)
     own = sum(loss_alone(model, example) for example in ragged_window)
-    layout = choose_layout(model, Config(), 0, FP32)
+    layout = choose_layout(model, token_loss, Config(), 0, FP32)
     assert ("packed" if layout.packed else "own" if layout.own_logits else "padded") == expected
     assert why in layout.why
     assert bool(layout.why) == (expected != "packed")
@@ -97,7 +99,7 @@ def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, mod
     assert evaluate(model, ragged_window, layout, FP32).loss * len(batch.targets) == pytest.approx(own, rel=1e-5)
     if not layout.packed:
         with pytest.raises(UserError, match=r"--layout packed: not exact for mine, .*; use --layout padded"):
-            choose_layout(model, Config(layout="packed", model="mine"), 0, FP32)
+            choose_layout(model, token_loss, Config(layout="packed", model="mine"), 0, FP32)
 
 
 @torch.no_grad()
@@ -109,9 +111,11 @@ def loss_alone(model, example):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_conversations_that_see_each_other_are_noticed(monkeypatch, precision):
-    def contaminated(*tensors, spans=None, **options):
+    def contaminated(*tensors, boundaries=None, **options):
         return attention.packed_attention(
-            *tensors, spans=spans and attention.Spans((sum(spans.lengths),), None), **options
+            *tensors,
+            boundaries=boundaries and attention.SequenceBoundaries((sum(boundaries.lengths),), None),
+            **options,
         )
 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, contaminated)
@@ -145,9 +149,9 @@ def compiled_by(monkeypatch, backend):
 def test_compiled_it_is_the_same_and_not_compiled_anew_for_every_length(monkeypatch, ragged_window, backend):
     compiled_by(monkeypatch, backend)
     model = tiny_llama(259).eval()
-    expected, gradient = loss_and_gradient(model, layout_of(packed=False), FP32)
-    layout = choose_layout(model, Config(compile=True), 0, FP32)
-    loss, compiled_gradient = loss_and_gradient(model, layout, FP32)
+    expected, gradient = loss_and_gradient(model, token_loss, layout_of(packed=False), FP32)
+    layout = choose_layout(model, token_loss, Config(compile=True), 0, FP32)
+    loss, compiled_gradient = loss_and_gradient(model, token_loss, layout, FP32)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-6)
     graphs = compiled_graphs()

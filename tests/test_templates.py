@@ -6,9 +6,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils as templates_of
 
-import hub
-from chat import CHATML, IGNORE, encode, encode_prompt, load_tokenizer
 from config import QUICKSTART_MODEL, UserError
+from conversations.tokenizer import CHATML, load_tokenizer
+from data import IGNORE, encode, encode_prompt
+from storage import hub
 from tests.conftest import byte_tokenizer, tiny_llama
 
 MISTRAL = (

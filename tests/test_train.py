@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from compute.layers import checkpoint_activations
 from transformers import get_cosine_schedule_with_warmup
 
-from chat import Example
-from model import Precision, checkpoint_activations
-from probe import use_layout
+from compute.self_check import use_layout
+from data import Example
+from model import Precision
 from tests.conftest import layout_of, one_batch, tiny_llama
 from train import learning_rate, make_optimizer, train_step
 

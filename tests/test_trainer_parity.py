@@ -29,12 +29,12 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-import hub
 import train
-from chat import IGNORE, encode
 from config import QUICKSTART_MODEL, Config
+from data import IGNORE, encode
 from eval import evaluate
 from model import Precision, load_model, token_loss
+from storage import hub
 from tests import parity, reference
 from tests.conftest import layout_of, one_batch, tiny_llama
 

@@ -13,8 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_command
-from checkpoint import checkpoints, step_of
 from config import run_command
+from running.checkpoints import checkpoints, step_of
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.harness"])

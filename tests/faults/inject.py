@@ -60,7 +60,7 @@ def hang(*_, **__):
 def hang_in_workers(sign):
     """Encode in several processes, which leave a sign and do not come to their end."""
     importlib.import_module("corpus").SEVERAL_PROCESSES = 1
-    on_call("corpus.encode", 1, partial(leave_and_hang, sign))
+    on_call("data.encode_chatml", 1, partial(leave_and_hang, sign))
 
 
 def leave_and_hang(sign, *_, **__):

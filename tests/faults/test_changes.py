@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import MANIFEST, seal
+from storage.durable import MANIFEST, seal
 from tests.faults.harness import assert_same, lines, some, steps_saved
 from tests.faults.inject import kill, on_call
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import eval as eval_command
-from checkpoint import MANIFEST, seal, sha256
+from storage.durable import MANIFEST, seal, sha256
 from tests.faults.harness import assert_same, some, steps_saved
 from tests.faults.inject import kill, on_call
 
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, unbroken, li
     do(interrupted / "checkpoints" / "step-6" / name)
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
-    assert re.search(rf"^passed over: {interrupted}/checkpoints/step-6/{why}", life.complained, re.MULTILINE)
+    assert re.search(rf"^skipped: {interrupted}/checkpoints/step-6/{why}", life.complained, re.MULTILINE)
     assert f"resuming {interrupted} from step-3\n" in life.said
     assert_same(interrupted, unbroken)
 
@@ -64,7 +64,7 @@ def test_no_whole_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
     before = (interrupted / "metrics.jsonl").read_bytes()
     life = live(["--resume", interrupted])
     assert life.wait() == 1
-    assert life.complained.count("passed over: ") == 2
+    assert life.complained.count("skipped: ") == 2
     assert life.complained.splitlines()[-1] == (
         f"error: --resume {interrupted}: none of its checkpoints is whole; start anew in another directory"
     )
@@ -133,7 +133,7 @@ def test_a_damaged_best_model_is_made_again(interrupted, live, damage):
     damage(interrupted / "best")
     life = live(["--resume", interrupted, "--max-steps", "7", "--eval-every", "100", "--lr", "1e3", "--allow-changes"])
     assert life.wait() == 0, life.complained
-    assert f"{interrupted}/best is made again: " in life.complained
+    assert f"{interrupted}/best is restored: " in life.complained
     assert "best, update 4" in life.said
     assert sha256(interrupted / "best" / "model.safetensors") == expected
 
@@ -160,7 +160,7 @@ def test_a_best_model_that_is_damaged_is_not_copied(interrupted, unbroken, live)
     assert life.complained == (
         f"error: {interrupted}, after update 7: {interrupted}/best/model.safetensors is not what was written "
         "(another SHA-256); "
-        f"--resume {interrupted} goes on after update 6\n"
+        f"--resume {interrupted} continues after update 6\n"
     )
     assert live(["--resume", interrupted]).wait() == 0
     assert_same(interrupted, unbroken)
@@ -173,7 +173,7 @@ def test_a_best_model_lost_before_it_was_in_a_checkpoint_is_found_again(interrup
     assert life.wait() == 1
     assert life.complained == (
         f"error: {interrupted}, after update 10: {interrupted}/best/MANIFEST.json is missing; "
-        f"--resume {interrupted} goes on after update 9\n"
+        f"--resume {interrupted} continues after update 9\n"
     )
     assert live(["--resume", interrupted]).wait() == 0
     assert_same(interrupted, unbroken)

@@ -29,8 +29,8 @@ def test_an_update_that_is_not_finite(flags, unbroken, live, conversations, tmp_
     assert life.wait() == 1
     first, *window = life.complained.splitlines()
     assert re.fullmatch(
-        rf"error: update 8: {said}: not finite, so the update was not applied; --resume {run} goes on after update 6; "
-        "its window:",
+        rf"error: update 8: {said}: not finite, so the update was not applied; "
+        rf"--resume {run} continues after update 6; its window:",
         first,
     )
     assert len(window) == 7
@@ -57,7 +57,7 @@ def test_an_evaluation_that_is_not_finite(flags, live, conversations, tmp_path):
     life = live([*flags, "--output-dir", run], fault)  # the evaluation after update 8
     assert life.wait() == 1
     first, *worst = life.complained.splitlines()
-    assert first == f"error: after update 8: eval loss nan; --resume {run} goes on after update 6; of these:"
+    assert first == f"error: after update 8: eval loss nan; --resume {run} continues after update 6; of these:"
     assert all(re.fullmatch(rf"  loss nan {re.escape(str(conversations))}:\d+", line) for line in worst)
     assert len(worst) == 8
     assert steps_saved(run) == [3, 6]

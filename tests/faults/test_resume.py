@@ -108,7 +108,12 @@ def test_killed_again_before_anything_new_was_saved(interrupted, unbroken, live)
     assert_same(interrupted, unbroken)
 
 
-INTERRUPTIONS = [("train.evaluate", 2), ("report.write_answers", 2), ("train.evaluate", 3), ("train.answer", 2)]
+INTERRUPTIONS = [
+    ("train.evaluate", 2),
+    ("running.metrics.write_answers", 2),
+    ("train.evaluate", 3),
+    ("train.answer", 2),
+]
 
 
 @pytest.mark.parametrize(("function", "call"), some(INTERRUPTIONS, fast=2))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from quickstart import cache_directory
+from storage.quickstart import cache_directory
 from tests.faults.harness import assert_same, lines, some, steps_saved
 from tests.faults.inject import hang_in_workers, on_call, send, send_and_hang
 
@@ -64,9 +64,11 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
     goes_on(live, run, unbroken)
 
 
-@pytest.mark.parametrize("function", some(["train.answer", "train.load_model", "report.write_answers"], fast=1))
+@pytest.mark.parametrize(
+    "function", some(["train.answer", "train.load_model", "running.metrics.write_answers"], fast=1)
+)
 def test_at_the_end_it_is_made_later(interrupted, unbroken, live, function):
-    call = {"train.load_model": 2, "train.answer": 1, "report.write_answers": 2}[function]
+    call = {"train.load_model": 2, "train.answer": 1, "running.metrics.write_answers": 2}[function]
     life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
     stopped(life, interrupted, 130, 10)
     goes_on(live, interrupted, unbroken)
@@ -78,7 +80,8 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
     data.write_text(conversations.read_text().replace("Count", f"Count {number}"))
     before = corpora()
     life = live(
-        [*flags, "--dataset", data, "--output-dir", run], partial(on_call, "corpus.encode", 1, partial(send, number))
+        [*flags, "--dataset", data, "--output-dir", run],
+        partial(on_call, "data.encode_chatml", 1, partial(send, number)),
     )
     assert life.wait() == SIGNALS[number]
     assert life.complained == "\nstopping; once more to leave at once\nstopped before training began\n"
@@ -103,7 +106,7 @@ def corpora():
     return sorted(path for path in (cache_directory() / "corpora").iterdir() if not path.name.endswith(".lock"))
 
 
-HANGING = [("torch.save", 2), ("train.train_step", 5), ("checkpoint.sync", 20)]
+HANGING = [("torch.save", 2), ("train.train_step", 5), ("storage.durable.sync", 20)]
 
 
 @pytest.mark.parametrize(("function", "call"), some(HANGING, fast=2))

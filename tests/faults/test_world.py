@@ -36,7 +36,7 @@ def test_a_full_disk(flags, unbroken, live, small_disk, left):
     assert life.wait() == 1
     assert re.fullmatch(
         rf"error: {run}, after update [56]: .*No space left on device.*; "
-        rf"--resume {run} goes on after update 3\n",
+        rf"--resume {run} continues after update 3\n",
         life.complained,
     )
     assert steps_saved(run) == [3]
@@ -52,7 +52,7 @@ FAILING_WRITES = [
     ("report.replace_file", 5),  # the answers at the end
     ("torch.save", 3),
     ("checkpoint.write_manifest", 3),
-    ("checkpoint.sync", 35),
+    ("storage.durable.sync", 35),
     ("report.Log.sync", 3),
 ]
 
@@ -64,7 +64,7 @@ def test_a_write_that_fails(flags, unbroken, live, tmp_path, function, call):
     assert life.wait() == 1
     assert re.fullmatch(
         rf"error: {run}, after update \d+: No space left on device; "
-        rf"--resume {run} goes on after update \d+\n",
+        rf"--resume {run} continues after update \d+\n",
         life.complained,
     )
     assert steps_saved(run)
@@ -143,7 +143,7 @@ def test_too_little_memory(flags, live, tmp_path, flags_too, largest, advice):
     assert life.wait() == 1
     assert re.fullmatch(
         rf"error: after update 3: out of memory in a micro-batch of {largest} tokens, its longest conversation 45: "
-        rf"use {advice}; --resume {run} goes on after update 3\n",
+        rf"use {advice}; --resume {run} continues after update 3\n",
         life.complained,
     )
     assert steps_saved(run) == [3]

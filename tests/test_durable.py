@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-from checkpoint import Damaged, checkpoints, replace_directory, save_checkpoint, step_of, verify
+from running.checkpoints import checkpoints, save_checkpoint, step_of
+from storage import durable as checkpoint
+from storage.durable import Damaged, replace_directory, verify
 
 
 def writer(text):

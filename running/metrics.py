@@ -1,0 +1,114 @@
+"""The metrics of a run: `metrics.jsonl`, the same numbers for TensorBoard, and the answers it gave."""
+
+import json
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from config import UserError, as_text
+from storage.durable import replace_file, sync
+
+
+class Log:
+    """The metrics of a run: a line of `metrics.jsonl` and the same numbers for TensorBoard."""
+
+    def __init__(self, run, step=None, lines=0):
+        """Open the log of a new run, or go on with one after `step` updates, when it had so many `lines`.
+
+        What an interrupted run logged beyond them is discarded.
+
+        Raises:
+            UserError: one of these lines is damaged.
+        """
+        self.path = Path(run) / "metrics.jsonl"
+        found = self.path.read_text().splitlines()[:lines] if self.path.exists() else []
+        kept = [self.parse(line, number) for number, line in enumerate(found, 1)]
+        if len(kept) < lines:
+            print(f"warning: {self.path} has lost {lines - len(kept)} of its lines", file=sys.stderr)
+        replace_file(self.path, "".join(line + "\n" for line in found))
+        write_answers(run, {"before": read_answers(run).get("before", [])})
+        self.lines = len(kept)
+        threading.excepthook = hide_tensorboard_traceback
+        # TensorBoard discards its events from `step` on; the lines kept of that step are written again.
+        self.tensorboard = SummaryWriter(run, purge_step=step)
+        for line in kept:
+            if line["step"] == step:
+                self.add_scalars(**line)
+
+    def parse(self, line, number):
+        """A line of the metrics as a dict."""
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.path}:{number}: damaged; delete that line to go on without it") from error
+
+    def write(self, kind, step, numbers):
+        """Log numbers of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
+        line = {"step": step, "kind": kind, **numbers}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines += 1
+        self.add_scalars(**line)
+
+    def write_answers(self, when, step, answers):
+        """Keep answers given "before" or "after" training: in `answers.json`, and as text for TensorBoard."""
+        for answer in answers:
+            self.tell_tensorboard("add_text", f"answers/{answer.prompt}", f"**{when}:** {answer.text}", step)
+        run = self.path.parent
+        write_answers(run, {**read_answers(run), when: [asdict(answer) for answer in answers]})
+
+    def add_scalars(self, kind, step, **numbers):
+        """Show numbers in TensorBoard, under `kind/name`."""
+        for name, value in numbers.items():
+            self.tell_tensorboard("add_scalar", f"{kind}/{name}", value, step)
+
+    def tell_tensorboard(self, method, *arguments, **options):
+        """Call a method of TensorBoard's writer; a failure is reported once and does not end the run."""
+        if self.tensorboard:
+            try:
+                getattr(self.tensorboard, method)(*arguments, **options)
+            except Exception as error:
+                self.tensorboard = None
+                print(
+                    f"warning: nothing more can be written for TensorBoard ({error}); training goes on", file=sys.stderr
+                )
+
+    def sync(self):
+        """Force to disk what has been logged, before a checkpoint that counts its lines."""
+        self.tell_tensorboard("flush")
+        for path in (self.path, *self.path.parent.glob("events.out.tfevents.*")):
+            if path.exists():
+                sync(path)
+
+    def close(self, config=None, results=None):
+        """End the log; with a `Config` and results, TensorBoard's table of hyper-parameters gets its row."""
+        if config:
+            settings = {name: as_text(value) for name, value in asdict(config).items()}
+            numbers = {f"hparam/{name}": value for name, value in results.items()}
+            self.tell_tensorboard("add_hparams", settings, numbers, run_name=".")
+        self.tell_tensorboard("close")
+
+
+def hide_tensorboard_traceback(failure):
+    """`threading.excepthook` without the tracebacks of TensorBoard's thread, as `Log` reports its failure."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)
+
+
+def is_finished(run):
+    """Whether a run has finished: its best model has answered the prompts."""
+    return "after" in read_answers(run)
+
+
+def read_answers(run):
+    """The answers a run has given so far, in lists of dicts: "before" training and "after" it."""
+    path = Path(run) / "answers.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_answers(run, answers):
+    """Write what `read_answers` reads."""
+    replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
