@@ -42,9 +42,9 @@ def main(argv):
         for line in beside_the_reference(conversations, ours, tokenizer):
             print(f"  {line}")
             unexplained += line.endswith("no known reason")
-        by_cu_seqlens = [reference.encode_by_cu_seqlens(messages, tokenizer) for messages in conversations]
-        same = sum(our == row for our, row in zip(ours, by_cu_seqlens, strict=True))
-        print(f"  by character cu_seqlens: {same:,} same ids and labels")
+        by_offsets = [reference.encode_by_offsets(messages, tokenizer) for messages in conversations]
+        same = sum(our == row for our, row in zip(ours, by_offsets, strict=True))
+        print(f"  by character offsets: {same:,} same ids and labels")
         print(f"  TRL: {beside_trl(conversations, ours, tokenizer)}")
     return 1 if unexplained else 0
 

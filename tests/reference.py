@@ -44,7 +44,7 @@ def mask(ids, tokenizer):
     return labels
 
 
-def encode_by_cu_seqlens(messages, tokenizer):
+def encode_by_offsets(messages, tokenizer):
     """ChatML encoded at once, the labels by where in the text each token stands: another way to the same definition."""
     text, spans = "", []
     for message in messages:
@@ -52,7 +52,7 @@ def encode_by_cu_seqlens(messages, tokenizer):
         end = len(text) + len(f"{message['content']}<|im_end|>\n")
         spans += [(len(text), end)] if message["role"] == "assistant" else []
         text += f"{message['content']}<|im_end|>\n"
-    encoded = tokenizer(text, add_special_tokens=False, return_cu_seqlens_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
         number if any(begin <= first and last <= end for begin, end in spans) else -100
         for number, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -137,7 +137,7 @@ class Witness:
     def look(self, module, _args, batch):
         if module.training:
             rows = batch["input_ids"]
-            if "spans" in batch:  # ours, packed
+            if "boundaries" in batch:  # ours, packed
                 conversations = rows[0].split(batch["boundaries"].lengths)
             else:
                 conversations = [ids[kept.bool()] for ids, kept in zip(rows, batch["attention_mask"], strict=True)]

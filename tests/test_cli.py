@@ -1,16 +1,19 @@
 """The command line that scripts rely on, and one clear line for every mistake."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data as data_command
 import eval as eval_command
 import train as train_command
-from config import Config, Parser, UserError, print_error, resolve
+from config import FORMAT, PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, print_error, read_record, resolve
+from storage import hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,15 +70,48 @@ def test_the_ultrachat_preset_is_the_reference_experiment():
     assert (config.eval_every, config.save_every, config.keep) == (10, 10, 2)
 
 
-def test_what_a_user_names_is_never_replaced():
-    config = resolve({"dataset": ("mine.jsonl",), "lr": 1.0}, "ultrachat")
-    assert (config.dataset, config.lr, config.batch_size) == (("mine.jsonl",), 1.0, 32)
-    assert (config.split, config.max_examples, config.skip_bad_rows) == (
-        "train",
-        0,
-        0.0,
-    )  # the preset's first 2,000 of test_sft are not meant
-    assert resolve({"model": "mine"}, "quickstart").model == "mine"
+MODEL, DATASET = {"model": "mine"}, {"dataset": ("mine.jsonl",)}
+
+
+@pytest.fixture(params=[False, True], ids=["no GPU", "GPU"])
+def gpu(request, monkeypatch):
+    """With and without a GPU; the Hub answers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
+    monkeypatch.setattr(hub, "only_cached", lambda *_: False)
+    return request.param
+
+
+@pytest.mark.parametrize("named", [{}, MODEL], ids=["nothing", "a model"])
+def test_without_a_dataset_of_ones_own_the_machine_chooses_a_whole_experiment(gpu, named):
+    expected = "ultrachat" if gpu else "quickstart"
+    preset, _ = hub.choose_preset(named)
+    assert preset == expected
+    assert resolve(named, preset) == Config(**{**PRESETS[expected], **named, "preset": expected})
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("named", [DATASET, DATASET | MODEL | {"lr": 1.0}], ids=["a dataset", "both"])
+def test_a_dataset_of_ones_own_starts_from_the_documented_defaults_on_any_machine(named):
+    preset, _ = hub.choose_preset(named)
+    assert resolve(named, preset) == Config(**named, preset="none")
+
+
+@pytest.mark.parametrize("preset", ["ultrachat", "quickstart"])
+def test_a_preset_gives_another_dataset_its_model_and_nothing_else(preset):
+    config = resolve({"preset": preset, **DATASET}, preset)
+    assert config == Config(preset=preset, model=PRESETS[preset]["model"], **DATASET)
+    same = resolve({"dataset": PRESETS[preset]["dataset"]}, preset)
+    assert same == resolve({}, preset)
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(tmp_path):
+    record = {"config": dataclasses.asdict(Config()), "format": FORMAT}
+    for changed in ({**record, "format": 1}, {"config": record["config"]}, {**record, "config": {"lr": 1.0}}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"^[^\n]*made by another version of this program[^\n]*$"):
+            read_record(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert read_record(tmp_path) == record
 
 
 def test_config_cannot_be_changed():
@@ -128,7 +164,7 @@ def refused(*arguments):
 def test_flags_that_say_nothing_together_are_refused(tmp_path):
     (tmp_path / "config.json").touch()
     assert "a resumed run stays in its own directory" in refused("--resume", tmp_path, "--output-dir", tmp_path / "a")
-    assert "--allow-changes says something of --resume only" in refused("--allow-changes")
+    assert "--allow-changes needs --resume" in refused("--allow-changes")
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -156,10 +192,10 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     command = [
         sys.executable,
         str(ROOT / "train.py"),
-        "--preset",
-        "quickstart",
         "--dataset",
         str(tmp_path / "bad.jsonl"),
+        "--model",
+        QUICKSTART_MODEL,
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
@@ -184,7 +220,7 @@ def test_the_named_settings_are_told_from_the_commands_own():
 
 
 def test_data_shows_conversations_as_text_and_as_json(chats, tiny_model_dir, capsys):
-    arguments = ["--preset", "quickstart", "--model", str(tiny_model_dir), "--dataset", str(chats), "--show", "2"]
+    arguments = ["--model", str(tiny_model_dir), "--dataset", str(chats), "--show", "2"]
     assert data_command.main(arguments) == 0
     assert capsys.readouterr().out.count("[[") == 2
     assert data_command.main([*arguments, "--json"]) == 0

@@ -207,12 +207,12 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "half_emoji.jsonl": (
         lines(GOOD) + b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n',
-        ":2: message 1: its content has half a surrogate pair, which is no Unicode",
+        ":2: message 1: its content has half a surrogate pair, which is not valid Unicode",
     ),
     "no_reply.jsonl": (chat(user("Hi")), f":2: {NO_REPLY}"),
     "nothing_trained.jsonl": (
         chat(user("Hi"), assistant("x", train=False)),
-        ":2: no message of the assistant's is excluded from training",
+        ":2: every message of the assistant's is excluded from training",
     ),
     "half_weight.jsonl": (
         chat(user("Hi"), assistant("x", weight=0.5)),
@@ -220,7 +220,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "tool_calls.jsonl": (
         chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])),
-        ":2: message 2: tool_calls, which would be lost: write them into its content",
+        ":2: message 2: tool_calls are not supported: write them into its content",
     ),
     "sharegpt.jsonl": (
         lines(GOOD, {"conversations": [{"from": "alice", "value": "Hi"}]}),

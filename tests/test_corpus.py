@@ -32,7 +32,7 @@ def write(tmp_path):
 
 def prepared(tokenizer, *files, **named):
     settings = {"dataset": files, "eval_fraction": 0.2, "test_fraction": 0.1} | named
-    return prepare(resolve(settings, "quickstart"), tokenizer)
+    return prepare(resolve(settings, "none"), tokenizer)
 
 
 def texts(split, tokenizer):
@@ -153,12 +153,16 @@ def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
     rows = [a_chat(f"{number}", "y" * 50) for number in range(10, 20)]
     rows += [a_chat(f"{number}" + "x" * 300) for number in range(10)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows), max_length=60, test_fraction=0.0)
-    assert sum(split.cut for split in data.splits.values()) == 20
+    assert sum(split.truncated for split in data.splits.values()) == 20
     assert sum(split.dropped for split in data.splits.values()) == 10
     example = encode([rows[0]["messages"]], tiny_tokenizer)[0]
     lost = example.supervised_tokens - int((example.labels[1:60] != -100).sum())
     assert sum(split.supervised_lost for split in data.splits.values()) == 10 * lost + 10 * len("Yes.<\n")
-    assert data.warnings == ("no answer ends within --max-length, so the model will not learn to stop",)
+    stop, losing, truncated = data.warnings
+    assert stop == "no answer ends within --max-length, so the model will not learn to stop"
+    share = data.train.supervised_lost / (data.train.supervised_lost + data.train.supervised)
+    assert losing.startswith(f"{share:.0%} of the supervised tokens are lost to --max-length")
+    assert truncated.endswith("training conversations are truncated by --max-length")
 
 
 def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
@@ -169,7 +173,7 @@ def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
 
 def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_path, capsys):
     path = write("a.jsonl", [a_chat(f"<b>{number}</b>", "🙂 & so on") for number in range(20)])
-    arguments = ["--preset", "quickstart", "--model", str(tiny_model_dir), "--dataset", path, "--show", "2"]
+    arguments = ["--model", str(tiny_model_dir), "--dataset", path, "--show", "2"]
     assert data_command.main([*arguments, "--html", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"written to {tmp_path}/page.html\n"
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -179,7 +183,7 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
     assert text.count('<span class=t title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
     assert text.count('<span class=c title="&#x27;&lt;|im_end|&gt;&#x27;, id 2') == 2
     assert "http" not in text  # self-contained
-    assert "<tr><td>train<td>15<td>" in text
+    assert "<tr><td>train<td>18<td>" in text
 
 
 def test_nothing_but_copies_is_said(tiny_tokenizer, write):

@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler
 from config import UserError
 from conversations.formats import read_file
 from conversations.preview import preview
-from data import IGNORE, encode, encode_prompt, split_rows, window_at, windows_per_epoch
+from data import IGNORE, encode, encode_prompt, epoch_order, split_rows, window_at, window_indices, windows_per_epoch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there. How are you!!!"}]
@@ -182,3 +182,15 @@ def test_no_two_quickstart_prompts_are_alike_and_none_is_held_out():
             if matcher.real_quick_ratio() > 0.75 and matcher.quick_ratio() > 0.75:
                 assert matcher.ratio() <= 0.75 or {prompt, other} == {"who are you", "who made you"}, (prompt, other)
         seen.append(prompt)
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    shuffled = []
+    permute = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: shuffled.append(n) or permute(n, **options))
+    epoch_order.cache_clear()
+    windows = [window_indices(step, 10, 3, seed=5) for step in range(8)]  # two epochs of four
+    assert shuffled == [10, 10]
+    for epoch in (0, 1):
+        order = permute(10, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
+        assert sum(windows[4 * epoch : 4 * epoch + 4], []) == order

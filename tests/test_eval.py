@@ -85,8 +85,6 @@ def test_the_command_compares_two_models_on_a_whole_file(tiny_model_dir, chats, 
         str(chats),
         "--against",
         str(tiny_model_dir),
-        "--preset",
-        "quickstart",
     ]
     assert eval_command.main([*arguments, "--json", "--prompts", "Hi", "--max-new-tokens", "4", "--greedy"]) == 0
     report = json.loads(capsys.readouterr().out)

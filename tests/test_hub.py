@@ -34,7 +34,7 @@ from conversations.tokenizer import load_tokenizer
 from model import load_model
 from storage import hub
 
-PROJECT = Path(hub.__file__).parent
+PROJECT = Path(__file__).parents[1]
 COMMIT = "c0ffee" + "0" * 34
 PROMISED_SECONDS = 10  # within which a name that cannot be had is refused
 
@@ -302,7 +302,7 @@ def with_hub(answered):
 def without_hub(answered):
     """What `offline` gave; the program itself, as `"program"`, is asked meanwhile for a dataset it cannot have."""
     _, home, endpoint = answered
-    command = ["data.py", "--preset", "quickstart", "--model", "acme/tiny", "--dataset", "acme/other"]
+    command = ["data.py", "--model", "acme/tiny", "--dataset", "acme/other"]
     program = start([PROJECT / command[0], *command[1:]], home, endpoint)
     gave = finish(start(scenario(offline), home, endpoint))
     stdout, stderr = program.communicate(timeout=120)

@@ -13,6 +13,7 @@ from test_data import HELLO, quickstart_conversations, say
 from conversations.formats import ROLES
 from conversations.preview import preview
 from data import IGNORE, Example, encode
+from model import token_loss
 from tests import reference
 from tests.conftest import one_batch
 
@@ -46,9 +47,9 @@ def test_well_formed_conversations_have_the_references_ids_and_labels(real_token
         assert ours(chat, real_tokenizer) == reference.encode(chat, real_tokenizer)
 
 
-def test_character_cu_seqlens_lead_to_the_same_labels(real_tokenizer):
+def test_character_offsets_lead_to_the_same_labels(real_tokenizer):
     for chat in quickstart_conversations():
-        assert ours(chat, real_tokenizer) == reference.encode_by_cu_seqlens(chat, real_tokenizer)
+        assert ours(chat, real_tokenizer) == reference.encode_by_offsets(chat, real_tokenizer)
 
 
 MARKERS = ["<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<repo_name>"]
@@ -223,7 +224,7 @@ def test_the_text_of_a_user_changes_no_label(tiny_tokenizer, before, after):
     assert without_the_question(before) == without_the_question(after)
 
 
-def loss_and_gradient(model, token_loss, batch):
+def loss_and_gradient(model, batch):
     model.zero_grad()
     loss = token_loss(model, batch)
     loss.backward()

@@ -34,7 +34,7 @@ def flags(tiny_model_dir, chats):
         "micro-batch-tokens": 200,
         "seed": 3,
     }
-    return ["--preset", "quickstart", *(str(part) for name, value in settings.items() for part in (f"--{name}", value))]
+    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
 
 
 def lines(run, kind=None):
@@ -62,7 +62,7 @@ def finished(flags, tmp_path, capsys):
 
 def test_a_run_leaves_what_the_readme_promises(finished):
     run, printed = finished
-    assert printed.splitlines()[0].startswith("preset quickstart (as asked): ")
+    assert printed.splitlines()[0].startswith("no preset (your own --dataset): ")
     assert "6 an epoch, 12 in all" in printed
     assert [line["step"] for line in lines(run, "train")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(run, "eval")] == [0, 4, 8, 12]
@@ -140,7 +140,7 @@ def test_a_resumed_run_may_be_held_otherwise_but_not_be_another_run(flags, tmp_p
     run = tmp_path / "run"
     train_command.main([*flags, "--max-steps", "6", "--output-dir", str(run)])
     forget_the_end(run)
-    with pytest.raises(train_command.UserError, match="it would be another run") as refused:
+    with pytest.raises(train_command.UserError, match="it would be a different run") as refused:
         train_command.main(["--resume", str(run), "--lr", "0.5", "--seed", "4", "--batch-size", "5"])
     assert str(refused.value).splitlines()[1:3] == ["--lr 0.01 -> 0.5", "--seed 3 -> 4"]
     with pytest.raises(train_command.UserError, match="--micro-batch-tokens must be 0 or more, not -1"):

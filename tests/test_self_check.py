@@ -119,19 +119,19 @@ def test_conversations_that_see_each_other_are_noticed(monkeypatch, precision):
         )
 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, contaminated)
-    layout = choose_layout(tiny_llama(259), Config(), 0, Precision(precision, CPU))
+    layout = choose_layout(tiny_llama(259), token_loss, Config(), 0, Precision(precision, CPU))
     assert not layout.packed
     assert "off by" in layout.why
 
 
 def test_a_layout_can_be_asked_for(tiny_model):
-    assert not choose_layout(tiny_model, Config(layout="padded"), 0, FP32).packed
-    assert choose_layout(tiny_model, Config(layout="packed", micro_batch_tokens=7), 0, FP32).tokens == 7
+    assert not choose_layout(tiny_model, token_loss, Config(layout="padded"), 0, FP32).packed
+    assert choose_layout(tiny_model, token_loss, Config(layout="packed", micro_batch_tokens=7), 0, FP32).tokens == 7
 
 
 def test_nothing_of_it_is_saved_and_answers_are_the_same(tiny_model, tiny_tokenizer, tmp_path):
     before = answer(tiny_model, tiny_tokenizer, "Who are you?", greedy=True, max_new_tokens=8)
-    assert choose_layout(tiny_model, Config(), 0, FP32).packed
+    assert choose_layout(tiny_model, token_loss, Config(), 0, FP32).packed
     assert answer(tiny_model, tiny_tokenizer, "Who are you?", greedy=True, max_new_tokens=8) == before
     save_model(tiny_model, tiny_tokenizer, tmp_path)
     assert "packed" not in (tmp_path / "config.json").read_text()
@@ -166,4 +166,4 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch):
 
     compiled_by(monkeypatch, no_compiler)
     with pytest.raises(UserError, match=r"--compile: .*; leave it out"):
-        choose_layout(tiny_llama(259), Config(compile=True), 0, FP32)
+        choose_layout(tiny_llama(259), token_loss, Config(compile=True), 0, FP32)

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from compute.layers import checkpoint_activations
 from transformers import get_cosine_schedule_with_warmup
 
+from compute.layers import checkpoint_activations
 from compute.self_check import use_layout
 from data import Example
 from model import Precision
@@ -179,5 +179,5 @@ def test_a_short_window_is_normalised_by_its_own_tokens():
 
 def test_a_window_with_nothing_supervised_has_no_update():
     row = Example(torch.arange(3, 9), torch.full((6,), -100))
-    with pytest.raises(ValueError, match="nothing is supervised in this window"):
+    with pytest.raises(ValueError, match="no token of this window is supervised"):
         update(tiny_llama(259), [row], budget=100)

@@ -28,7 +28,7 @@ def conversations(tmp_path_factory):
 def flags(tiny_model_dir, conversations):
     """Ten updates: two epochs of 30 conversations in windows of 7, the last of 2; checkpoints after 3, 6 and
     9, evaluations after 4, 8 and 10, each with the best model so far."""
-    settings = {"preset": "quickstart", "model": tiny_model_dir, "dataset": conversations, "eval-fraction": 0.2}
+    settings = {"model": tiny_model_dir, "dataset": conversations, "eval-fraction": 0.2}
     settings |= {"test-fraction": 0.05, "batch-size": 7, "warmup-steps": 2, "lr": 1e-2, "seed": 3, "dtype": "fp32"}
     settings |= {"micro-batch-tokens": 200, "eval-every": 4, "save-every": 3, "log-every": 2}
     return [part for name, value in settings.items() for part in (f"--{name}", value)]
