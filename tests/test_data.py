@@ -193,4 +193,4 @@ def test_an_epoch_is_shuffled_once(monkeypatch):
     assert shuffled == [10, 10]
     for epoch in (0, 1):
         order = permute(10, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
-        assert sum(windows[4 * epoch : 4 * epoch + 4], []) == order
+        assert list(itertools.chain(*windows[4 * epoch : 4 * epoch + 4])) == order

@@ -59,7 +59,7 @@ def hang(*_, **__):
 
 def hang_in_workers(sign):
     """Encode in several processes, which leave a sign and do not come to their end."""
-    importlib.import_module("corpus").SEVERAL_PROCESSES = 1
+    importlib.import_module("conversations.corpus").SEVERAL_PROCESSES = 1
     on_call("data.encode_chatml", 1, partial(leave_and_hang, sign))
 
 
@@ -92,14 +92,14 @@ def spoil_gradient(run, *_):
 
 def shift_the_order():
     """A loop that takes the wrong window: the one of the update before."""
-    layout = importlib.import_module("layout")
+    layout = importlib.import_module("compute.layout")
     real = layout.window_at
     layout.window_at = lambda step, *rest: real(step - 1, *rest)
 
 
 def forget(name):
     """A `restore` that does not take up the optimizer, or the random state, or …"""
-    run = importlib.import_module("run")
+    run = importlib.import_module("running.state")
     real = torch.load
 
     def load(path, **options):
@@ -120,7 +120,7 @@ def fewer_bits_of_scale(bits):
 def kill_at_system_call(number, count_file=None):
     """Die at the `number`th call that changes the disk while the second best model is saved, and the checkpoint after
     it; or only count these calls."""
-    run, calls, bests = importlib.import_module("run"), itertools.count(1), itertools.count(1)
+    run, calls, bests = importlib.import_module("running.state"), itertools.count(1), itertools.count(1)
     save_best, save, counting = run.save_directory, run.save_checkpoint, []
 
     def save_directory(*arguments):
@@ -146,8 +146,8 @@ def kill_at_system_call(number, count_file=None):
     run.save_directory, run.save_checkpoint = save_directory, save_checkpoint
     for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
         setattr(os, name, counted(getattr(os, name)))
-    checkpoint = importlib.import_module("checkpoint")
-    checkpoint.exchange = counted(checkpoint.exchange)
+    durable = importlib.import_module("storage.durable")
+    durable.exchange = counted(durable.exchange)
 
 
 def ask_for_too_much(*_, **__):

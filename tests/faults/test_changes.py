@@ -29,8 +29,7 @@ def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, 
     assert life.wait() == 1
     first, second, *_ = life.complained.splitlines()
     assert first == (
-        f"error: --resume {interrupted}: it would be another run; leave that out, or change it on purpose: "
-        "--allow-changes"
+        f"error: --resume {interrupted}: it would be a different run; leave that out, or allow it with --allow-changes"
     )
     assert second.strip() == said
     assert steps_saved(interrupted) == [3, 6]
@@ -90,7 +89,9 @@ def test_other_versions_are_told_but_go_on(interrupted, unbroken, live):
     seal(checkpoint, content)
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
-    assert f"other versions than before (torch 2.9.0 -> {torch.__version__}): equal within rounding" in life.said
+    assert (
+        f"library versions differ (torch 2.9.0 -> {torch.__version__}): results are equal within rounding" in life.said
+    )
     assert_same(interrupted, unbroken)
 
 

@@ -66,7 +66,7 @@ def test_no_whole_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
     assert life.wait() == 1
     assert life.complained.count("skipped: ") == 2
     assert life.complained.splitlines()[-1] == (
-        f"error: --resume {interrupted}: none of its checkpoints is whole; start anew in another directory"
+        f"error: --resume {interrupted}: none of its checkpoints is valid; start a new run in another directory"
     )
     assert (interrupted / "metrics.jsonl").read_bytes() == before
     assert steps_saved(interrupted) == [3, 6]
@@ -77,7 +77,7 @@ def test_lost_checkpoints_are_no_reason_to_begin_again(interrupted, live):
     before = (interrupted / "metrics.jsonl").read_bytes()
     life = live(["--resume", interrupted])
     assert life.wait() == 1
-    assert "it logged update 6 and has no checkpoint; put them back, or start anew elsewhere" in life.complained
+    assert "it logged update 6 but has no checkpoint; restore them, or start a new run" in life.complained
     assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
@@ -211,7 +211,7 @@ def test_damaged_settings_are_an_error(interrupted, live):
 def test_a_directory_without_a_run_is_an_error(live, tmp_path):
     life = live(["--resume", tmp_path / "nothing"])
     assert life.wait() == 1
-    assert life.complained == f"error: --resume {tmp_path}/nothing: there is no run there\n"
+    assert life.complained == f"error: --resume {tmp_path}/nothing: there is no run in it\n"
 
 
 def test_what_a_dead_process_left_is_cleaned_up(interrupted, unbroken, live):

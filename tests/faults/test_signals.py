@@ -17,7 +17,7 @@ def stopped(life, run, status, step):
     assert life.wait() == status, life.complained
     assert life.complained.splitlines()[-2:] == [
         "stopping; once more to leave at once",
-        f"stopped after update {step}; to go on: python train.py --resume {run}",
+        f"stopped after update {step}; to resume: python train.py --resume {run}",
     ]
 
 
@@ -46,7 +46,7 @@ def test_in_an_evaluation_it_is_dropped_and_made_later(flags, unbroken, live, tm
 
 
 @pytest.mark.parametrize(
-    "function", some(["run.write_state", "checkpoint.write_manifest", "checkpoint.verify"], fast=1)
+    "function", some(["running.state.write_state", "storage.durable.write_manifest", "storage.durable.verify"], fast=1)
 )
 def test_in_a_save_it_is_finished(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)

@@ -46,14 +46,14 @@ def test_a_full_disk(flags, unbroken, live, small_disk, left):
 
 
 FAILING_WRITES = [
-    ("run.save_model", 3),  # the weights
-    ("run.save_directory", 2),  # best/
-    ("report.Log.write", 8),
-    ("report.replace_file", 5),  # the answers at the end
+    ("running.state.save_model", 3),  # the weights
+    ("running.state.save_directory", 2),  # best/
+    ("running.metrics.Log.write", 8),
+    ("running.metrics.replace_file", 4),  # the answers at the end
     ("torch.save", 3),
-    ("checkpoint.write_manifest", 3),
+    ("storage.durable.write_manifest", 3),
     ("storage.durable.sync", 35),
-    ("report.Log.sync", 3),
+    ("running.metrics.Log.sync", 3),
 ]
 
 
