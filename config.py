@@ -139,16 +139,7 @@ OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 FORMAT = 2  # of a run directory
 
 # What may change when a run resumes, because no update depends on it.
-FREE_TO_CHANGE = (
-    "device",
-    "layout",
-    "micro_batch_tokens",
-    "compile",
-    "gradient_checkpointing",
-    "save_every",
-    "keep",
-    "output_dir",
-)
+FREE_TO_CHANGE = "device layout micro_batch_tokens compile gradient_checkpointing save_every keep output_dir".split()
 
 METAVARS = {str: "NAME", int: "N", float: "X"}
 
@@ -237,11 +228,6 @@ def read_record(run):
             f"{path}: this run was made by another version of this program; use that one, or start a new run"
         )
     return record
-
-
-def recorded_settings(run):
-    """The settings that a run directory records, as `resolve` takes them."""
-    return with_tuples(read_record(run)["config"])
 
 
 def check(config):

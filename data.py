@@ -32,20 +32,9 @@ from storage import hub
 
 IGNORE = -100  # torch's cross_entropy skips this label
 DATA_FLAGS = (
-    "preset",
-    "model",
-    "dataset",
-    "eval_dataset",
-    "split",
-    "max_examples",
-    "max_length",
-    "skip_bad_rows",
-    "chat_template",
-    "supervise",
-    "eval_fraction",
-    "test_fraction",
-    "seed",
-)
+    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows chat_template supervise "
+    "eval_fraction test_fraction seed"
+).split()
 
 
 # --- from messages to a masked example

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from compute.layers import in_eval_mode
 from compute.self_check import choose_layout
-from config import OF_THE_DATASET, Parser, UserError, recorded_settings, resolve, run_command
+from config import OF_THE_DATASET, Parser, UserError, read_record, resolve, run_command, with_tuples
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_whole
 from model import choose_precision, load_model, loss_and_correct, token_loss
@@ -141,7 +141,7 @@ def settings_of(model_or_run, named):
         verify(run / "best")
     except Damaged as why:
         print(f"warning: {why}", file=sys.stderr)
-    recorded = recorded_settings(run)
+    recorded = with_tuples(read_record(run)["config"])
     if "dataset" in named:
         recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
     return str(run / "best"), resolve({**recorded, **named}, recorded["preset"])

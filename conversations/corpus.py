@@ -67,11 +67,7 @@ def load_corpus(sources, config, tokenizer, encode):
         UserError: a source is missing, or has rows that are not conversations.
     """
     longest = config.max_length or tokenizer.model_max_length
-    reading = {
-        "split": config.split,
-        "max_examples": config.max_examples,
-        "skip_bad_rows": config.skip_bad_rows,
-    }
+    reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
     key = key_of(sources, tokenizer, encode, {**reading, "supervise": config.supervise, "longest": longest})
     directory = cache_directory() / "corpora" / key[:16]
     if not directory.exists():

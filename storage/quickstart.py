@@ -8,16 +8,14 @@ import contextlib
 import importlib.util
 import io
 import os
-import shutil
 import sys
 from pathlib import Path
 
 from config import UserError
-from storage.durable import replace_directory, sha256
+from storage.durable import Damaged, save_directory, sha256, verify
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CHECKSUM = "model.safetensors.sha256"
 
 
 def quickstart_model():
@@ -27,10 +25,11 @@ def quickstart_model():
         UserError: the package is not installed, or its weights are not the ones this program was tried with.
     """
     directory = cache_directory() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
-    if directory.exists() and sha256(directory / "model.safetensors") != (directory / CHECKSUM).read_text():
-        print(f"the converted weights in {directory} are damaged: converting them again", file=sys.stderr)
-        shutil.rmtree(directory)
-    if not directory.exists():
+    try:
+        verify(directory)
+    except Damaged as why:
+        if directory.exists():
+            print(f"the converted weights are damaged: {why}", file=sys.stderr)
         convert(find_gguf(), directory)
     return directory
 
@@ -74,6 +73,5 @@ def convert(gguf, directory):
     def write(unfinished):
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        (unfinished / CHECKSUM).write_text(sha256(unfinished / "model.safetensors"))
 
-    replace_directory(directory, write)
+    save_directory(directory, {"converted from": GGUF}, write)

@@ -228,10 +228,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "sharegpt_empty.jsonl": (lines({"conversations": []}), ':1: "conversations" is not a list of messages'),
     "completion.jsonl": (lines({"prompt": "Hi", "completion": " "}), ':1: "completion": its content is empty'),
-    "prompt_mixed.jsonl": (
-        lines({"prompt": "Hi", "completion": HELLO[1:]}),
-        ':1: "prompt" is not a list of messages',
-    ),
+    "prompt_mixed.jsonl": (lines({"prompt": "Hi", "completion": HELLO[1:]}), ':1: "prompt" is not a list of messages'),
     "alpaca.jsonl": (lines({"instruction": "Hi", "output": 7}), ':1: "output": its content is not a text'),
     "alpaca_input.jsonl": (
         lines({"instruction": "Hi", "input": ["a"], "output": "b"}),
@@ -239,10 +236,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "array.json": (b"[\n" + lines(GOOD).strip() + b",\n{}\n]", f":3: {NO_FORMAT}"),
     "array_broken.json": (b"[\n" + lines(GOOD).strip() + b",\n{]", ":3: not valid JSON"),
-    "array_cut.json": (
-        b"[\n" + lines(GOOD).strip() + b",\n",
-        ":3: the file ends within the array: it is truncated",
-    ),
+    "array_cut.json": (b"[\n" + lines(GOOD).strip() + b",\n", ":3: the file ends within the array: it is truncated"),
     "array_latin1.json": (b'[\n"\xe9"]', ":2: not UTF-8"),
     "object.json": (b'{"data": []}', f":1: {NO_FORMAT}"),
 }

@@ -79,13 +79,7 @@ def test_a_prompt_may_be_a_file_of_prompts(tmp_path):
 
 
 def test_the_command_compares_two_models_on_a_whole_file(tiny_model_dir, chats, capsys):
-    arguments = [
-        str(tiny_model_dir),
-        "--dataset",
-        str(chats),
-        "--against",
-        str(tiny_model_dir),
-    ]
+    arguments = [str(tiny_model_dir), "--dataset", str(chats), "--against", str(tiny_model_dir)]
     assert eval_command.main([*arguments, "--json", "--prompts", "Hi", "--max-new-tokens", "4", "--greedy"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["splits"].keys() == {"all"}

@@ -11,10 +11,7 @@ from compute.layout import PrefetchedWindows
 from data import IGNORE, Example, window_at
 from tests.conftest import layout_of, one_batch
 
-ROWS = [
-    Example(torch.tensor([8]), torch.tensor([8])),
-    Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORE, 6, 7])),
-]
+ROWS = [Example(torch.tensor([8]), torch.tensor([8])), Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORE, 6, 7]))]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 200), st.booleans())

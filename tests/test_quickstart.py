@@ -36,8 +36,7 @@ def test_the_converted_model_is_checked_at_every_use(monkeypatch, tmp_path, tiny
 
     def convert(_gguf, directory):
         converted.append(directory)
-        tiny_model.save_pretrained(directory)
-        (directory / quickstart.CHECKSUM).write_text(quickstart.sha256(directory / "model.safetensors"))
+        quickstart.save_directory(directory, {}, tiny_model.save_pretrained)
 
     monkeypatch.setattr(quickstart, "convert", convert)
     directory = quickstart.quickstart_model()
@@ -51,4 +50,4 @@ def test_the_converted_model_is_checked_at_every_use(monkeypatch, tmp_path, tiny
     AutoModelForCausalLM.from_pretrained(directory)
     quickstart.quickstart_model()
     assert converted == [directory, directory]
-    assert "damaged: converting them again" in capsys.readouterr().err
+    assert "the converted weights are damaged: " in capsys.readouterr().err

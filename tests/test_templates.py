@@ -34,10 +34,7 @@ STYLES = {  # a template, its control tokens (bos first, the end of a turn last)
     "Qwen3-Instruct-2507": (templates_of.qwen3_instruct_2507_chat_template, CHATML_TOKENS),
     "Gemma": (templates_of.gemma_chat_template, ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
     "Mistral": (MISTRAL, ["<s>", "[INST]", "[/INST]", "</s>"]),
-    "Phi 3": (
-        templates_of.phi3_chat_template,
-        ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    ),
+    "Phi 3": (templates_of.phi3_chat_template, ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
 }
 
 
