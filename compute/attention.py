@@ -24,7 +24,7 @@ class SequenceBoundaries:
     cu_seqlens: torch.Tensor  # (conversations + 1,) int32: where each begins, and where the last one ends
 
 
-@torch.compiler.disable  # what it does hangs on the conversations' lengths, and its kernels are compiled already
+@torch.compiler.disable  # it depends on the conversations' lengths, and its kernels are compiled already
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, boundaries=None, **options):
     """Attention as transformers' `AttentionInterface` has it.
 
@@ -34,7 +34,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         boundaries: the `SequenceBoundaries` of the conversations; None: there is one, as when an answer is generated.
 
     Returns:
-        (1, T, H, D), and None for the weights, which nobody sees.
+        (1, T, H, D), and None for the weights, which are not returned.
 
     Raises:
         NotImplementedError: the model wants more of its attention than that it is causal.

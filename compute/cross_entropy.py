@@ -38,7 +38,7 @@ def loss_and_correct_of_logits(logits, targets):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradient on the way forward, while it has the logits: that of a sum of losses needs nothing more."""
+    """Computes the gradient in the forward pass, while the logits exist: the gradient of a sum needs nothing else."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):

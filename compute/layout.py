@@ -34,7 +34,7 @@ class Batch:
         return replace(self, inputs=inputs, predicting=change(self.predicting), targets=change(self.targets))
 
     def to(self, device):
-        """The batch on a device; from pinned memory it gets there while the CPU goes on."""
+        """The batch on a device; copies from pinned memory are asynchronous."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 

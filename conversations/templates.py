@@ -143,8 +143,8 @@ def encode(conversations, tokenizer):
 def segments(pieces, control):
     """Cut pieces into `(is a control token, text, answer)`: what is encoded at once.
 
-    Text runs on over the border of a template's text and a content, as it does when a prompt is encoded whole; but it
-    is cut where an answer begins, as it is at inference.
+    A template's text and a content are encoded together, as in a prompt at inference; an answer begins a new segment,
+    as it does at inference.
     """
     text, owner = "", None
     for piece in pieces:

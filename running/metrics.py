@@ -16,7 +16,7 @@ class Log:
     """The metrics of a run: a line of `metrics.jsonl` and the same numbers for TensorBoard."""
 
     def __init__(self, run, step=None, lines=0):
-        """Open the log of a new run, or go on with one after `step` updates, when it had so many `lines`.
+        """Open the log of a new run, or continue one after `step` updates, when it had so many `lines`.
 
         What an interrupted run logged beyond them is discarded.
 
@@ -43,7 +43,7 @@ class Log:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise UserError(f"{self.path}:{number}: damaged; delete that line to go on without it") from error
+            raise UserError(f"{self.path}:{number}: damaged; delete that line to continue without it") from error
 
     def write(self, kind, step, numbers):
         """Log numbers of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
@@ -73,7 +73,8 @@ class Log:
             except Exception as error:
                 self.tensorboard = None
                 print(
-                    f"warning: nothing more can be written for TensorBoard ({error}); training goes on", file=sys.stderr
+                    f"warning: nothing more can be written for TensorBoard ({error}); training continues",
+                    file=sys.stderr,
                 )
 
     def sync(self):

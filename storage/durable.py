@@ -92,7 +92,7 @@ def exchange(one, other):
 
 
 def remove_directory(path):
-    """Remove a directory: it loses its name first, so that nobody meets a part of it."""
+    """Remove a directory: it is renamed first, so that a partial one is never found."""
     nameless = path.with_name(f".{path.name}{UNFINISHED}removed")
     shutil.rmtree(nameless, ignore_errors=True)
     os.replace(path, nameless)
@@ -201,7 +201,7 @@ def copy_directory(source, target, without=()):
 
 
 def link_weights(source, target):
-    """Copy a file; but give one of weights, which is large and which nobody edits, a second name instead."""
+    """Copy a file; make a hard link to a file of weights instead, which is large and never edited."""
     if source.endswith(".safetensors"):
         with contextlib.suppress(OSError):  # not every file system can
             os.link(source, target)

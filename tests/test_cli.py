@@ -211,7 +211,7 @@ def test_a_message_of_several_lines_keeps_them(capsys):
     assert capsys.readouterr().err == "error: a b\n  c\n"
 
 
-def test_the_named_settings_are_told_from_the_commands_own():
+def test_named_settings_are_separated_from_a_commands_own_options():
     parser = Parser()
     parser.add_argument("--show", type=int, default=3)
     parser.add_config_flags(["lr", "gradient_checkpointing"])

@@ -70,7 +70,7 @@ def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypa
     [{"max_length": 30}, {"supervise": "last"}, {"max_examples": 19}, {"skip_bad_rows": 0.1}],
     ids=lambda change: next(iter(change)),
 )
-def test_another_option_has_another_place_in_the_cache(tiny_tokenizer, write, change):
+def test_another_option_has_another_cache_entry(tiny_tokenizer, write, change):
     path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     before = cache_directory() / "corpora"
     prepared(tiny_tokenizer, path)
@@ -79,7 +79,7 @@ def test_another_option_has_another_place_in_the_cache(tiny_tokenizer, write, ch
     assert len(set(before.glob("[!.]*")) - known) == 1
 
 
-def test_a_changed_file_or_template_or_code_is_encoded_anew(tiny_tokenizer, tiny_model_dir, write, monkeypatch):
+def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_model_dir, write, monkeypatch):
     path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     first = prepared(tiny_tokenizer, path)
     write("a.jsonl", [a_chat(f"{number}!") for number in range(20)])
@@ -122,7 +122,7 @@ def test_an_eval_dataset_of_ones_own(tiny_tokenizer, write):
     assert "2 left out of training because they are in --eval-dataset" in data.notes
 
 
-def test_what_is_wrong_with_an_eval_dataset_is_said_of_that_flag(tiny_tokenizer, write):
+def test_an_error_in_an_eval_dataset_names_that_flag(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"^--eval-dataset nowhere\.jsonl: there is no such file"):
         prepared(
             tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(9)]), eval_dataset="nowhere.jsonl"
@@ -186,7 +186,7 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
     assert "<tr><td>train<td>18<td>" in text
 
 
-def test_nothing_but_copies_is_said(tiny_tokenizer, write):
+def test_a_dataset_of_nothing_but_copies_is_an_error(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"the eval split is empty, as all of its conversations are copies of others"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat("x")] * 50))
 

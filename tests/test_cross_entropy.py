@@ -119,7 +119,7 @@ def test_tied_and_untied_heads_get_the_models_own_gradient(tiny_model, ragged_wi
 
 
 @pytest.mark.parametrize("vocabulary", [1_000, 64_000])
-def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch, vocabulary):
+def test_at_most_one_chunk_of_logits_exists_at_a_time(monkeypatch, vocabulary):
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -57,7 +57,7 @@ def test_an_update_is_that_of_a_cpu(ragged_window, name, bar, compile):
     assert loss == pytest.approx(evaluate(exact, ragged_window, layout_of(packed=False), on_cpu).loss, rel=bar)
 
 
-def test_compiled_it_is_not_compiled_anew_for_every_length(ragged_window):
+def test_compiled_layers_are_not_recompiled_for_every_length(ragged_window):
     model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
     layout = choose_layout(model, token_loss, Config(compile=True), 0, precision)
     counts = []

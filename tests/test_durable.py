@@ -18,7 +18,7 @@ def writer(text):
     return lambda path: (path / "file").write_text(text)
 
 
-def test_a_directory_is_replaced_whole(tmp_path):
+def test_a_directory_is_replaced_completely(tmp_path):
     for text in ("old", "new"):
         replace_directory(tmp_path / "best", writer(text))
         assert (tmp_path / "best" / "file").read_text() == text

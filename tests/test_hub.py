@@ -392,7 +392,7 @@ def test_a_model_that_is_half_downloaded_is_not_in_the_cache(without_hub):
     )
 
 
-def test_a_dataset_that_is_half_prepared_is_prepared_anew(with_hub):
+def test_a_half_prepared_dataset_is_prepared_again(with_hub):
     assert with_hub["half a dataset"] == CHATS["train"]
 
 

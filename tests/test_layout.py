@@ -74,6 +74,6 @@ def test_windows_come_in_order_each_made_before_it_is_asked_for(ragged_window):
         assert sorted(windows.ahead) == [step, step + 1]
 
 
-def test_what_goes_wrong_in_making_a_window_is_told_who_asks_for_it():
+def test_an_error_in_prefetching_is_raised_where_the_window_is_asked_for():
     with pytest.raises(ZeroDivisionError):
         PrefetchedWindows([], 3, 42, layout_of(packed=True)).at(0)

@@ -136,7 +136,7 @@ def test_a_resumed_run_remembers_its_best(flags, tmp_path, monkeypatch):
     assert lines(run, "test")[-1]["step"] == 8
 
 
-def test_a_resumed_run_may_be_held_otherwise_but_not_be_another_run(flags, tmp_path, capsys):
+def test_a_resumed_run_may_change_its_layout_but_not_its_result(flags, tmp_path, capsys):
     run = tmp_path / "run"
     train_command.main([*flags, "--max-steps", "6", "--output-dir", str(run)])
     forget_the_end(run)
@@ -149,7 +149,7 @@ def test_a_resumed_run_may_be_held_otherwise_but_not_be_another_run(flags, tmp_p
     assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1", "--keep", "1"]) == 0
 
 
-def test_an_end_that_was_cut_short_is_made_again_and_logged_once(finished):
+def test_an_interrupted_end_is_repeated_and_logged_once(finished):
     run, _ = finished
     before = untimed(run)
     answers = json.loads((run / "answers.json").read_text())
@@ -172,7 +172,7 @@ def test_without_a_test_split_the_run_ends_well(flags, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == [2]
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_run_can_go_on(flags, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_and_the_run_can_resume(flags, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--epochs", "500", "--output-dir", str(run)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})

@@ -146,7 +146,7 @@ def compiled_by(monkeypatch, backend):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_it_is_the_same_and_not_compiled_anew_for_every_length(monkeypatch, ragged_window, backend):
+def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypatch, ragged_window, backend):
     compiled_by(monkeypatch, backend)
     model = tiny_llama(259).eval()
     expected, gradient = loss_and_gradient(model, token_loss, layout_of(packed=False), FP32)

@@ -43,7 +43,7 @@ def test_its_eval_loss_depends_on_the_batch_size(tiny_tokenizer):
     assert ours == pytest.approx([ours[0]] * 3, rel=1e-7)
 
 
-def test_it_logs_nan_as_zero_and_goes_on(tiny_tokenizer, rows, tmp_path):
+def test_it_logs_nan_as_zero_and_continues(tiny_tokenizer, rows, tmp_path):
     model = a_model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan

@@ -81,7 +81,7 @@ def test_settings_edited_by_hand_are_noticed(interrupted, live):
     assert "--lr 0.01 -> 0.5" in life.complained
 
 
-def test_other_versions_are_told_but_go_on(interrupted, unbroken, live):
+def test_other_library_versions_are_reported_and_the_run_resumes(interrupted, unbroken, live):
     checkpoint = interrupted / "checkpoints" / "step-6"
     content = json.loads((checkpoint / MANIFEST).read_text())
     del content["sha256"]
@@ -95,7 +95,7 @@ def test_other_versions_are_told_but_go_on(interrupted, unbroken, live):
     assert_same(interrupted, unbroken)
 
 
-def test_a_finished_run_goes_on_for_longer_on_purpose(flags, live, tmp_path):
+def test_a_finished_run_can_be_extended_on_purpose(flags, live, tmp_path):
     """And is not taken for finished when it dies on the way."""
     run = tmp_path / "run"
     assert live([*flags, "--output-dir", run, "--epochs", "1"]).wait() == 0

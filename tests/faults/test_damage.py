@@ -48,7 +48,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", some(DAMAGES, fast=4))
-def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, unbroken, live, damage):
+def test_a_damaged_checkpoint_is_named_and_skipped(interrupted, unbroken, live, damage):
     name, do, why = DAMAGES[damage]
     do(interrupted / "checkpoints" / "step-6" / name)
     life = live(["--resume", interrupted])
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, unbroken, li
     assert_same(interrupted, unbroken)
 
 
-def test_no_whole_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
+def test_no_valid_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
     for checkpoint in (interrupted / "checkpoints").iterdir():
         truncate(checkpoint / "training.pt")
     before = (interrupted / "metrics.jsonl").read_bytes()
@@ -127,7 +127,7 @@ def test_a_program_in_a_state_file_is_never_run(interrupted, live, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: flip_a_bit(best / "model.safetensors")])
-def test_a_damaged_best_model_is_made_again(interrupted, live, damage):
+def test_a_damaged_best_model_is_restored(interrupted, live, damage):
     """From the copy in the last checkpoint."""
     expected = sha256(interrupted / "best" / "model.safetensors")
     damage(interrupted / "best")
@@ -138,7 +138,7 @@ def test_a_damaged_best_model_is_made_again(interrupted, live, damage):
     assert sha256(interrupted / "best" / "model.safetensors") == expected
 
 
-def test_a_best_model_of_updates_that_were_taken_back_is_made_again(interrupted, unbroken, live):
+def test_a_best_model_of_discarded_updates_is_restored(interrupted, unbroken, live):
     """Killed after update 8 became the best; resumed from 6, whose best is 4, and it never comes to an 8 again."""
     expected = sha256(interrupted / "best" / "model.safetensors")
     live(["--resume", interrupted], partial(on_call, "train.update", 3, kill)).wait()

@@ -47,7 +47,7 @@ def dropping_out(tiny_model_dir, tmp_path_factory):
     return directory
 
 
-def test_the_random_state_goes_on(flags, live, dropping_out, tmp_path):
+def test_the_random_state_is_resumed(flags, live, dropping_out, tmp_path):
     flags = [*flags, "--model", dropping_out]
     assert live([*flags, "--output-dir", tmp_path / "unbroken"]).wait() == 0
     for name, faults in (("right", ()), ("wrong", (partial(forget, "random"),))):
@@ -59,7 +59,7 @@ def test_the_random_state_goes_on(flags, live, dropping_out, tmp_path):
         assert_same(tmp_path / "wrong", tmp_path / "unbroken")
 
 
-def test_the_fp16_scale_and_the_count_of_overflows_go_on(flags, live, tmp_path):
+def test_the_fp16_scale_and_the_overflow_count_are_resumed(flags, live, tmp_path):
     flags, overflow = [*flags, "--dtype", "fp16"], partial(fewer_bits_of_scale, 24)
     assert live([*flags, "--output-dir", tmp_path / "unbroken"], overflow).wait() == 0
     run = tmp_path / "run"
@@ -70,7 +70,7 @@ def test_the_fp16_scale_and_the_count_of_overflows_go_on(flags, live, tmp_path):
 
 
 @pytest.mark.parametrize("flag", [["--micro-batch-tokens", "1"], ["--layout", "padded"], ["--gradient-checkpointing"]])
-def test_held_otherwise_in_memory_it_is_equal_within_rounding(interrupted, unbroken, live, flag):
+def test_another_layout_or_budget_is_equal_within_rounding(interrupted, unbroken, live, flag):
     assert live(["--resume", interrupted, *flag]).wait() == 0
     for ours, theirs in zip(lines(interrupted, "train"), lines(unbroken, "train"), strict=True):
         assert ours.pop("kind") == theirs.pop("kind") == "train"
@@ -83,7 +83,7 @@ def load_model_weights(directory):
     return [weights.detach() for weights in LlamaForCausalLM.from_pretrained(directory).parameters()]
 
 
-def test_a_run_that_was_moved_goes_on(interrupted, unbroken, live, tmp_path):
+def test_a_moved_run_resumes(interrupted, unbroken, live, tmp_path):
     elsewhere = tmp_path / "other" / "place"
     elsewhere.parent.mkdir()
     shutil.move(interrupted, elsewhere)
@@ -125,7 +125,7 @@ def test_killed_in_an_evaluation_or_an_answer(interrupted, unbroken, live, funct
     assert_same(interrupted, unbroken)
 
 
-def test_a_line_cut_short_at_the_end_of_the_log(interrupted, unbroken, live):
+def test_a_truncated_last_line_of_the_log(interrupted, unbroken, live):
     with open(interrupted / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "kind": "tr')
     assert live(["--resume", interrupted]).wait() == 0

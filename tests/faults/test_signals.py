@@ -27,7 +27,7 @@ def goes_on(live, run, unbroken):
 
 
 @pytest.mark.parametrize("number", some(SIGNALS, fast=2))
-def test_in_an_update_it_is_finished_and_saved(flags, unbroken, live, tmp_path, number):
+def test_a_signal_in_an_update_finishes_it_and_saves(flags, unbroken, live, tmp_path, number):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number)))
     stopped(life, run, SIGNALS[number], 5)
@@ -35,7 +35,7 @@ def test_in_an_update_it_is_finished_and_saved(flags, unbroken, live, tmp_path, 
     goes_on(live, run, unbroken)
 
 
-def test_in_an_evaluation_it_is_dropped_and_made_later(flags, unbroken, live, tmp_path):
+def test_a_signal_in_an_evaluation_abandons_it_until_resumed(flags, unbroken, live, tmp_path):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     # Before the first update the eval split takes two micro-batches and the test split one; update 4 has the next two.
     life = live([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 5, term))
@@ -48,7 +48,7 @@ def test_in_an_evaluation_it_is_dropped_and_made_later(flags, unbroken, live, tm
 @pytest.mark.parametrize(
     "function", some(["running.state.write_state", "storage.durable.write_manifest", "storage.durable.verify"], fast=1)
 )
-def test_in_a_save_it_is_finished(flags, unbroken, live, tmp_path, function):
+def test_a_signal_in_a_save_finishes_it(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     stopped(live([*flags, "--output-dir", run], partial(on_call, function, 1, term)), run, 143, 3)
     assert steps_saved(run) == [3]
@@ -67,7 +67,7 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
 @pytest.mark.parametrize(
     "function", some(["train.answer", "train.load_model", "running.metrics.write_answers"], fast=1)
 )
-def test_at_the_end_it_is_made_later(interrupted, unbroken, live, function):
+def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, unbroken, live, function):
     call = {"train.load_model": 2, "train.answer": 1, "running.metrics.write_answers": 2}[function]
     life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
     stopped(life, interrupted, 130, 10)
@@ -90,7 +90,7 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_while_several_processes_tokenise_none_is_left(flags, live, conversations, tmp_path, number):
+def test_a_signal_while_encoding_leaves_no_process(flags, live, conversations, tmp_path, number):
     data, sign = tmp_path / "new.jsonl", tmp_path / "sign"
     data.write_text(conversations.read_text().replace("Count", f"Reckon {number}"))
     before = corpora()

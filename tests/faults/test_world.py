@@ -117,7 +117,7 @@ def test_a_run_is_trained_by_one_process(interrupted, unbroken, live):
     assert_same(interrupted, unbroken)
 
 
-def test_of_two_new_runs_in_one_directory_one_goes_on(flags, unbroken, live, tmp_path):
+def test_of_two_new_runs_in_one_directory_one_trains(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
     lives = [live([*flags, "--output-dir", run]) for _ in range(2)]
     assert sorted(life.wait() for life in lives) == [0, 1]
