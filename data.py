@@ -6,6 +6,8 @@ context, label -100. A window is the conversations that one update sees; it alon
 As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -24,11 +26,12 @@ from conversations import templates
 from conversations.corpus import load_corpus
 from conversations.formats import ROLES
 from conversations.mixture import choose_rows, keep_copies_together, repeat_by_weight
-from conversations.preview import page, preview
-from conversations.sources import parse_source
+from conversations.preview import page, preview, refuse_other_file
+from conversations.sources import Source, parse_source
 from conversations.templates import encode_texts
 from conversations.tokenizer import CHATML, END, START, load_tokenizer
 from storage import hub
+from storage.durable import replace_file
 
 IGNORE = -100  # torch's cross_entropy skips this label
 DATA_FLAGS = (
@@ -188,20 +191,22 @@ def prepare(config, tokenizer):
     notes = [note for part in (corpus, held_out) if part for note in part.findings.notes()]
 
     rows = choose_rows(source_of, sources, config.seed)
+    notes += notes_on_amounts(rows, source_of, sources)
     if held_out:
-        known, chosen = set(held_out.columns["digest"]), rows
+        evaluated, chosen = held_out_rows(config, held_out), rows
+        known = {held_out.columns["digest"][row] for row in evaluated}
         rows = [row for row in chosen if digests[row] not in known]
         notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
     splits = [[rows[i] for i in split] for split in split_rows(len(rows), *shares, config.seed)]
-    train, evaluated, test = keep_copies_together(splits, digests)
+    train, shared, test = keep_copies_together(splits, digests)
     copies = len(rows) - len({digests[row] for row in rows})
     if copies:
         notes.append(f"{copies:,} are copies of another, always in the same split as it")
 
     parts = {
         "train": (corpus, repeat_by_weight(train, source_of, sources, config.seed)),
-        "eval": (held_out, range(len(held_out.rows))) if held_out else (corpus, evaluated),
+        "eval": (held_out, evaluated) if held_out else (corpus, shared),
         "test": (corpus, test),
     }
     splits = {name: select(part, numbers) for name, (part, numbers) in parts.items()}
@@ -214,18 +219,61 @@ def prepare(config, tokenizer):
     return Data(**splits, notes=tuple(notes), warnings=tuple(warnings_about(splits)))
 
 
-def load_held_out(config, tokenizer):
-    """The corpus of `--eval-dataset`; its errors name that flag."""
+@contextlib.contextmanager
+def naming_eval_dataset():
+    """Let errors about a dataset name the flag `--eval-dataset`."""
     try:
-        return load_corpus([parse_source(config.eval_dataset)], config, tokenizer, encode)
+        yield
     except UserError as error:
         raise UserError(str(error).replace("--dataset", "--eval-dataset")) from error
 
 
-def prepare_whole(config, tokenizer):
-    """All of the dataset of a `Config`, as one `Split`."""
-    corpus = load_corpus([parse_source(text) for text in config.dataset], config, tokenizer, encode)
-    return select(corpus, range(len(corpus.rows)))
+def load_held_out(config, tokenizer):
+    """The corpus of `--eval-dataset`, which `--max-examples` does not limit."""
+    with naming_eval_dataset():
+        sources = [parse_source(config.eval_dataset)]
+        return load_corpus(sources, dataclasses.replace(config, max_examples=0), tokenizer, encode)
+
+
+def held_out_rows(config, held_out):
+    """The rows of `--eval-dataset` that are used."""
+    with naming_eval_dataset():
+        return used_once([parse_source(config.eval_dataset)], held_out, config.seed)
+
+
+def prepare_for_evaluation(config, tokenizer):
+    """The dataset of a `Config`, as far as it is used, as one `Split`.
+
+    Raises:
+        UserError: there is no such dataset, one of its rows is not a conversation, or nothing in it is supervised.
+    """
+    sources = [parse_source(text) for text in config.dataset]
+    corpus = load_corpus(sources, config, tokenizer, encode)
+    split = select(corpus, used_once(sources, corpus, config.seed))
+    if not split.examples:
+        raise UserError(f"--dataset {as_text(config.dataset)}: nothing in it is supervised; see --max-length")
+    return split
+
+
+def used_once(sources, corpus, seed):
+    """The rows that an evaluation uses, each of them once.
+
+    Raises:
+        UserError: a source is to be used more than once.
+    """
+    for source in sources:
+        if source.weight > 1:
+            raise UserError(f"--dataset {source.name}:{source.weight:g}: an evaluation uses each conversation once")
+    return choose_rows(corpus.columns["source"], sources, seed)
+
+
+def notes_on_amounts(rows, source_of, sources):
+    """How many conversations of a source are used, where it asks for an amount: a line each."""
+    for number, source in enumerate(sources):
+        if source != Source(source.name, source.config):
+            found, used = source_of.count(number), sum(source_of[row] == number for row in rows)
+            times = f", {source.weight:g} times an epoch in training" if source.weight > 1 else ""
+            yield f"{source.name}: {used:,} of {found:,} conversations used{times}"
 
 
 def select(corpus, numbers):
@@ -327,6 +375,8 @@ def main(argv):
     named, options = parser.parse(argv)
     if options["show"] < 1:
         raise UserError(f"--show must be at least 1, not {options['show']}")
+    if options["html"]:
+        refuse_other_file(options["html"])
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
     tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template)
@@ -334,7 +384,7 @@ def main(argv):
     examples = data.train.examples[: options["show"]]
     if options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)
-        Path(options["html"]).write_text(page(data, examples, tokenizer, names), encoding="utf-8")
+        replace_file(options["html"], page(data, examples, tokenizer, names))
         print(f"written to {options['html']}")
         return 0
     if not options["json"]:

@@ -16,7 +16,7 @@ from compute.layers import in_eval_mode
 from compute.self_check import choose_layout
 from config import OF_THE_DATASET, Parser, UserError, read_record, resolve, run_command, with_tuples
 from conversations.tokenizer import load_tokenizer
-from data import DATA_FLAGS, encode_prompt, prepare, prepare_whole
+from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
 from model import choose_precision, load_model, loss_and_correct, token_loss
 from storage import hub
 from storage.durable import Damaged, verify
@@ -157,7 +157,7 @@ def evaluate_model(model_name, config, whole_dataset, options):
     path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
     if whole_dataset:
-        splits = {"all": prepare_whole(config, tokenizer)}
+        splits = {"all": prepare_for_evaluation(config, tokenizer)}
     else:
         data = prepare(config, tokenizer)
         splits = {"eval": data.eval, "test": data.test}

@@ -5,11 +5,14 @@ its template, the options, the code. Any change gives another key, so a stale co
 row, however large it is.
 """
 
+import ctypes
 import functools
 import hashlib
 import inspect
 import json
 import os
+import signal
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -24,8 +27,8 @@ from tqdm import tqdm
 from conversations.formats import Findings, read_conversations
 from conversations.sources import files_of
 from storage import hub
-from storage.durable import make_directory, remove_unfinished, replace_directory, sha256
-from storage.quickstart import cache_directory
+from storage.durable import Damaged, make_directory, remove_unfinished, save_directory, sha256, verify
+from storage.quickstart import cache_directory, explain_unwritable_cache
 
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # and the file of the function that encodes
 MESSAGE = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("train", pyarrow.bool_())])
@@ -70,18 +73,30 @@ def load_corpus(sources, config, tokenizer, encode):
     reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
     key = key_of(sources, tokenizer, encode, {**reading, "supervise": config.supervise, "longest": longest})
     directory = cache_directory() / "corpora" / key[:16]
-    if not directory.exists():
-        make_directory(directory.parent)
-        with filelock.FileLock(directory.with_name(f".{directory.name}.lock")):
-            if not directory.exists():  # another process may have made it in the meantime
-                remove_unfinished(directory.parent, directory.name)
-                replace_directory(
-                    directory,
-                    lambda path: make_corpus(path, sources, reading, tokenizer, encode, config.supervise, longest),
-                )
+    if damage := damage_of(directory):
+        if directory.exists():
+            print(f"the cached corpus is damaged and is made again: {damage}", file=sys.stderr)
+        with explain_unwritable_cache():
+            make_directory(directory.parent)
+            with filelock.FileLock(directory.with_name(f".{directory.name}.lock")):
+                if damage_of(directory):  # another process may have made it in the meantime
+                    remove_unfinished(directory.parent, directory.name)
+                    save_directory(
+                        directory,
+                        {"key": key},
+                        lambda path: make_corpus(path, sources, reading, tokenizer, encode, config.supervise, longest),
+                    )
     findings = json.loads((directory / "findings.json").read_text())
     counters = {name: Counter(findings[name]) for name in ("formats", "ignored", "bad")}
     return Corpus(datasets.load_from_disk(directory / "rows"), Findings(**{**findings, **counters}), longest)
+
+
+def damage_of(directory):
+    """What is wrong with a cached corpus; None where every byte of it is as it was written."""
+    try:
+        verify(directory)
+    except Damaged as damage:
+        return damage
 
 
 def key_of(sources, tokenizer, encode, options):
@@ -111,7 +126,13 @@ def make_corpus(directory, sources, reading, tokenizer, encode, supervise, longe
         with hub.bar_on_a_terminal():
             encoded = rows.map(
                 encode_rows,
-                fn_kwargs={"tokenizer": tokenizer, "encode": encode, "supervise": supervise, "longest": longest},
+                fn_kwargs={
+                    "parent": os.getpid(),
+                    "tokenizer": tokenizer,
+                    "encode": encode,
+                    "supervise": supervise,
+                    "longest": longest,
+                },
                 batched=True,
                 batch_size=100,
                 num_proc=os.cpu_count() if several else None,
@@ -147,8 +168,20 @@ def write_read(path, conversations):
         flush()
 
 
-def encode_rows(batch, tokenizer, encode, supervise, longest):
+def end_with(parent):
+    """Let this worker process be killed when its parent dies, and leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl, die_with_parent = getattr(ctypes.CDLL(None), "prctl", None), 1  # PR_SET_PDEATHSIG, on Linux
+    if prctl:
+        prctl(die_with_parent, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def encode_rows(batch, parent, tokenizer, encode, supervise, longest):
     """Encode a batch of rows as read: columns in, columns out."""
+    if os.getpid() != parent:
+        end_with(parent)
     columns = {name: [] for name in (*COUNTS, "input_ids", "labels")}
     for example in encode(batch["messages"], tokenizer, supervise):
         kept = example.truncated(longest)

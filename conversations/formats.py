@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from config import UserError
-from conversations.sources import InvalidRow, Source, rows_of
+from conversations.sources import InvalidRow, Source, is_message, rows_of
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS = 10
@@ -99,21 +99,41 @@ def conversation_of(row, findings):
     """
     if isinstance(row, InvalidRow):
         raise row
+    if isinstance(row, list) and row and is_message(row[0]):
+        row = {"messages" if "role" in row[0] else "conversations": row}
     if not isinstance(row, dict):
         raise InvalidRow("not a JSON object")
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
     name, keys, read = next((entry for entry in FORMATS if set(entry[1]) <= row.keys()), (None, (), None))
     if name is None:
         raise InvalidRow(f"no known format: it has none of {', '.join('+'.join(keys) for _, keys, _ in FORMATS)}")
-    messages = read(row, findings)
-    findings.formats[name] += 1
-    findings.ignored.update(row.keys() - {*keys, *OPTIONAL.get(name, ())})
+    read_keys = {*keys, *SYSTEM, *OPTIONAL.get(name, ())}
+    refuse_unsupported(row.keys() - read_keys, row)
+    system, messages = system_message(row), read(row, findings)
+    if system and any(message["role"] == "system" for message in messages):
+        raise InvalidRow('a "system" beside the messages, and a system message among them')
+    messages = system + messages
     replies = [message for message in messages if message["role"] == "assistant"]
     if not replies:
         raise InvalidRow("no message is the assistant's: nothing would be supervised")
     if not any(message["train"] for message in replies):
         raise InvalidRow("every message of the assistant's is excluded from training")
+    findings.formats[name] += 1
+    findings.ignored.update(row.keys() - read_keys)
     return messages
+
+
+def refuse_unsupported(names, values, where=""):
+    """Raise `InvalidRow` for a key without which a row or message would mean something else, unless it is empty."""
+    for name in UNSUPPORTED:
+        if name in names and values[name] not in EMPTY:
+            raise InvalidRow(f'"{name}" is not supported; write it into the content, or remove it', where)
+
+
+def system_message(row):
+    """The system message that some formats write beside the messages, in a list; empty where there is none."""
+    texts = [row[name] for name in SYSTEM if row.get(name) not in EMPTY]
+    return messages_of(*(("system", "system", text) for text in texts[:1]))
 
 
 def read_messages(row, findings, key="messages", roles=None, names=("role", "content")):
@@ -133,14 +153,13 @@ def read_messages(row, findings, key="messages", roles=None, names=("role", "con
         if role not in ROLES:
             known = ", ".join(ROLES if roles is None else roles)
             raise InvalidRow(f"an unknown {role_key} (known: {known})", f"{where}, {given[role_key]!r:.40}")
-        if given.get("tool_calls"):
-            raise InvalidRow("tool_calls are not supported: write them into its content", where)
+        refuse_unsupported(given.keys(), given, where)
         if content_key not in given:
             raise InvalidRow(f'no "{content_key}"', where)
         messages.append(
             {"role": role, "content": text_of(given[content_key], where), "train": is_trained(given, where)}
         )
-        used = {role_key, content_key, "train", "weight", "tool_calls"}
+        used = {role_key, content_key, "train", "weight"}
         findings.ignored.update(f"{key}[].{name}" for name in given.keys() - used)
     return messages
 
@@ -188,13 +207,18 @@ def read_prompt_and_completion(row, findings):
 
 
 def read_alpaca(row, _findings):
-    """Alpaca: an instruction, perhaps with an input, and the output."""
+    """Alpaca: an instruction, perhaps with an input, and the output; perhaps earlier turns, as its history."""
     parts = [row["instruction"], row.get("input", "")]
     if not all(isinstance(part, str) for part in parts):
         raise InvalidRow('"instruction" or "input" is not a text')
     question = "\n\n".join(part for part in parts if part.strip())
-    system = [("system", "system", row["system"])] if row.get("system") else []
-    return messages_of(*system, ("user", "instruction", question), ("assistant", "output", row["output"]))
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise InvalidRow('"history" is not a list of [question, answer] pairs')
+    earlier = [
+        (role, "history", text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return messages_of(*earlier, ("user", "instruction", question), ("assistant", "output", row["output"]))
 
 
 def messages_of(*spoken):
@@ -208,4 +232,10 @@ FORMATS = (
     ("prompt/completion", ("prompt", "completion"), read_prompt_and_completion),
     ("Alpaca", ("instruction", "output"), read_alpaca),
 )
-OPTIONAL = {"Alpaca": ("input", "system")}
+OPTIONAL = {"Alpaca": ("input", "history")}
+SYSTEM = ("system", "system_prompt")  # beside the messages, in any format
+# Keys that change what a row or a message means.
+UNSUPPORTED = (
+    "tools functions function_call tool_calls reasoning_content reasoning thinking history images videos audios"
+).split()
+EMPTY = (None, False, "", "[]", "{}", [], {})

@@ -2,6 +2,9 @@
 
 import html
 import itertools
+from pathlib import Path
+
+from config import UserError
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -12,6 +15,7 @@ td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: 
 .bar { fill: #4a7fb5 } text { font-size: 11px; fill: #555 }
 .warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }
 """
+PAGE = "<!doctype html><meta name=generator content=plain-sft>"  # how each of these pages begins
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 
@@ -30,10 +34,19 @@ def preview(example, tokenizer, color):
     return text
 
 
+def refuse_other_file(path):
+    """Raise `UserError` where a page would overwrite something that is not an earlier page."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(PAGE.encode())):
+        raise UserError(f"--html {path}: it exists and is not an earlier page; name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"--html {path}: there is no directory {path.parent}")
+
+
 def page(data, shown, tokenizer, name):
     """A self-contained HTML page about some `Data`, showing some of its examples; a token's id and text on hover."""
     title = html.escape(f"Supervised tokens of {name}")
-    parts = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
+    parts = [f"{PAGE}<meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
     parts += [f"<p class=warning>{html.escape(warning)}</p>" for warning in data.warnings]
     parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in data.notes), "</ul>", table(data)]
     lengths = [len(example.input_ids) for example in data.train.examples[:10_000]]

@@ -12,10 +12,9 @@ import pyarrow.parquet
 from config import UserError, first_line
 from storage import hub
 
-COMPRESSED = (".gz", ".zst", ".bz2")
 SUFFIXES = (".jsonl", ".json", ".parquet")
-# A name, the configuration of a Hub dataset (which is no number), and a weight or a count.
-SOURCE = re.compile(r"(.+?)(?::([^:#/]*[^:#/.\d][^:#/]*))?(?::([\d.]+)|#(\d+))?", re.DOTALL)
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # as pyarrow calls them
+AMOUNT = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
 
 
 class InvalidRow(Exception):
@@ -39,18 +38,30 @@ def parse_source(text):
     """A `Source` from `name`, `name:2` (twice over), `name:0.5` (half of it), `name#500` (500 of it), `hub/id:config`.
 
     Raises:
-        UserError: the amount is 0 or not a number.
+        UserError: the name is empty, or the amount is 0 or not understood.
     """
-    if Path(text).exists():
+    if not text.strip():
+        raise UserError("--dataset is empty; name a file, a directory or a Hub id")
+    if is_local(text):
         return Source(text)
-    name, config, weight, count = SOURCE.fullmatch(text).groups()
-    try:
-        source = Source(name, config, float(weight or 1), int(count) if count else None)
-    except ValueError as error:
-        raise UserError(f"--dataset {text}: {weight} is not a number") from error
-    if source.weight == 0 or source.count == 0:
+    found = AMOUNT.fullmatch(text)
+    name, weight, count = found.group("name", "weight", "count") if found else (text, None, None)
+    if float(weight or 1) == 0 or int(count or 1) == 0:
         raise UserError(f"--dataset {text}: an amount of 0 uses nothing; leave it out")
-    return source
+    configuration = None
+    if not is_local(name):
+        base, colon, rest = max(name.rpartition(":"), name.rpartition("#"), key=lambda parts: len(parts[0]))
+        if colon and is_local(base):
+            raise UserError(f"--dataset {text}: {colon}{rest} is not an amount; write :2, :0.5 or #500")
+        if colon == ":" and "/" not in rest:
+            name, configuration = base, rest
+    return Source(name, configuration, float(weight or 1), int(count) if count else None)
+
+
+def is_local(name):
+    """Whether a name is that of a file or directory on this disk, or could only be one."""
+    path = Path(name).expanduser()
+    return path.exists() or bool(kind_of(path)) or "\\" in name
 
 
 def files_of(name):
@@ -61,7 +72,7 @@ def files_of(name):
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if kind_of(file))
+        files = sorted(file for file in path.iterdir() if kind_of(file) and not file.name.startswith("."))
         if not files:
             raise UserError(f"--dataset {name}: no {', '.join(SUFFIXES)} file in this directory")
         return files
@@ -76,7 +87,9 @@ def files_of(name):
 
 def kind_of(path):
     """The suffix that names a file's format, compression aside; None for an unknown one."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
@@ -91,66 +104,140 @@ def rows_of(source, split):
             if kind_of(path) == ".parquet":
                 yield from rows_of_parquet(path)
             else:
-                with pyarrow.input_stream(str(path), compression="detect") as stream:
+                with open_decompressed(path) as stream:
                     yield from rows_of_json(path, io.BufferedReader(stream))
         except (OSError, EOFError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
+def open_decompressed(path):
+    """A stream of the bytes of a file, without its compression."""
+    return pyarrow.input_stream(str(path), compression=COMPRESSED.get(path.suffix.lower()))
+
+
 def rows_of_parquet(path):
     """Yield `(file row N, row)`, counted from 0 as `datasets` does."""
+    file = path
+    if path.suffix.lower() in COMPRESSED:  # Parquet is read from its end, so that all of it is needed
+        with open_decompressed(path) as stream:
+            file = pyarrow.BufferReader(stream.read())
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
         for row in batch.to_pylist():
             yield f"{path} row {number}", row
             number += 1
 
 
 def rows_of_json(path, lines):
-    """Yield `(file:line, row)` of JSON lines, or of the items of one JSON array."""
-    begins = lines.peek(1024)[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if begins.startswith(b"["):
-        yield from rows_of_array(path, lines.read())
-        return
+    """Yield `(file:line, row)` of JSON lines, or of the items of JSON arrays.
+
+    An array that is a list of messages is one row. Arrays may follow one another, each on a line or over many.
+
+    Raises:
+        UserError: an array over many lines is not valid JSON: where its next row begins is then unknown.
+    """
+    if lines.peek(1024)[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        content = lines.read()
+        if content.removeprefix(b"\xef\xbb\xbf").split() == [b"[]"]:
+            return
+        if not is_value(content.lstrip().partition(b"\n")[0]):
+            yield from rows_of_arrays(path, content)
+            return
+        lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"{path}:{number}", parse_line(line)
+            yield from ((f"{path}:{number}", row) for row in items_of(parse_line(line)))
+
+
+def is_value(line):
+    """Whether a line of bytes is a JSON value by itself."""
+    return not isinstance(parse_line(line), InvalidRow)
+
+
+def items_of(value):
+    """The rows in a JSON value: itself, or the items of an array that is not a list of messages."""
+    return value if isinstance(value, list) and value and not is_message(value[0]) else [value]
+
+
+def is_message(value):
+    """Whether a JSON value looks like a message rather than a row."""
+    return isinstance(value, dict) and bool(value.keys() & {"role", "from"})
 
 
 def parse_line(line):
-    """The JSON value in a line of bytes, or a `InvalidRow`."""
+    """The JSON value in a line of bytes, or an `InvalidRow`."""
     try:
-        return json.loads(line.decode("utf-8-sig").rstrip())
+        return json.loads(text := line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         return InvalidRow("not UTF-8", f"byte {error.start + 1}")
     except RecursionError:
         return InvalidRow("JSON nested too deeply")
-    except ValueError as error:
-        if not line.endswith(b"\n"):
+    except json.JSONDecodeError as error:
+        if not line.endswith(b"\n") and is_truncated(error, text):
             return InvalidRow("the file ends within this row: it is truncated")
         return InvalidRow("not valid JSON", f"column {error.colno}, {error.msg}")
+    except ValueError as error:  # a number of more digits than Python reads
+        return InvalidRow(f"not valid JSON: {first_line(error)}")
 
 
-def rows_of_array(path, content):
-    """Yield `(file:line, row)` of the items of a JSON array; the first broken item is the last."""
+def is_truncated(error, text):
+    """Whether a text stops being JSON where it ends, so that more of it might have been valid."""
+    rest = text[error.pos :]
+    started = any(word.startswith(rest) for word in ("true", "false", "null", "NaN", "Infinity", "-Infinity"))
+    escape = "escape" in error.msg and len(rest) < len("\\uFFFF")
+    return not rest or started or escape or error.msg.startswith("Unterminated string")
+
+
+def rows_of_arrays(path, content):
+    """Yield `(file:line, row)` of the items of JSON arrays that follow one another, each over any number of lines."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield f"{path}:{line}", InvalidRow("not UTF-8")
-        return
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s]*")
-    line, counted, position = 1, 0, space.match(text, text.index("[") + 1).end()
-    while text[position : position + 1] != "]":
+        raise UserError(f"{path}:{line}: not UTF-8; correct the file") from error
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    line, counted = 1, 0
+
+    def located(position):
+        nonlocal line, counted
         line, counted = line + text.count("\n", counted, position), position
+        return f"{path}:{line}"
+
+    def after_space(position):
+        return space.match(text, position).end()
+
+    def value_at(position):
         try:
-            row, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            truncated = position >= len(text)
-            reason = "the file ends within the array: it is truncated" if truncated else "not valid JSON"
-            yield f"{path}:{line}", InvalidRow(reason)
-            return
-        yield f"{path}:{line}", row
-        position = space.match(text, position).end()
-        if text[position : position + 1] == ",":
-            position = space.match(text, position + 1).end()
+            return decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            why = "not valid JSON"
+            if isinstance(error, json.JSONDecodeError) and is_truncated(error, text):
+                why = "the file ends within the array: it is truncated"
+            advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
+            raise UserError(f"{located(position)}: {why}; {advice}") from error
+
+    position = after_space(0)
+    while position < len(text):
+        end = after_space(position + 1)
+        in_array = text[position] == "[" and text[end : end + 1] != "]"
+        if in_array and is_message(value_at(end)[0]):
+            in_array = False
+        if not in_array:
+            row, end = value_at(position)
+            yield located(position), row
+            position = after_space(end)
+            continue
+        position, separator = end, ","
+        while separator != "]":
+            row, end = value_at(position)
+            yield located(position), row
+            end = after_space(end)
+            separator = text[end : end + 1]
+            if separator not in (",", "]"):
+                why = (
+                    "not valid JSON: no comma after a row"
+                    if separator
+                    else "the file ends within the array: it is truncated"
+                )
+                raise UserError(f"{located(end)}: {why}; correct the file")
+            position = after_space(end + 1)

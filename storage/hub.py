@@ -16,13 +16,24 @@ import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, httpx
+from safetensors import SafetensorError
 
 from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
 from storage.quickstart import quickstart_model
 
 ASK_SECONDS = 3
 # What the libraries raise over a model or dataset that is missing, damaged, or cut off on its way.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    httpx.HTTPError,
+    SafetensorError,
+    datasets.exceptions.DatasetsError,
+)
 
 
 def find_model(name):

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import UserError
+from config import UserError, first_line
 from storage.durable import Damaged, save_directory, sha256, verify
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,13 +30,27 @@ def quickstart_model():
     except Damaged as why:
         if directory.exists():
             print(f"the converted weights are damaged: {why}", file=sys.stderr)
-        convert(find_gguf(), directory)
+        with explain_unwritable_cache():
+            convert(find_gguf(), directory)
     return directory
 
 
 def cache_directory():
     """`$XDG_CACHE_HOME/plain-sft`, or `~/.cache/plain-sft`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plain-sft"
+
+
+@contextlib.contextmanager
+def explain_unwritable_cache():
+    """Turn a failed write to the cache into a `UserError` that says how to move the cache."""
+    try:
+        yield
+    except OSError as error:
+        cache = cache_directory()
+        raise UserError(
+            f"the cache {cache} cannot be written ({error.strerror or first_line(error)}); "
+            "set XDG_CACHE_HOME to a directory that can"
+        ) from error
 
 
 def find_gguf():

@@ -55,6 +55,52 @@ def test_a_format_is_known_by_its_keys(tmp_path, row):
     assert messages[-1]["train"]
 
 
+@pytest.mark.parametrize("row", [*FORMATS.values()], ids=FORMATS.keys())
+def test_a_system_prompt_beside_the_messages_is_read(tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({**row, "system": "Be brief.", "tools": [], "function_call": None}))
+    (messages,) = read_file(path)
+    assert [message["content"] for message in messages] == ["Be brief.", "Hi", "Hello."]
+
+
+def test_alpaca_history_is_earlier_turns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"instruction": "c", "output": "d", "history": [["a", "b"]]}))
+    (messages,) = read_file(path)
+    assert [(message["role"], message["content"]) for message in messages] == [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ]
+
+
+ARRAY = json.dumps([GOOD, GOOD], indent=1).encode()
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+SEQUENCES = {
+    "two arrays, one after the other": (ARRAY + b"\n" + ARRAY, 4),
+    "two arrays on two lines": (lines([GOOD, GOOD], [GOOD]), 3),
+    "an array and lines": (lines([GOOD, GOOD], GOOD), 3),
+    "a list of messages on each line": (lines(HELLO, HELLO, SHAREGPT), 3),
+    "an array of lists of messages": (json.dumps([HELLO, SHAREGPT], indent=1).encode(), 2),
+    "one list of messages": (json.dumps(HELLO, indent=1).encode(), 1),
+}
+
+
+@pytest.mark.parametrize(("content", "count"), SEQUENCES.values(), ids=SEQUENCES)
+def test_arrays_and_lists_of_messages_may_follow_one_another(tmp_path, content, count):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    assert read_file(path) == [READ] * count
+
+
+def test_a_syntax_error_in_an_array_is_never_left_out(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(ARRAY[:-2] + b",\n{]")
+    with pytest.raises(UserError, match="--skip-bad-rows cannot tell where the next row begins"):
+        read_file(path, skip_bad_rows=0.9)
+
+
 def test_alpaca_puts_the_input_below_the_instruction_and_the_system_first(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines({"system": "Be brief.", "instruction": "Translate.", "input": "Hund", "output": "Dog"}))
@@ -109,6 +155,7 @@ FILES = {
     "array.json": write_array,
     "lines.json": lambda path, rows: path.write_bytes(lines(*rows)),
     "a.parquet": write_parquet,
+    "a.parquet.gz": lambda path, rows: (write_parquet(path, rows), path.write_bytes(gzip.compress(path.read_bytes()))),
     "a.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(*rows))),
     "a.json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
     "a.jsonl.zst": lambda path, rows: path.write_bytes(pyarrow.Codec("zstd").compress(lines(*rows), asbytes=True)),
@@ -124,9 +171,11 @@ def test_a_file_is_read_by_what_it_is(tmp_path, name):
 def test_a_directory_is_its_files_in_order(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(lines(GOOD))
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "1", "completion": "2"}]))
-    (tmp_path / "notes.txt").write_text("not read")
-    assert [path.name for path in files_of(tmp_path)] == ["a.json", "b.jsonl"]
-    assert [messages[0]["content"] for messages in read_file(tmp_path)] == ["1", "Hi"]
+    (tmp_path / "c.JSONL").write_bytes(lines(GOOD))
+    for name in ("notes.txt", "._a.jsonl", "d.jsonl.bak"):
+        (tmp_path / name).write_text("not read")
+    assert [path.name for path in files_of(tmp_path)] == ["a.json", "b.jsonl", "c.JSONL"]
+    assert [messages[0]["content"] for messages in read_file(tmp_path)] == ["1", "Hi", "Hi"]
 
 
 def test_the_location_is_the_line_in_an_array_too(tmp_path):
@@ -147,6 +196,9 @@ def test_the_location_is_the_line_in_an_array_too(tmp_path):
         ("acme/chats:en:3", Source("acme/chats", "en", 3.0)),
         ("acme/chats:v1.0-en#20", Source("acme/chats", "v1.0-en", count=20)),
         ("C:/chats.jsonl", Source("C:/chats.jsonl")),
+        (r"C:\chats.jsonl", Source(r"C:\chats.jsonl")),
+        ("a b.jsonl#2", Source("a b.jsonl", count=2)),
+        ("a#1.jsonl:2", Source("a#1.jsonl", weight=2.0)),
     ],
 )
 def test_a_source_says_how_much_of_it(text, source):
@@ -159,8 +211,11 @@ def test_a_name_that_exists_is_taken_as_it_is(tmp_path):
     assert parse_source(str(path)) == Source(str(path))
 
 
-@pytest.mark.parametrize("text", ["a.jsonl:0", "a.jsonl#0", "a.jsonl:1.2.3"])
-def test_an_amount_of_nothing_is_refused(text):
+MISUNDERSTOOD = ":0 #0 :1.2.3 :50% :x2 :-1 :1e3 :inf :nan :½ #-1 #1.5 #all :en :2:3 #5:2".split()
+
+
+@pytest.mark.parametrize("text", [f"a.jsonl{amount}" for amount in MISUNDERSTOOD])
+def test_an_amount_that_is_not_understood_is_refused(text):
     with pytest.raises(UserError, match=r"^--dataset a\.jsonl"):
         parse_source(text)
 
@@ -174,6 +229,19 @@ DEEP = b'{"a":' * 100_000
 BROKEN = {  # file name: content, the line it must give after the path
     "malformed.jsonl": (lines(GOOD) + b"{\n", ":2: column 2, "),
     "single_quotes.jsonl": (lines(GOOD) + b"{'messages': []}\n", ":2: column 2, Expecting property name"),
+    "not_truncated.jsonl": (lines(GOOD) + b'{"messages": nope}', ":2: column 14, Expecting value: not valid JSON"),
+    "after_the_array.json": (b"[\n" + lines(GOOD).strip() + b"]\ngarbage", ":3: not valid JSON"),
+    "no_comma.json": (b"[\n" + lines(GOOD, GOOD) + b"]", ":3: not valid JSON: no comma after a row"),
+    "thoughts.jsonl": (
+        chat(user("Hi"), assistant("x", reasoning_content="Hm.")),
+        ':2: message 2: "reasoning_content" is not supported',
+    ),
+    "tools.jsonl": (lines(GOOD, {**GOOD, "tools": [{"name": "f"}]}), ':2: "tools" is not supported'),
+    "two_systems.jsonl": (
+        lines(GOOD, {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"}),
+        ':2: a "system" beside the messages, and a system message among them',
+    ),
+    "history.jsonl": (lines({"instruction": "a", "output": "b", "history": [["q"]]}), ':1: "history" is not a list'),
     "cut_short.jsonl": (lines(GOOD) + lines(GOOD)[:30], ":2: the file ends within this row: it is truncated"),
     "blank_lines.jsonl": (lines(GOOD) + b"\n\n{}\n", f":4: {NO_FORMAT}"),
     "latin1.jsonl": (lines(GOOD) + '{"messages": "é"}\n'.encode("latin-1"), ":2: byte 15: not UTF-8"),
@@ -220,7 +288,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "tool_calls.jsonl": (
         chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])),
-        ":2: message 2: tool_calls are not supported: write them into its content",
+        ':2: message 2: "tool_calls" is not supported; write it into the content, or remove it',
     ),
     "sharegpt.jsonl": (
         lines(GOOD, {"conversations": [{"from": "alice", "value": "Hi"}]}),
@@ -250,7 +318,12 @@ def test_a_broken_file_is_named_by_file_and_line(tmp_path, name):
     with pytest.raises(UserError) as raised:
         read_file(path)
     assert str(raised.value).startswith(f"{path}{complaint}")
-    assert str(raised.value).endswith("; correct that row, or leave it out with --skip-bad-rows")
+    advice = (
+        "; correct that row, or leave it out with --skip-bad-rows",
+        "where the next row begins",
+        "correct the file",
+    )
+    assert str(raised.value).endswith(advice)
     assert "\n" not in str(raised.value)
 
 
@@ -302,6 +375,7 @@ def test_bad_rows_may_be_left_out_up_to_a_share(tmp_path):
     path.write_bytes(lines(*[GOOD] * 18, {}, {"messages": [user("Hi")]}))
     assert len(read_file(path, skip_bad_rows=0.1, findings=findings)) == 18
     assert dict(findings.bad) == {NO_FORMAT: 1, NO_REPLY: 1}
+    assert findings.rows == findings.formats.total() + findings.bad.total()
     with pytest.raises(UserError, match=r"^2 of 20 rows are invalid; more than --skip-bad-rows 0\.09\n"):
         read_file(path, skip_bad_rows=0.09)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from config import UserError, resolve
 from conversations import corpus
 from conversations.mixture import keep_copies_together
 from conversations.tokenizer import load_tokenizer
-from data import encode, prepare
+from data import encode, prepare, prepare_for_evaluation
 from storage.quickstart import cache_directory
 
 
@@ -87,11 +88,11 @@ def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_m
     known = set((cache_directory() / "corpora").glob("[!.]*"))
     changed = load_tokenizer(str(tiny_model_dir), local_files_only=True)
     changed.chat_template += " "
-    monkeypatch.setattr(corpus, "make_corpus", lambda directory, *_: (_ for _ in ()).throw(InterruptedError(directory)))
-    with pytest.raises(InterruptedError):
+    monkeypatch.setattr(corpus, "make_corpus", lambda directory, *_: (_ for _ in ()).throw(LookupError(directory)))
+    with pytest.raises(LookupError):
         prepared(changed, path)
     monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
-    with pytest.raises(InterruptedError):
+    with pytest.raises(LookupError):
         prepared(tiny_tokenizer, path)
     assert set((cache_directory() / "corpora").glob("[!.]*")) == known  # nothing half made is left there
 
@@ -221,3 +222,68 @@ def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
     assert made.exists()
     assert not half.exists()
     assert another.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit flipped", "removed"])
+def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monkeypatch, tmp_path, capsys, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    before = prepared(tiny_tokenizer, chats)
+    (rows,) = cache_directory().glob("corpora/*/rows/*.arrow")
+    content = rows.read_bytes()
+    if damage == "removed":
+        rows.unlink()
+    else:
+        half = len(content) // 2
+        flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        rows.unlink()
+        rows.write_bytes(content[:half] if damage == "truncated" else flipped)
+    assert prepared(tiny_tokenizer, chats).fingerprint == before.fingerprint
+    assert "the cached corpus is damaged and is made again: " in capsys.readouterr().err
+    assert rows.read_bytes() == content
+
+
+def test_amounts_of_an_eval_dataset_are_kept_and_max_examples_does_not_cap_it(tiny_tokenizer, write):
+    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    others = write("b.jsonl", [a_chat(f"other {number}") for number in range(12)])
+    for amount, count in (("", 12), ("#5", 5), (":0.5", 6)):
+        data = prepared(tiny_tokenizer, chats, eval_dataset=others + amount, max_examples=8, test_fraction=0.0)
+        assert (len(data.train.examples), len(data.eval.examples)) == (8, count)
+    with pytest.raises(UserError, match=r"--eval-dataset .*b\.jsonl:2: an evaluation uses each conversation once"):
+        prepared(tiny_tokenizer, chats, eval_dataset=others + ":2")
+
+
+def test_an_evaluation_uses_the_amount_that_is_asked_for(tiny_tokenizer, write):
+    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    split = prepare_for_evaluation(resolve({"dataset": (chats + "#7",)}, "none"), tiny_tokenizer)
+    assert len(split.examples) == 7
+
+
+def test_the_rows_used_of_a_source_are_counted(tiny_tokenizer, write):
+    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    assert f"{chats}: 7 of 20 conversations used" in prepared(tiny_tokenizer, chats + "#7").notes
+    assert (
+        f"{chats}: 20 of 20 conversations used, 2 times an epoch in training"
+        in prepared(tiny_tokenizer, chats + ":2").notes
+    )
+
+
+def test_a_page_overwrites_nothing_but_an_earlier_page(tiny_model_dir, write, tmp_path):
+    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
+    before = Path(chats).read_bytes()
+    arguments = ["--model", str(tiny_model_dir), "--dataset", chats, "--html"]
+    with pytest.raises(UserError, match=r"--html .*a\.jsonl: it exists and is not an earlier page"):
+        data_command.main([*arguments, chats])
+    assert Path(chats).read_bytes() == before
+    for target, why in ((tmp_path, "it exists and is not"), (tmp_path / "no" / "page.html", "there is no directory")):
+        with pytest.raises(UserError, match=why):
+            data_command.main([*arguments, str(target)])
+    for _ in range(2):
+        assert data_command.main([*arguments, str(tmp_path / "page.html")]) == 0
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_move_it(tiny_tokenizer, write, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\); set XDG_CACHE_HOME"):
+        prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]))

@@ -146,7 +146,9 @@ def test_a_damaged_line_in_the_log(interrupted, live):
     (interrupted / "metrics.jsonl").write_text("\n".join(log) + "\n")
     life = live(["--resume", interrupted])
     assert life.wait() == 1
-    assert life.complained == (f"error: {interrupted}/metrics.jsonl:3: damaged; delete that line to go on without it\n")
+    assert life.complained == (
+        f"error: {interrupted}/metrics.jsonl:3: damaged; delete that line to continue without it\n"
+    )
 
 
 def test_a_finished_run_says_so(unbroken, live):

@@ -93,7 +93,8 @@ def test_tensorboard_that_fails_ends_no_run(flags, unbroken, live, tmp_path):
     life = live([*flags, "--output-dir", run], partial(on_call, write, 40, full_disk))
     assert life.wait() == 0, life.complained
     assert life.complained == (
-        "warning: nothing more can be written for TensorBoard ([Errno 28] No space left on device); training goes on\n"
+        "warning: nothing more can be written for TensorBoard ([Errno 28] No space left on device); "
+        "training continues\n"
     )
     assert lines(run) == lines(unbroken)
     assert curves(run).keys() <= curves(unbroken).keys()
