@@ -29,7 +29,9 @@ def explain_failed_write(run):
     """Turn a failed write to the run's directory into a `UserError` that says how to resume."""
     try:
         yield
-    except (OSError, Damaged) as error:
+    except (OSError, Damaged, MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
+            raise
         why = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
 
@@ -64,8 +66,7 @@ def explain_out_of_memory(run, examples):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not out_of_memory:
+        if not is_out_of_memory(error):
             raise
         largest = run.layout.cut(examples())[0]
         tokens = next(run.layout.batches(largest)).inputs["input_ids"].numel()
@@ -75,6 +76,12 @@ def explain_out_of_memory(run, examples):
         longest = len(largest[0].input_ids)
         what = f"out of memory in a micro-batch of {tokens} tokens, its longest conversation {longest}"
         raise UserError(f"after update {run.step}: {what}: use {remedy}; {resume_hint(run)}") from error
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out."""
+    signs = ("can't allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def resume_hint(run):

@@ -9,7 +9,16 @@ from functools import partial
 import pytest
 
 from tests.faults.harness import assert_same, curves, lines, some, steps_saved
-from tests.faults.inject import ask_for_too_much, fill_disk, full_disk, give_memory_back, hang, little_memory, on_call
+from tests.faults.inject import (
+    ask_for_too_much,
+    fill_disk,
+    full_disk,
+    give_memory_back,
+    hang,
+    little_memory,
+    on_call,
+    pretend,
+)
 
 
 @pytest.fixture
@@ -160,7 +169,8 @@ def test_a_machine_with_too_little_memory(flags, live, tmp_path):
             file.write(json.dumps({"messages": messages}) + "\n")
     flags = [*flags, "--dataset", data, "--output-dir", run, "--micro-batch-tokens", "90000", "--save-every", "1"]
     flags += ["--batch-size", "3", "--max-length", "8192"]
-    life = live(flags, give_memory_back, partial(on_call, "train.update", 3, partial(little_memory, 1)))
+    keep_none = partial(pretend, "train.keep_freed_memory", None)
+    life = live(flags, keep_none, give_memory_back, partial(on_call, "train.update", 3, partial(little_memory, 1)))
     assert life.wait() == 1
     assert (
         "after update 2: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192"
