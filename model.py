@@ -1,6 +1,7 @@
 """A causal language model: loading and saving it, the precision it computes in, the loss of a micro-batch."""
 
 import contextlib
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
 from config import UserError, first_line
+from storage import hub
 from storage.hub import LOADING_ERRORS
+
+MOST_NEW_ROWS = 1024  # of embeddings, for tokens that a tokenizer has and a model has not
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,27 @@ def load_model(path, tokenizer, device, local_files_only=False):
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=local_files_only, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=local_files_only,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {first_line(error)}") from error
+        raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+    refuse_misfits(path, report)
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise UserError(f"--model {path}: its weights {name} are not all finite numbers")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    new_rows = len(tokenizer) - model.get_input_embeddings().num_embeddings
+    if new_rows > MOST_NEW_ROWS:
+        raise UserError(
+            f"--model {path}: its tokenizer has {new_rows:,} more tokens than the model has embeddings; "
+            "they do not belong together"
+        )
+    if new_rows > 0:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
     # Where the padding token was the stop token, its embedding would get no gradient; real padding gets none anyway.
@@ -88,6 +104,28 @@ def load_model(path, tokenizer, device, local_files_only=False):
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.to(device)
+
+
+def refuse_misfits(path, report):
+    """Raise `UserError` where a checkpoint's weights are not all of the model's; name those that are not used.
+
+    Args:
+        report: what `from_pretrained(output_loading_info=True)` returns beside the model.
+    """
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise UserError(f"--model {path}: its weights {name} have shape {tuple(found)}, the model {tuple(expected)}")
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        repair = "save the whole model again"
+        for name in missing:
+            if renamed := next((other for other in unused if other.endswith(f".{name}")), None):
+                repair = f"remove the prefix {renamed.removesuffix(name)!r} from their names"
+        raise UserError(
+            f"--model {path}: {len(missing)} of the model's weights are not in its files, such as {missing[0]}; "
+            f"{repair}"
+        )
+    if unused:
+        print(f"warning: {path} has {len(unused)} weights that the model does not use: {unused[0]}", file=sys.stderr)
 
 
 def save_model(model, tokenizer, directory):

@@ -39,6 +39,7 @@ def choose_layout(model, token_loss, config, pad_id, precision):
     own = Layout(False, 2**20, pad_id, own_logits=True, pinned=precision.device.type == "cuda")
     padded = replace(own, own_logits=False)
     packed = replace(padded, packed=True)
+    refuse_non_causal(model, config, precision)
     expected = loss_and_gradient(model, token_loss, own, precision)
     layout, why = own, None
     for faster in (padded,) if config.layout == "padded" else (padded, packed):
@@ -62,6 +63,18 @@ def choose_layout(model, token_loss, config, pad_id, precision):
         except Mismatch as why:
             raise UserError(f"--compile: {why}; leave it out") from why
     return layout
+
+
+@torch.no_grad()
+def refuse_non_causal(model, config, precision):
+    """Raise `UserError` where the first token's logits depend on the last token: a model like BERT reads both ways."""
+    ids = random_examples([8], model.get_input_embeddings().num_embeddings)[0].input_ids.to(precision.device)
+    changed = torch.cat([ids[:-1], (ids[-1:] + 1) % model.get_input_embeddings().num_embeddings])
+    with in_eval_mode(model), precision.autocast():
+        first, second = model(input_ids=torch.stack([ids, changed]), use_cache=False).logits[:, :-1].float()
+    difference = ((first - second).norm() / first.norm()).item()
+    if difference > TOLERANCES[precision.name]:
+        raise UserError(f"--model {config.model}: not a causal model, as earlier tokens' logits depend on later tokens")
 
 
 def use_layout(model, layout):

@@ -7,12 +7,13 @@ import sys
 
 from transformers import AutoConfig, AutoTokenizer
 
-from config import UserError, first_line
+from config import UserError
 from conversations import templates
 from conversations.templates import encode_texts
-from storage.hub import LOADING_ERRORS
+from storage.hub import LOADING_ERRORS, why_not_loaded
 
 START, END = "<|im_start|>", "<|im_end|>"
+NO_LIMIT = 2**31 - 1  # tokens, for a model that attends to any number of them
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -37,10 +38,13 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
             is missing or cannot be masked.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
-        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only).get_text_config()
+        options = {"local_files_only": local_files_only, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(path, **options).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: no usable tokenizer and configuration ({first_line(error)})") from error
+        raise UserError(
+            f"--model {path}: no usable tokenizer and configuration ({why_not_loaded(path, error)})"
+        ) from error
     if chat_template == "chatml":
         control, end = [START, END], END
         tokenizer.chat_template = CHATML
@@ -58,7 +62,8 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
     if control:
         tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
     tokenizer.add_special_tokens({"eos_token": end, "pad_token": padding})
-    tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    tokenizer.model_max_length = longest if longest > 0 else NO_LIMIT
     for token in control or [end]:
         if token in tokenizer.convert_ids_to_tokens(encode_texts([token], tokenizer)[0]):
             raise UserError(

@@ -14,7 +14,7 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import get_session, httpx
 from safetensors import SafetensorError
 
@@ -32,6 +32,7 @@ LOADING_ERRORS = (
     AttributeError,
     httpx.HTTPError,
     SafetensorError,
+    StrictDataclassError,
     datasets.exceptions.DatasetsError,
 )
 
@@ -49,6 +50,20 @@ def find_model(name):
     if looks_like_a_path(name):
         raise UserError(f"--model {name}: there is no such directory")
     return name, only_cached("model", name)
+
+
+def why_not_loaded(path, error):
+    """The reason why a model could not be loaded, in a line."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with open(file, "rb") as content:
+            if content.read(19) == b"version https://git":
+                return f"{file} is a git-lfs pointer, not the weights; run: git lfs pull"
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged ({first_line(error)}); download or save them again"
+    if isinstance(error, StrictDataclassError):
+        return f"its config.json is not valid: {' '.join(str(error).split())}"
+    kind = f"{type(error).__name__}: " if isinstance(error, KeyError | TypeError) else ""
+    return kind + first_line(error)
 
 
 @functools.cache  # each is loaded once

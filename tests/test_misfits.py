@@ -1,0 +1,130 @@
+"""A model that does not fit is refused by name: missing weights, another architecture, a foreign tokenizer, damage."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel
+
+from compute.self_check import choose_layout
+from config import Config, UserError
+from conversations.tokenizer import NO_LIMIT, load_tokenizer
+from model import Precision, load_model, token_loss
+from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model_dir(tiny_model_dir, tmp_path):
+    """A copy of the tiny model, to be spoiled."""
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def load(path):
+    return load_model(str(path), load_tokenizer(str(path), True), CPU, True)
+
+
+def change_weights(directory, change):
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def refusal(path):
+    with pytest.raises(UserError) as raised:
+        load(path)
+    assert "\n" not in str(raised.value)
+    return str(raised.value).removeprefix(f"--model {path}: ")
+
+
+NORM, LAYER = "model.norm.weight", "model.layers.1."
+
+
+def test_weights_under_a_prefix_are_refused_with_the_repair(model_dir):
+    change_weights(model_dir, lambda weights: {f"_orig_mod.{name}": part for name, part in weights.items()})
+    said = refusal(model_dir)
+    assert said.startswith("21 of the model's weights are not in its files, such as ")
+    assert said.endswith("; remove the prefix '_orig_mod.' from their names")
+
+
+def test_a_missing_layer_is_refused(model_dir):
+    change_weights(
+        model_dir, lambda weights: {name: part for name, part in weights.items() if not name.startswith(LAYER)}
+    )
+    assert refusal(model_dir).startswith("9 of the model's weights are not in its files, such as model.layers.1.")
+
+
+def test_a_fresh_head_is_refused(model_dir):
+    tiny_llama(259, tie_word_embeddings=False).save_pretrained(model_dir)
+    change_weights(
+        model_dir, lambda weights: {name: part for name, part in weights.items() if name != "lm_head.weight"}
+    )
+    assert "such as lm_head.weight" in refusal(model_dir)
+
+
+def test_a_shape_that_does_not_fit_is_named(model_dir):
+    change_weights(model_dir, lambda weights: {**weights, NORM: torch.ones(5)})
+    assert refusal(model_dir) == f"its weights {NORM} have shape (5,), the model (32,)"
+
+
+def test_weights_that_are_not_used_are_a_warning(model_dir, capsys):
+    change_weights(model_dir, lambda weights: {**weights, "score.weight": torch.ones(5)})
+    load(model_dir)
+    assert "has 1 weights that the model does not use: score.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
+        (b"\x00" * 100, "its weights are damaged ("),
+        (None, "its weights are damaged ("),
+    ],
+    ids=["pointer", "garbage", "truncated"],
+)
+def test_damaged_weights_are_one_line(model_dir, content, said):
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    assert said in refusal(model_dir)
+
+
+def test_a_tokenizer_far_larger_than_the_embeddings_is_refused(model_dir):
+    byte_tokenizer([*CONTROL, *(f"<word {number}>" for number in range(2000))]).save_pretrained(model_dir)
+    assert "more tokens than the model has embeddings; they do not belong together" in refusal(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", "wide"), ("num_attention_heads", None), ("model_type", "x")]
+)
+def test_a_configuration_of_wrong_types_is_one_line(model_dir, name, value):
+    path = model_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert refusal(model_dir)
+
+
+def test_no_code_of_a_model_directory_is_run_and_nobody_is_asked(model_dir, monkeypatch, tmp_path):
+    path = model_dir / "config.json"
+    settings = {**json.loads(path.read_text()), "model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
+    path.write_text(json.dumps(settings))
+    (model_dir / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MineConfig: pass\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    assert "no usable tokenizer and configuration" in refusal(model_dir)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_not_causal_is_refused(tiny_tokenizer):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertLMHeadModel(BertConfig(vocab_size=len(tiny_tokenizer), **shape))
+    with pytest.raises(UserError, match="--model bert: not a causal model"):
+        choose_layout(model, token_loss, Config(model="bert"), 0, Precision("fp32", CPU))
+
+
+def test_a_model_without_a_limit_of_positions_has_none(model_dir):
+    path = model_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": -1}))
+    assert load_tokenizer(str(model_dir), True).model_max_length >= NO_LIMIT
