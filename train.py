@@ -9,8 +9,12 @@ and how the window is cut into micro-batches changes memory and speed, never the
     python train.py --epochs 2 --lr 2e-4
 """
 
+from config import run_command  # first, so that Ctrl-C during the imports below is one line
+
+# isort: split
 import dataclasses
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,20 +27,19 @@ from compute.layers import checkpoint_activations, compiled_graphs
 from compute.layout import PrefetchedWindows
 from compute.memory import keep_freed_memory
 from compute.self_check import choose_layout, use_layout
-from config import Parser, UserError, resolve, run_command
+from config import Parser, UserError, resolve, with_absolute_paths
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
 from model import choose_precision, load_model, ties_hold, token_loss
 from running import report
 from running.diagnostics import explain_failed_update, explain_failed_write, explain_out_of_memory, refuse_non_finite
-from running.directory import locked, new_directory, refuse_existing_run
+from running.directory import locked, new_directory, refuse_foreign
 from running.metrics import Log, is_finished
 from running.resume import check_same_run, differences, find_start, resumed_config
 from running.signals import Signals, Stopped
 from running.state import Run, ensure_best, restore, save, save_best
 from storage import hub
-from storage.durable import make_directory
 
 
 def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm):
@@ -184,7 +187,10 @@ def record_evaluation(run, evaluation):
     run.log.write("eval", run.step, evaluation.report())
     run.evaluated = run.step
     is_best = evaluation.loss < run.best_loss
-    tqdm.write(f"  update {run.step:>5}   eval loss {evaluation.loss:.4f}{'   best so far' if is_best else ''}")
+    note = "   best so far" if is_best else ""
+    if is_best and run.log.untrained_loss is not None and evaluation.loss > run.log.untrained_loss:
+        note += f", but above the untrained model's {run.log.untrained_loss:.4f}"
+    tqdm.write(f"  update {run.step:>5}   eval loss {evaluation.loss:.4f}{note}")
     if is_best:
         run.best_step, run.best_loss = run.step, evaluation.loss
         save_best(run)
@@ -209,12 +215,15 @@ def set_up(config, start=None, allow_changes=False):
     precision = choose_precision(config.device, config.dtype)
     if precision.device.type == "cpu":
         keep_freed_memory()
-    path, local_files_only = hub.find_model(config.model)
+    checkpoint = start.path if start else None
+    if checkpoint and start.described["config"]["chat_template"] == config.chat_template:
+        path, local_files_only = str(checkpoint), True  # the original model may be gone
+    else:
+        path, local_files_only = hub.find_model(config.model)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
     data = prepare(config, tokenizer)
     now = report.describe(config, precision, data)
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
-    checkpoint = start.path if start else None
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
     layout = choose_layout(model, token_loss, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
@@ -245,10 +254,11 @@ def train(run, signals, resumed):
             if run.saved < run.step and run.optimizer:  # `finish` has freed it
                 save(run)
             run.log.close()
-        print(f"stopped after update {run.step}; to resume: python train.py --resume {run.directory}", file=sys.stderr)
+        quoted = shlex.quote(str(run.directory))
+        print(f"stopped after update {run.step}; to resume: python train.py --resume {quoted}", file=sys.stderr)
         return 128 + stop.number
     seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
-    print(f"\n{run.total_steps} updates, {seconds}\n\n{report.summary(run.directory)}")
+    print(f"\n{run.step} updates, {seconds}\n\n{report.summary(run.directory)}")
     return 0
 
 
@@ -277,18 +287,17 @@ def finish(run, signals):
 def start_run(named, dry_run, signals):
     """A new run. Returns the exit status."""
     preset, why = hub.choose_preset(named)
-    config = resolve(named, preset)
-    directory = new_directory(config)
-    config = dataclasses.replace(config, output_dir=str(directory))
-    print(report.headline(config, why))
-    run = set_up(config)
-    print(report.plan(run))
-    if dry_run:
-        return 0
-    make_directory(directory)
-    with locked(directory):
-        refuse_existing_run(directory)  # which another process may have begun by now
-        return train(run, signals, resumed=False)
+    config = resolve(with_absolute_paths(named), preset)
+    with new_directory(config) as directory:
+        config = dataclasses.replace(config, output_dir=str(directory))
+        print(report.headline(config, why))
+        run = set_up(config)
+        print(report.plan(run))
+        if dry_run:
+            return 0
+        with locked(directory):
+            refuse_foreign(directory)  # another process may have begun a run in it by now
+            return train(run, signals, resumed=False)
 
 
 def resume_run(directory, named, allow_changes, dry_run, signals):

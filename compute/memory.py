@@ -47,3 +47,9 @@ def keep_freed_memory():
     if mallopt:
         for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
             mallopt(setting, value)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out."""
+    signs = ("can't allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

@@ -36,8 +36,9 @@ READ = pyarrow.schema(
     [("location", pyarrow.string()), ("source", pyarrow.int32()), ("messages", pyarrow.list_(MESSAGE))]
 )
 COUNTS = {"location": "string", "source": "int32", "digest": "string", "stops": "bool"}
-COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised"), "int32")
+COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised", "unknown"), "int32")
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**24  # of what is read and not yet on disk
+NO_ID = -1
 SEVERAL_PROCESSES = 5000  # rows from which they are worth starting
 
 
@@ -46,8 +47,9 @@ class Corpus:
     """Encoded conversations, a row each, in the order they were read in, and what reading them found.
 
     Its columns: `input_ids` and `labels`, truncated to the longest allowed; `supervised`, how many tokens are scored;
-    both counts before that, `tokens` and `supervised_before`; `stops`, whether a stop token is scored; its `location`;
-    the number of its `source`; a `digest` of ids and labels.
+    both counts before that, `tokens` and `supervised_before`; `unknown`, how many scored tokens the tokenizer does not
+    know; `stops`, whether a stop token is scored; its `location`; the number of its `source`; a `digest` of ids and
+    labels.
     """
 
     rows: datasets.Dataset
@@ -86,7 +88,7 @@ def load_corpus(sources, config, tokenizer, encode):
                         {"key": key},
                         lambda path: make_corpus(path, sources, reading, tokenizer, encode, config.supervise, longest),
                     )
-    findings = json.loads((directory / "findings.json").read_text())
+    findings = json.loads((directory / "findings.json").read_text(encoding="utf-8"))
     counters = {name: Counter(findings[name]) for name in ("formats", "ignored", "bad")}
     return Corpus(datasets.load_from_disk(directory / "rows"), Findings(**{**findings, **counters}), longest)
 
@@ -147,7 +149,7 @@ def make_corpus(directory, sources, reading, tokenizer, encode, supervise, longe
             )
         encoded.save_to_disk(directory / "rows")
         del encoded, rows  # their files are mapped
-    (directory / "findings.json").write_text(json.dumps(vars(findings), ensure_ascii=False))
+    (directory / "findings.json").write_text(json.dumps(vars(findings), ensure_ascii=False), encoding="utf-8")
 
 
 def write_read(path, conversations):
@@ -183,6 +185,7 @@ def encode_rows(batch, parent, tokenizer, encode, supervise, longest):
     if os.getpid() != parent:
         end_with(parent)
     columns = {name: [] for name in (*COUNTS, "input_ids", "labels")}
+    unknown = NO_ID if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     for example in encode(batch["messages"], tokenizer, supervise):
         kept = example.truncated(longest)
         ids, labels = kept.input_ids.int(), kept.labels.int()
@@ -191,6 +194,7 @@ def encode_rows(batch, parent, tokenizer, encode, supervise, longest):
         columns["tokens"].append(len(example.input_ids))
         columns["supervised_before"].append(example.supervised_tokens)
         columns["supervised"].append(kept.supervised_tokens)
+        columns["unknown"].append(int((labels == unknown).sum()))
         columns["stops"].append(bool((labels == tokenizer.eos_token_id).any()))
         columns["digest"].append(hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32])
     return {**columns, "location": batch["location"], "source": batch["source"]}

@@ -2,9 +2,9 @@
 
 import contextlib
 import math
+import shlex
 
-import torch
-
+from compute.memory import is_out_of_memory
 from config import UserError, first_line
 from data import window_indices
 from eval import evaluate
@@ -78,12 +78,8 @@ def explain_out_of_memory(run, examples):
         raise UserError(f"after update {run.step}: {what}: use {remedy}; {resume_hint(run)}") from error
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that memory ran out."""
-    signs = ("can't allocate memory", "can't start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
-
-
 def resume_hint(run):
     """How a run can be resumed after an error."""
-    return f"--resume {run.directory} continues after update {run.saved}" if run.saved else "there is no checkpoint yet"
+    if not run.saved:
+        return "there is no checkpoint yet"
+    return f"--resume {shlex.quote(str(run.directory))} continues after update {run.saved}"

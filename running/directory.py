@@ -1,8 +1,11 @@
 """The directory of a run: choosing a new one, opening one to resume, and locking it."""
 
 import contextlib
+import itertools
 import os
 import platform
+import re
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -10,31 +13,65 @@ from pathlib import Path
 import filelock
 
 from config import PRESETS, UserError
-from storage.durable import remove_unfinished
+from storage.durable import make_directory, remove_unfinished
+
+OURS = {".lock", ".owner"}  # what may stand in a directory before there is a run in it
 
 
+@contextlib.contextmanager
 def new_directory(config):
-    """The directory of a new run: the one asked for, or `runs/<preset or dataset>-<time>`.
+    """Make the directory of a new run: the one asked for, or `runs/<preset or dataset>-<time>`.
+
+    What was made is removed again in the end, if nothing has been written to it.
 
     Raises:
-        UserError: it already holds a run, or cannot be written.
+        UserError: it holds something already, or cannot be written.
     """
-    is_presets = config.dataset == PRESETS[config.preset].get("dataset")
-    name = config.preset if is_presets else Path(config.dataset[0]).stem
-    directory = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    refuse_existing_run(directory)
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    directory = Path(config.output_dir or f"runs/{name_of(config)}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
+        if config.output_dir:
+            refuse_foreign(directory)
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
+        if not config.output_dir:
+            directory = unused(directory)
+            missing.insert(0, directory)
+        make_directory(directory)
+        tempfile.TemporaryDirectory(dir=directory).cleanup()
     except OSError as error:
-        raise UserError(f"--output-dir {directory}: cannot write to {existing} ({error.strerror})") from error
-    return directory
+        raise UserError(f"--output-dir {directory}: cannot write to it ({error.strerror})") from error
+    try:
+        yield directory
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
-def refuse_existing_run(directory):
-    """Raise `UserError` where a directory holds a run."""
+def name_of(config):
+    """What a run is called: its preset, or its first dataset, in characters that a shell takes as they are."""
+    if config.dataset == PRESETS[config.preset].get("dataset"):
+        return config.preset
+    return re.sub(r"[^\w.-]+", "-", Path(config.dataset[0]).stem).strip("-.") or "run"
+
+
+def unused(directory):
+    """Make a directory of that name, or with a number behind it, that did not exist, and return it."""
+    make_directory(directory.parent)
+    for number in itertools.count(1):
+        candidate = directory if number == 1 else directory.with_name(f"{directory.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+
+
+def refuse_foreign(directory):
+    """Raise `UserError` where a new run would write into a directory that holds something."""
     if (directory / "config.json").exists():
-        raise UserError(f"--output-dir {directory}: it holds a run already; --resume {directory}, or name another")
+        run = shlex.quote(str(directory))
+        raise UserError(f"--output-dir {directory}: it holds a run already; --resume {run}, or name another")
+    held = sorted(path.name for path in directory.iterdir() if path.name not in OURS) if directory.exists() else []
+    if held:
+        raise UserError(f"--output-dir {directory}: it is not empty (it holds {held[0]}); name a new directory")
 
 
 @contextlib.contextmanager
@@ -50,9 +87,9 @@ def locked(run):
     lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
     try:
         lock.acquire(timeout=0)
-        owner.write_text(f"process {os.getpid()} on {platform.node()}")
+        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except filelock.Timeout:
-        who = f" ({owner.read_text()})" if owner.exists() else ""
+        who = f" ({owner.read_text(encoding='utf-8')})" if owner.exists() else ""
         raise UserError(f"{run}: another process is training in it{who}; wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{run}: cannot write to it ({error.strerror})") from error

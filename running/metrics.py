@@ -24,13 +24,13 @@ class Log:
             UserError: one of these lines is damaged.
         """
         self.path = Path(run) / "metrics.jsonl"
-        found = self.path.read_text().splitlines()[:lines] if self.path.exists() else []
-        kept = [self.parse(line, number) for number, line in enumerate(found, 1)]
+        kept = read_metrics(run, lines)
         if len(kept) < lines:
             print(f"warning: {self.path} has lost {lines - len(kept)} of its lines", file=sys.stderr)
-        replace_file(self.path, "".join(line + "\n" for line in found))
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         write_answers(run, {"before": read_answers(run).get("before", [])})
         self.lines = len(kept)
+        self.untrained_loss = next((line["loss"] for line in kept if (line["kind"], line["step"]) == ("eval", 0)), None)
         threading.excepthook = hide_tensorboard_traceback
         # TensorBoard discards its events from `step` on; the lines kept of that step are written again.
         self.tensorboard = SummaryWriter(run, purge_step=step)
@@ -38,19 +38,14 @@ class Log:
             if line["step"] == step:
                 self.add_scalars(**line)
 
-    def parse(self, line, number):
-        """A line of the metrics as a dict."""
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{self.path}:{number}: damaged; delete that line to continue without it") from error
-
     def write(self, kind, step, numbers):
         """Log numbers of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
         line = {"step": step, "kind": kind, **numbers}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.lines += 1
+        if (kind, step) == ("eval", 0):
+            self.untrained_loss = numbers["loss"]
         self.add_scalars(**line)
 
     def write_answers(self, when, step, answers):
@@ -99,15 +94,45 @@ def hide_tensorboard_traceback(failure):
         threading.__excepthook__(failure)
 
 
+def read_metrics(run, lines=None):
+    """The first `lines` lines of a run's metrics, or all of them, as dicts; a truncated last line is left out.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    path, metrics = Path(run) / "metrics.jsonl", []
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1][:lines], 1):
+        try:
+            metrics.append(json.loads(line))
+            if not (isinstance(metrics[-1]["step"], int) and isinstance(metrics[-1]["kind"], str)):
+                raise ValueError("no step and kind")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: damaged; delete that line to continue without it") from error
+    return metrics
+
+
 def is_finished(run):
     """Whether a run has finished: its best model has answered the prompts."""
     return "after" in read_answers(run)
 
 
 def read_answers(run):
-    """The answers a run has given so far, in lists of dicts: "before" training and "after" it."""
+    """The answers a run has given so far, in lists of dicts: "before" training and "after" it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = Path(run) / "answers.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        answers = json.loads(path.read_bytes())
+        for one in (one for when in answers.values() for one in when):
+            one["prompt"] + one["text"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged; delete it, and resuming writes the answers again") from error
+    return answers
 
 
 def write_answers(run, answers):

@@ -4,13 +4,14 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
 from config import FORMAT, PRESETS, as_text
 from data import window_at, windows_per_epoch
-from running.metrics import read_answers
+from running.metrics import read_answers, read_metrics
 from storage.durable import replace_file
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -68,8 +69,9 @@ def plan(run):
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),
         "tokens": f"{data.train.tokens:,} an epoch, {data.train.supervised / data.train.tokens:.1%} of them supervised",
-        "updates": f"{per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of {config.batch_size} "
-        f"conversations in {cuts / sampled:.1f} micro-batches (gradient accumulation)",
+        "updates": f"{per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
+        f"{min(config.batch_size, len(train))} conversations in {cuts / sampled:.1f} micro-batches "
+        "(gradient accumulation)",
         "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
         f"{never}, then a cosine to 0",
     }
@@ -79,7 +81,7 @@ def plan(run):
 
 def summary(run):
     """What came of a run, read from its directory: losses, answers before and after side by side, what to do next."""
-    metrics = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(run)
     by_step = {kind: {line["step"]: line for line in metrics if line["kind"] == kind} for kind in ("eval", "test")}
     best_step = min((step for step in by_step["eval"] if step), key=lambda step: by_step["eval"][step]["loss"])
     lines = [f"  {'':<18}{'before':>10}{f'best, update {best_step}':>22}"]
@@ -95,8 +97,8 @@ def summary(run):
     lines += [
         "",
         f"  the best model   {run}/best",
-        f"  ask it           python eval.py {run} --prompts 'Your question'",
-        f"  see the curves   tensorboard --logdir {Path(run).parent}",
+        f"  ask it           python eval.py {shlex.quote(str(run))} --prompts 'Your question'",
+        f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(run).parent))}",
     ]
     return "\n".join(lines)
 

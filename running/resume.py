@@ -1,12 +1,14 @@
 """Resuming a run: from its newest valid checkpoint, and only as the same run."""
 
-import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_tuples
+from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_absolute_paths, with_tuples
 from running.checkpoints import newest_valid
+from running.metrics import read_metrics
+from storage.durable import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,23 @@ def resumed_config(directory, named):
     Raises:
         UserError: there is no run in the directory, or another directory is named as well.
     """
+    if (directory / MANIFEST).exists():
+        run = directory.parent.parent if directory.parent.name == "checkpoints" else directory.parent
+        advice = f"resume the run: --resume {shlex.quote(str(run))}"
+        raise UserError(f"--resume {directory}: this is a part of a run; {advice}")
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run in it")
     if Path(named.get("output_dir", directory)) != directory:
         raise UserError(f"--output-dir {named['output_dir']}: a resumed run stays in its own directory; leave that out")
     recorded = read_record(directory)
-    settings = with_tuples({**recorded["config"], **named, "output_dir": str(directory)})
+    named = with_absolute_paths(named) | {"output_dir": str(directory)}
+    settings = with_tuples({**recorded["config"], **named})
     return resolve(settings, settings["preset"]), recorded
 
 
 def last_logged_update(run):
     """The last update in the metrics of a run; 0 where there is none."""
-    path = Path(run) / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    complete = text[: text.rfind("\n") + 1]  # the last line may be truncated
-    return max((json.loads(line)["step"] for line in complete.splitlines()), default=0)
+    return max((line["step"] for line in read_metrics(run)), default=0)
 
 
 def differences(before, now):

@@ -4,8 +4,8 @@ import contextlib
 import os
 import signal
 
-# Ctrl-C, a shutdown, and what batch systems send some time before they kill.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, a shutdown, what batch systems send some time before they kill, and a closed terminal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -28,7 +28,9 @@ class Signals:
 
     def __enter__(self):
         self.process = os.getpid()
-        self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
+        # nohup starts a program with SIGHUP ignored, and it stays so
+        stopping = [each for each in STOPPING if (each, signal.getsignal(each)) != (signal.SIGHUP, signal.SIG_IGN)]
+        self.before = {number: signal.signal(number, self.handle) for number in stopping}
         return self
 
     def __exit__(self, *_):
@@ -37,13 +39,14 @@ class Signals:
 
     def handle(self, number, _frame):
         """The handler of the first signal."""
-        for each in STOPPING:
+        for each in self.before:
             signal.signal(each, signal.SIG_DFL)
         if os.getpid() != self.process:  # a worker process, which inherited this handler
             os.kill(os.getpid(), number)
             return
         self.received = number
-        os.write(2, b"\nstopping; once more to leave at once\n")  # print might have been interrupted by the signal
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping; once more to leave at once\n")  # the signal may have interrupted a print
         if not self.deferring:
             raise Stopped(number)
 

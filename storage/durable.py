@@ -119,7 +119,8 @@ def write_manifest(directory, about):
 
 def seal(directory, content):
     """Write a manifest that vouches for itself."""
-    (directory / MANIFEST).write_text(json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n")
+    text = json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest(directory):

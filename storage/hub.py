@@ -149,7 +149,11 @@ def is_cached(kind, name, configuration=None):
     if not isinstance(config, str):
         return False
     index = Path(config).with_name("model.safetensors.index.json")  # of weights in several files
-    weights = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    weights = (
+        json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if index.exists()
+        else ["model.safetensors"]
+    )
     return all(index.with_name(file).exists() for file in weights)
 
 

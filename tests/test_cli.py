@@ -105,8 +105,8 @@ def test_a_preset_gives_another_dataset_its_model_and_nothing_else(preset):
 
 
 def test_a_run_of_another_version_is_refused_in_one_line(tmp_path):
-    record = {"config": dataclasses.asdict(Config()), "format": FORMAT}
-    for changed in ({**record, "format": 1}, {"config": record["config"]}, {**record, "config": {"lr": 1.0}}):
+    record = {"config": dataclasses.asdict(Config()), "format": FORMAT, "precision": "", "data": {}, "versions": {}}
+    for changed in ({**record, "format": 1}, {**record, "format": None}, {**record, "config": {"lr": 1.0}}):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=r"^[^\n]*made by another version of this program[^\n]*$"):
             read_record(tmp_path)
@@ -184,7 +184,7 @@ def test_a_directory_that_holds_a_run_or_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "config.json").touch()
     assert "it holds a run already" in refused("--output-dir", tmp_path)
     assert "(Not a directory)" in refused("--output-dir", tmp_path / "config.json" / "run")
-    assert "cannot write to /proc (" in refused("--output-dir", "/proc/run")
+    assert "--output-dir /proc/run: cannot write to it (" in refused("--output-dir", "/proc/run")
 
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):

@@ -107,6 +107,12 @@ def assert_same(run, unbroken):
     assert not [path for path in run.rglob(".*") if path.name not in (".lock", ".owner")]
 
 
+def on_dataset(flags, data):
+    """The flags of a run on another dataset."""
+    at = flags.index("--dataset")
+    return [*flags[:at], "--dataset", data, *flags[at + 2 :]]
+
+
 def steps_saved(run):
     """The steps of a run's checkpoints, and a check that nothing unfinished lies beside them."""
     assert not [path for path in Path(run).rglob("*.unfinished-*")]

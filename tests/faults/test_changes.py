@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from storage.durable import MANIFEST, seal
-from tests.faults.harness import assert_same, lines, some, steps_saved
+from tests.faults.harness import assert_same, lines, on_dataset, some, steps_saved
 from tests.faults.inject import kill, on_call
 
 CHANGES = [
@@ -63,7 +63,7 @@ def test_an_edited_dataset_is_noticed_by_its_fingerprint(flags, live, conversati
     data = tmp_path / "mine.jsonl"
     data.write_bytes(conversations.read_bytes())
     run = tmp_path / "run"
-    assert live([*flags, "--dataset", data, "--output-dir", run, "--max-steps", "3"]).wait() == 0
+    assert live([*on_dataset(flags, data), "--output-dir", run, "--max-steps", "3"]).wait() == 0
     (run / "answers.json").unlink()  # as if it had died before its end
     data.write_text(data.read_text().replace("Count to 7", "Count to 8"))
     life = live(["--resume", run])

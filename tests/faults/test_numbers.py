@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.faults.harness import assert_same, lines, steps_saved
+from tests.faults.harness import assert_same, lines, on_dataset, steps_saved
 from tests.faults.inject import fewer_bits_of_scale, on_call, spoil_gradient, spoil_weights
 
 
@@ -98,7 +98,7 @@ def test_conversations_with_nothing_supervised_are_left_out_and_counted(flags, l
             question = f"Say {number}" + "!" * (100 if 10 <= number < 31 else 0)
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"{number}"}]
             file.write(json.dumps({"messages": messages}) + "\n")
-    life = live([*flags, "--dataset", data, "--output-dir", tmp_path / "run", "--max-length", "60"])
+    life = live([*on_dataset(flags, data), "--output-dir", tmp_path / "run", "--max-length", "60"])
     assert life.wait() == 0, life.complained
     assert "21 dropped: nothing supervised" in life.said
     assert all(line["supervised_tokens"] for line in lines(tmp_path / "run", "train"))

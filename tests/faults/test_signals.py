@@ -1,15 +1,18 @@
 """A signal ends a run well, whatever it is doing; a second one ends it at once, and neither costs anything."""
 
+import os
 import signal
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from storage.quickstart import cache_directory
-from tests.faults.harness import assert_same, lines, some, steps_saved
+from tests.faults.harness import assert_same, lines, on_dataset, some, steps_saved
 from tests.faults.inject import hang_in_workers, on_call, send, send_and_hang
 
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 
 
 def stopped(life, run, status, step):
@@ -26,7 +29,7 @@ def goes_on(live, run, unbroken):
     assert_same(run, unbroken)
 
 
-@pytest.mark.parametrize("number", some(SIGNALS, fast=2))
+@pytest.mark.parametrize("number", some(SIGNALS, fast=3))
 def test_a_signal_in_an_update_finishes_it_and_saves(flags, unbroken, live, tmp_path, number):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number)))
@@ -80,7 +83,7 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
     data.write_text(conversations.read_text().replace("Count", f"Count {number}"))
     before = corpora()
     life = live(
-        [*flags, "--dataset", data, "--output-dir", run],
+        [*on_dataset(flags, data), "--output-dir", run],
         partial(on_call, "data.encode_chatml", 1, partial(send, number)),
     )
     assert life.wait() == SIGNALS[number]
@@ -94,7 +97,7 @@ def test_a_signal_while_encoding_leaves_no_process(flags, live, conversations, t
     data, sign = tmp_path / "new.jsonl", tmp_path / "sign"
     data.write_text(conversations.read_text().replace("Count", f"Reckon {number}"))
     before = corpora()
-    life = live([*flags, "--dataset", data, "--output-dir", tmp_path / "run"], partial(hang_in_workers, sign))
+    life = live([*on_dataset(flags, data), "--output-dir", tmp_path / "run"], partial(hang_in_workers, sign))
     assert life.wait_for(sign.exists), life.complained
     life.signal(number)
     assert life.wait() == SIGNALS[number]
@@ -118,3 +121,51 @@ def test_twice_it_leaves_at_once_and_never_half_a_checkpoint(flags, unbroken, li
     life.signal(signal.SIGTERM)
     assert life.wait() == 143
     goes_on(live, run, unbroken)
+
+
+def ignore_hangups():
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(flags, unbroken, live, tmp_path):
+    run, hangup = tmp_path / "run", partial(send, signal.SIGHUP)
+    life = live([*flags, "--output-dir", run], ignore_hangups, partial(on_call, "train.train_step", 5, hangup))
+    assert life.wait() == 0
+    assert_same(run, unbroken)
+
+
+def close_output(*_, **__):
+    """The reader of stdout and stderr goes away."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+
+
+def test_a_reader_of_the_output_that_vanishes_does_not_end_the_run(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run], partial(on_call, "train.update", 2, close_output))
+    assert life.wait() == 0
+    assert_same(run, unbroken)
+
+
+def test_a_killed_encoder_leaves_no_workers(flags, live, conversations, tmp_path):
+    data, sign = tmp_path / "other.jsonl", tmp_path / "sign"
+    data.write_bytes(conversations.read_bytes() * 2)
+    life = live([*on_dataset(flags, data), "--output-dir", tmp_path / "run"], partial(hang_in_workers, sign))
+    assert life.wait_for(sign.exists)
+    workers = children(life.process.pid)
+    assert workers
+    life.kill()
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}").exists() and not is_zombie(worker) for worker in workers):
+        assert time.monotonic() < end
+
+
+def children(process):
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def is_zombie(process):
+    return " Z " in Path(f"/proc/{process}/stat").read_text()

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.faults.harness import assert_same, curves, lines, some, steps_saved
+from tests.faults.harness import assert_same, curves, lines, on_dataset, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
     fill_disk,
@@ -87,9 +87,7 @@ def test_a_disk_that_cannot_be_written(flags, interrupted, unbroken, live, small
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     life = live([*flags, "--output-dir", small_disk / "new"])
     assert life.wait() == 1
-    assert life.complained == (
-        f"error: --output-dir {small_disk}/new: cannot write to {small_disk} (Read-only file system)\n"
-    )
+    assert life.complained == (f"error: --output-dir {small_disk}/new: cannot write to it (Read-only file system)\n")
     life = live(["--resume", small_disk / "run"])
     assert life.wait() == 1
     assert life.complained == f"error: {small_disk}/run: cannot write to it (Read-only file system)\n"
@@ -167,7 +165,7 @@ def test_a_machine_with_too_little_memory(flags, live, tmp_path):
         for number in range(15):
             messages = [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": "word " * 2000}]
             file.write(json.dumps({"messages": messages}) + "\n")
-    flags = [*flags, "--dataset", data, "--output-dir", run, "--micro-batch-tokens", "90000", "--save-every", "1"]
+    flags = [*on_dataset(flags, data), "--output-dir", run, "--micro-batch-tokens", "90000", "--save-every", "1"]
     flags += ["--batch-size", "3", "--max-length", "8192"]
     keep_none = partial(pretend, "train.keep_freed_memory", None)
     life = live(flags, keep_none, give_memory_back, partial(on_call, "train.update", 3, partial(little_memory, 1)))
