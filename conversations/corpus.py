@@ -5,6 +5,7 @@ its template, the options, the code. Any change gives another key, so a stale co
 row, however large it is.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -125,7 +126,7 @@ def make_corpus(directory, sources, reading, tokenizer, encode, supervise, longe
         rows = datasets.Dataset.from_file(str(read))
         several = len(rows) >= SEVERAL_PROCESSES and (os.cpu_count() or 1) > 1
         os.environ["TOKENIZERS_PARALLELISM"] = str(not several).lower()
-        with hub.bar_on_a_terminal():
+        with hub.bar_on_a_terminal(), forked_processes_end_with_this_one():
             encoded = rows.map(
                 encode_rows,
                 fn_kwargs={
@@ -168,6 +169,17 @@ def write_read(path, conversations):
                 flush()
                 characters = 0
         flush()
+
+
+@contextlib.contextmanager
+def forked_processes_end_with_this_one():
+    """Let every process that is forked meanwhile, `datasets`' own helper too, call `end_with` first of all."""
+    parent = [os.getpid()]
+    os.register_at_fork(after_in_child=lambda: end_with(*parent) if parent else None)  # it cannot be unregistered
+    try:
+        yield
+    finally:
+        parent.clear()
 
 
 def end_with(parent):

@@ -106,7 +106,7 @@ def test_a_signal_while_encoding_leaves_no_process(flags, live, conversations, t
 
 
 def corpora():
-    return sorted(path for path in (cache_directory() / "corpora").iterdir() if not path.name.endswith(".lock"))
+    return sorted(path for path in (cache_directory() / "corpora").glob("*") if not path.name.endswith(".lock"))
 
 
 HANGING = [("torch.save", 2), ("train.train_step", 5), ("storage.durable.sync", 20)]
