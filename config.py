@@ -244,6 +244,8 @@ def read_record(run):
     path = Path(run) / "config.json"
     try:
         record = json.loads(path.read_bytes())
+        if "model_type" in record:
+            raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
         settings, other = record["config"], record.get("format") != FORMAT
         types = typing.get_type_hints(Config)
         other = other or settings.keys() != types.keys()

@@ -200,6 +200,8 @@ def prepare(config, tokenizer):
         evaluated, chosen = held_out_rows(config, held_out), rows
         known = {held_out.columns["digest"][row] for row in evaluated}
         rows = [row for row in chosen if digests[row] not in known]
+        if not rows:
+            raise UserError(f"--dataset {as_text(config.dataset)}: all of its conversations are in --eval-dataset")
         notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
     splits = [[rows[i] for i in split] for split in split_rows(len(rows), *shares, config.seed)]

@@ -8,6 +8,7 @@ from config import run_command  # first, so that Ctrl-C during the imports below
 # isort: split
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -225,10 +226,12 @@ def read_prompts(texts):
     """Prompts as they are; the name of a file stands for its lines.
 
     Raises:
-        UserError: a file is not UTF-8, or has no lines.
+        UserError: a file is missing, is not UTF-8, or has no lines.
     """
     for text in texts:
         if not is_file(text):
+            if re.fullmatch(r"\S+\.(txt|md)", text):
+                raise UserError(f"--prompts {text}: there is no such file")
             yield text
             continue
         try:

@@ -242,7 +242,7 @@ def train(run, signals, resumed):
     """Train in the run's directory, which is locked: begin, fit, finish. Returns the exit status."""
     began = time.perf_counter()
     report.write_record(run.directory, run.described, run.changes)
-    run.log = Log(run.directory, run.step if resumed else None, run.log_lines)
+    run.log = Log(run.directory, run.step if resumed else None, **run.logged)
     try:
         with explain_failed_write(run):
             begin(run, signals)

@@ -52,7 +52,7 @@ def parse_source(text):
     if not is_local(name):
         base, colon, rest = max(name.rpartition(":"), name.rpartition("#"), key=lambda parts: len(parts[0]))
         if colon and is_local(base):
-            raise UserError(f"--dataset {text}: {colon}{rest} is not an amount; write :2, :0.5 or #500")
+            raise UserError(f"--dataset {text}: {text[len(base) :]} is not an amount; write :2, :0.5 or #500")
         if colon == ":" and "/" not in rest:
             name, configuration = base, rest
     return Source(name, configuration, float(weight or 1), int(count) if count else None)
@@ -203,6 +203,13 @@ def rows_of_arrays(path, content):
         line, counted = line + text.count("\n", counted, position), position
         return f"{path}:{line}"
 
+    def invalid(position, why):
+        advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
+        if position >= len(text):
+            why, advice = "the file ends within the array: it is truncated", "correct the file"
+        column = position - text.rfind("\n", 0, position)
+        return UserError(f"{located(position)}: column {column:,}: {why}; {advice}")
+
     def after_space(position):
         return space.match(text, position).end()
 
@@ -210,11 +217,8 @@ def rows_of_arrays(path, content):
         try:
             return decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            why = "not valid JSON"
-            if isinstance(error, json.JSONDecodeError) and is_truncated(error, text):
-                why = "the file ends within the array: it is truncated"
-            advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
-            raise UserError(f"{located(position)}: {why}; {advice}") from error
+            ends = isinstance(error, json.JSONDecodeError) and is_truncated(error, text)
+            raise invalid(len(text) if ends else getattr(error, "pos", position), "not valid JSON") from error
 
     position = after_space(0)
     while position < len(text):
@@ -234,10 +238,5 @@ def rows_of_arrays(path, content):
             end = after_space(end)
             separator = text[end : end + 1]
             if separator not in (",", "]"):
-                why = (
-                    "not valid JSON: no comma after a row"
-                    if separator
-                    else "the file ends within the array: it is truncated"
-                )
-                raise UserError(f"{located(end)}: {why}; correct the file")
+                raise invalid(end, "not valid JSON: no comma after a row")
             position = after_space(end + 1)

@@ -9,26 +9,29 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from config import UserError, as_text
-from storage.durable import replace_file, sync
+from storage.durable import replace_file, sha256, sync
 
 
 class Log:
     """The metrics of a run: a line of `metrics.jsonl` and the same numbers for TensorBoard."""
 
-    def __init__(self, run, step=None, lines=0):
-        """Open the log of a new run, or continue one after `step` updates, when it had so many `lines`.
+    def __init__(self, run, step=None, lines=0, digest=None, answers=None):
+        """Open the log of a new run, or continue one after `step` updates, when `state` was as given.
 
-        What an interrupted run logged beyond them is discarded.
+        What an interrupted run logged beyond that is discarded.
 
         Raises:
             UserError: one of these lines is damaged.
         """
         self.path = Path(run) / "metrics.jsonl"
         kept = read_metrics(run, lines)
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if len(kept) < lines:
             print(f"warning: {self.path} has lost {lines - len(kept)} of its lines", file=sys.stderr)
-        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        write_answers(run, {"before": read_answers(run).get("before", [])})
+        elif digest and sha256(self.path) != digest:
+            print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
+        self.answers = {"before": (answers or {}).get("before", [])}
+        replace_answers(run, self.answers)
         self.lines = len(kept)
         self.untrained_loss = next((line["loss"] for line in kept if (line["kind"], line["step"]) == ("eval", 0)), None)
         threading.excepthook = hide_tensorboard_traceback
@@ -52,8 +55,12 @@ class Log:
         """Keep answers given "before" or "after" training: in `answers.json`, and as text for TensorBoard."""
         for answer in answers:
             self.tell_tensorboard("add_text", f"answers/{answer.prompt}", f"**{when}:** {answer.text}", step)
-        run = self.path.parent
-        write_answers(run, {**read_answers(run), when: [asdict(answer) for answer in answers]})
+        self.answers[when] = [asdict(answer) for answer in answers]
+        replace_answers(self.path.parent, self.answers)
+
+    def state(self):
+        """What a checkpoint holds of the log, to continue it: the count of its lines, their SHA-256, the answers."""
+        return {"lines": self.lines, "digest": sha256(self.path), "answers": self.answers}
 
     def add_scalars(self, kind, step, **numbers):
         """Show numbers in TensorBoard, under `kind/name`."""
@@ -135,6 +142,6 @@ def read_answers(run):
     return answers
 
 
-def write_answers(run, answers):
+def replace_answers(run, answers):
     """Write what `read_answers` reads."""
     replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")

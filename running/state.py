@@ -25,7 +25,7 @@ torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256
 
 STATE = "training.pt"  # in a checkpoint: everything that resuming needs except the weights
 BEST = "best"  # in a run's directory the best model so far; in a checkpoint too, where it is not the checkpoint's own
-COUNTED = ("step", "evaluated", "best_step", "best_loss", "overflows", "log_lines")  # of a Run, in that file
+COUNTED = ("step", "evaluated", "best_step", "best_loss", "overflows")  # of a Run, in that file
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Run:
     best_step: int = 0
     best_loss: float = math.inf
     overflows: int = 0  # updates skipped so far because fp16 gradients overflowed
-    log_lines: int = 0  # of the metrics, when the last checkpoint was written
+    logged: dict = field(default_factory=dict)  # the log's state in the checkpoint that was resumed from
     saved: int = 0  # the step of the last checkpoint
     seconds_saving: float = 0.0  # checkpoints
     changes: list = field(default_factory=list)  # of settings, made on purpose when the run was resumed
@@ -94,10 +94,10 @@ def timed(run, what):
 
 def write_state(run, directory):
     """Fill the directory of a checkpoint: the models in one thread, the rest in another."""
-    run.log_lines = run.log.lines
     state = {name: getattr(run, name) for name in COUNTED} | {
         "optimizer": run.optimizer.state_dict()["state"],  # not its settings, which are the run's
         "scaler": run.scaler.state_dict(),
+        "log": run.log.state(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all(),
     }
@@ -135,6 +135,7 @@ def restore(run, checkpoint):
     for name in COUNTED:
         setattr(run, name, state[name])
     run.saved = run.resumed_from = run.step
+    run.logged = state["log"]
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])

@@ -41,10 +41,14 @@ def find_model(name):
     """Where to load a model from: `(path or Hub id, local_files_only)`.
 
     Raises:
-        UserError: no such directory, no such model on the Hub, or a Hub that does not answer and nothing in its cache.
+        UserError: no such directory, a run's directory, no such model on the Hub, or a Hub that does not answer and
+            nothing in its cache.
     """
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser()), True
+    directory = Path(name).expanduser()
+    if (directory / "metrics.jsonl").exists():
+        raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
+    if directory.is_dir():
+        return str(directory), True
     if name == QUICKSTART_MODEL:
         return str(quickstart_model()), True
     if looks_like_a_path(name):

@@ -230,8 +230,8 @@ BROKEN = {  # file name: content, the line it must give after the path
     "malformed.jsonl": (lines(GOOD) + b"{\n", ":2: column 2, "),
     "single_quotes.jsonl": (lines(GOOD) + b"{'messages': []}\n", ":2: column 2, Expecting property name"),
     "not_truncated.jsonl": (lines(GOOD) + b'{"messages": nope}', ":2: column 14, Expecting value: not valid JSON"),
-    "after_the_array.json": (b"[\n" + lines(GOOD).strip() + b"]\ngarbage", ":3: not valid JSON"),
-    "no_comma.json": (b"[\n" + lines(GOOD, GOOD) + b"]", ":3: not valid JSON: no comma after a row"),
+    "after_the_array.json": (b"[\n" + lines(GOOD).strip() + b"]\ngarbage", ":3: column 1: not valid JSON"),
+    "no_comma.json": (b"[\n" + lines(GOOD, GOOD) + b"]", ":3: column 1: not valid JSON: no comma after a row"),
     "thoughts.jsonl": (
         chat(user("Hi"), assistant("x", reasoning_content="Hm.")),
         ':2: message 2: "reasoning_content" is not supported',
@@ -303,8 +303,8 @@ BROKEN = {  # file name: content, the line it must give after the path
         ':1: "instruction" or "input" is not a text',
     ),
     "array.json": (b"[\n" + lines(GOOD).strip() + b",\n{}\n]", f":3: {NO_FORMAT}"),
-    "array_broken.json": (b"[\n" + lines(GOOD).strip() + b",\n{]", ":3: not valid JSON"),
-    "array_cut.json": (b"[\n" + lines(GOOD).strip() + b",\n", ":3: the file ends within the array: it is truncated"),
+    "array_broken.json": (b"[\n" + lines(GOOD).strip() + b",\n{]", ":3: column 2: not valid JSON"),
+    "array_cut.json": (b"[\n" + lines(GOOD).strip() + b",\n", ":3: column 1: the file ends within the array"),
     "array_latin1.json": (b'[\n"\xe9"]', ":2: not UTF-8"),
     "object.json": (b'{"data": []}', f":1: {NO_FORMAT}"),
 }
