@@ -83,7 +83,8 @@ def summary(run):
     """What came of a run, read from its directory: losses, answers before and after side by side, what to do next."""
     metrics = read_metrics(run)
     by_step = {kind: {line["step"]: line for line in metrics if line["kind"] == kind} for kind in ("eval", "test")}
-    best_step = min((step for step in by_step["eval"] if step), key=lambda step: by_step["eval"][step]["loss"])
+    evaluated = {step: line.get("loss", math.inf) for step, line in by_step["eval"].items() if step}
+    best_step = min(evaluated, key=evaluated.get, default=0)  # a line of the log may be lost
     lines = [f"  {'':<18}{'before':>10}{f'best, update {best_step}':>22}"]
     for kind, steps in by_step.items():
         if steps:
@@ -92,7 +93,7 @@ def summary(run):
                 before, after = (steps.get(step, {}).get(name, math.nan) for step in (0, best_step))
                 lines.append(f"  {kind + ' ' + name:<18}{before:>10{style}}{after:>22{style}}")
     answers = read_answers(run)
-    for before, after in zip(answers["before"], answers["after"], strict=False):
+    for before, after in zip(answers.get("before", []), answers.get("after", []), strict=False):
         lines += ["", f"  > {before['prompt']}", *side_by_side(before["text"], after["text"])]
     lines += [
         "",

@@ -1,7 +1,9 @@
 """The command line that scripts rely on, and one clear line for every mistake."""
 
 import dataclasses
+import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,19 @@ import torch
 import data as data_command
 import eval as eval_command
 import train as train_command
-from config import FORMAT, PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, print_error, read_record, resolve
+from config import (
+    FORMAT,
+    PRESETS,
+    QUICKSTART_MODEL,
+    Config,
+    Parser,
+    UserError,
+    make_output_last,
+    print_error,
+    read_record,
+    resolve,
+    with_absolute_paths,
+)
 from storage import hub
 
 ROOT = Path(__file__).parent.parent
@@ -227,3 +241,47 @@ def test_data_shows_conversations_as_text_and_as_json(chats, tiny_model_dir, cap
     encoded = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [set(example) for example in encoded] == [{"input_ids", "labels"}] * 2
     assert all(len(example["input_ids"]) == len(example["labels"]) for example in encoded)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--dataset", "--model", "--eval-dataset", "--output-dir", "--split"])
+def test_an_empty_value_is_refused(flag):
+    assert refused(flag, "") == f"{flag} is empty; leave it out, or name something"
+
+
+def test_a_dataset_named_twice_is_both():
+    parser = Parser()
+    parser.add_config_flags(["dataset"])
+    assert parser.parse(["--dataset", "a", "b", "--dataset", "c"])[0] == {"dataset": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--epochs", "--max-steps", "--batch-size"])
+def test_a_number_beyond_64_bits_is_refused(flag):
+    assert refused(flag, 2**63) == f"{flag} must be below 2**62, not {2**63}"
+
+
+def test_output_that_cannot_be_encoded_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)  # which may be closed
+    make_output_last()
+    print("caf\u00e9 \u2026")
+    print("nobody reads this", file=sys.stderr)
+    assert written.getvalue() == b"caf\\xe9 \\u2026\n"
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+    code = "import config, signal; signal.raise_signal(signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+def test_paths_of_a_run_are_absolute_and_other_names_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b: #1.jsonl"):
+        (tmp_path / name).touch()
+    named = {"dataset": ("a.jsonl", "a.jsonl:0.5", "b: #1.jsonl#7", "hub/id:part#3"), "model": "no/such", "lr": 1.0}
+    assert with_absolute_paths(named) == {
+        "dataset": (f"{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/b: #1.jsonl#7", "hub/id:part#3"),
+        "model": "no/such",
+        "lr": 1.0,
+    }

@@ -13,7 +13,7 @@ from config import UserError, resolve
 from conversations import corpus
 from conversations.mixture import keep_copies_together
 from conversations.tokenizer import load_tokenizer
-from data import encode, prepare, prepare_for_evaluation
+from data import Split, encode, prepare, prepare_for_evaluation, warnings_about
 from storage.quickstart import cache_directory
 
 
@@ -164,6 +164,12 @@ def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
     share = data.train.supervised_lost / (data.train.supervised_lost + data.train.supervised)
     assert losing.startswith(f"{share:.0%} of the supervised tokens are lost to --max-length")
     assert truncated.endswith("training conversations are truncated by --max-length")
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_warned_about():
+    counted = {"truncated": 0, "dropped": 0, "tokens": 10, "supervised": 5, "supervised_lost": 0}
+    splits = {"train": Split([1], **counted, unknown=3), "eval": Split([1], **counted)}
+    assert list(warnings_about(splits)) == ["3 supervised tokens are characters that the tokenizer does not know"]
 
 
 def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):

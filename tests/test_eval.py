@@ -8,6 +8,7 @@ import torch
 import eval as eval_command
 from compute.self_check import use_layout
 from config import UserError
+from data import encode_prompt
 from eval import Evaluation, answer, evaluate, read_prompts
 from model import Precision
 from tests.conftest import layout_of, tiny_llama
@@ -96,3 +97,53 @@ def test_the_command_compares_two_models_on_a_whole_file(tiny_model_dir, chats, 
 def test_a_model_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="there is no such directory"):
         eval_command.main(["./nowhere", "--preset", "quickstart"])
+
+
+def reported(capsys, *arguments):
+    """What `eval.py --json` says, and its warnings."""
+    assert eval_command.main([*map(str, arguments), "--json", "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_a_prompt_may_be_longer_than_a_file_name(tiny_model_dir, chats, capsys):
+    report, _ = reported(capsys, tiny_model_dir, "--dataset", chats, "--prompts", "word " * 60)
+    assert report["answers"][0]["prompt"] == "word " * 60
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"caf\xe9\n", "not UTF-8 at byte 4; save it as UTF-8"),
+        (b" \n", "there are no prompts in it"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_is_refused(tmp_path, content, said):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        list(read_prompts([str(path)]))
+    assert str(raised.value) == f"--prompts {path}: {said}"
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert list(read_prompts([str(tmp_path / "prompts.txt")])) == ["one", "two"]
+
+
+def test_a_prompt_longer_than_the_model_attends_to_is_refused(tiny_model_dir, chats):
+    arguments = [str(tiny_model_dir), "--dataset", str(chats), "--prompts", "Hi", "word " * 99]
+    with pytest.raises(UserError, match="prompt 2 has 514 tokens and --max-new-tokens asks for 50 more, but the model"):
+        eval_command.main(arguments)
+    with pytest.raises(UserError, match="prompt 1 has 21 tokens and --max-new-tokens asks for 500 more"):
+        eval_command.main([*arguments[:3], "--prompts", "Hi", "--max-new-tokens", "500"])
+
+
+def test_an_answer_ends_where_the_model_attends_to_no_more(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "model_max_length", 50)
+    model = tiny_llama(len(tiny_tokenizer), max_position_embeddings=50)
+    prompt_tokens = len(encode_prompt("Hi", tiny_tokenizer))
+    assert answer(model, tiny_tokenizer, "Hi").tokens == 50 - prompt_tokens
+    assert answer(model, tiny_tokenizer, "Hi " * 50).tokens == 0
