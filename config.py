@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 A_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 A_POSITIVE_SHARE = ("above 0 and below 1", lambda value: 0 < value < 1)
+COMMANDS = ("train.py", "data.py", "eval.py")
 LARGEST = 2**62  # of any number: seeds, and their sum with an epoch, are 64 bits wide
 
 
@@ -320,27 +322,38 @@ def make_output_last():
 def run_command(main):
     """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130."""
     make_output_last()
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main(sys.argv[1:])
-    except UserError as error:
-        status = print_error(error)
-    except OSError as error:  # a full disk, a vanished directory: the machine's state, not a bug to trace
-        status = print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except BaseException as error:
+        if follows_ctrl_c(error):
+            print("interrupted", file=sys.stderr)
+            status = 130
+        elif isinstance(error, UserError):
+            status = print_error(error)
+        elif isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state, not a bug to trace
+            status = print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
+        else:
+            raise
     sys.exit(status)
 
 
-def report_exception(kind, error, trace):
-    """`sys.excepthook` under which Ctrl-C is one line, also while the other modules are imported."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def follows_ctrl_c(error):
+    """Whether an exception is Ctrl-C's, or was raised while it was handled: a library may fail over it."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
-sys.excepthook = report_exception
+def leave_at_once(*_):
+    """What Ctrl-C does while a command imports its modules: there is nothing to clean up yet."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if Path(sys.argv[0]).name in COMMANDS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave_at_once)
 
 
 def first_line(error):

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from config import (
     print_error,
     read_record,
     resolve,
+    run_command,
     with_absolute_paths,
 )
 from storage import hub
@@ -270,9 +270,9 @@ def test_output_that_cannot_be_encoded_is_escaped(monkeypatch):
 
 
 def test_ctrl_c_while_modules_are_imported_is_one_line():
-    code = "import config, signal; signal.raise_signal(signal.SIGINT)"
+    code = "import signal, sys; sys.argv = ['train.py']; import config; signal.raise_signal(signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_paths_of_a_run_are_absolute_and_other_names_are_kept(tmp_path, monkeypatch):
@@ -285,3 +285,17 @@ def test_paths_of_a_run_are_absolute_and_other_names_are_kept(tmp_path, monkeypa
         "model": "no/such",
         "lr": 1.0,
     }
+
+
+def test_a_library_that_fails_over_ctrl_c_is_interrupted_too(capsys):
+    def main(_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise TimeoutError("of a worker")
+
+    with pytest.raises(SystemExit, match="130"):
+        run_command(main)
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda _: 1 / 0)
