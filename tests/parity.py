@@ -46,33 +46,33 @@ def train(model, examples, eval_examples, tokenizer, config):
 
 
 def compare(ours, trainers, our_model, trainers_model, loss=1e-6, grad_norm=1e-6, weights=1e-6):
-    """The largest differences between two runs, by quantity; the bars are relative, that of the weights absolute.
+    """The largest differences between two runs, by quantity; the tolerances are relative, that of the weights absolute.
 
     Raises:
-        AssertionError: a quantity is beyond its bar; the message says which, in which update, and by how much.
+        AssertionError: a quantity is beyond its tolerance; the message says which, in which update, and by how much.
     """
     whose = f"Trainer of transformers {transformers.__version__}"
     assert len(ours) == len(trainers), f"number of updates: {whose} made {len(trainers)}, we made {len(ours)}"
-    bars = {"learning_rate": 0.0, "loss": loss, "grad_norm": grad_norm}
-    largest = dict.fromkeys(bars, 0.0)
+    tolerances = {"learning_rate": 0.0, "loss": loss, "grad_norm": grad_norm}
+    largest = dict.fromkeys(tolerances, 0.0)
     for number, (our, their) in enumerate(zip(ours, trainers, strict=True), 1):
         assert our.conversations == their.conversations, f"conversations: {whose} sees others in update {number}"
-        for quantity, bar in bars.items():
+        for quantity, tolerance in tolerances.items():
             mine, other = getattr(our, quantity), float(getattr(their, quantity))
             difference = abs(mine - other) / (abs(other) or math.nan) if mine != other else 0.0
-            assert difference <= bar, (
+            assert difference <= tolerance, (
                 f"{quantity}: {whose} has {other!r} in update {number}, we have {mine!r}: "
-                f"relative difference {difference:.1e}, bar {bar:.0e}"
+                f"relative difference {difference:.1e}, tolerance {tolerance:.0e}"
             )
             largest[quantity] = max(largest[quantity], difference)
     largest["weights"] = weight_difference(our_model, trainers_model)
     assert largest["weights"] <= weights, (
-        f"weights: {whose} ends up to {largest['weights']:.1e} from ours, bar {weights:.0e}"
+        f"weights: {whose} ends up to {largest['weights']:.1e} from ours, tolerance {weights:.0e}"
     )
     return largest
 
 
 def weight_difference(model, other):
-    """The largest absolute difference between two models' weights; NaN, within no bar, where one of them is."""
+    """The largest absolute difference between two models' weights; NaN, within no tolerance, where one of them is."""
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return torch.stack([(ours.double() - theirs.double()).abs().max() for ours, theirs in pairs]).max().item()

@@ -180,8 +180,8 @@ def test_a_directory_is_its_files_in_order(tmp_path):
 
 def test_the_location_is_the_line_in_an_array_too(tmp_path):
     write_array(tmp_path / "a.json", [GOOD, GOOD])
-    places = [place for place, _, _ in read_conversations([Source(str(tmp_path / "a.json"))])]
-    assert places == [f"{tmp_path}/a.json:2", f"{tmp_path}/a.json:14"]
+    locations = [location for location, _, _ in read_conversations([Source(str(tmp_path / "a.json"))])]
+    assert locations == [f"{tmp_path}/a.json:2", f"{tmp_path}/a.json:14"]
 
 
 @pytest.mark.parametrize(

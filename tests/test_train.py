@@ -35,15 +35,15 @@ def update(model, window, budget, precision="fp32", steps=3, max_grad_norm=1.0, 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_any_cut_of_a_window_in_any_layout_gives_the_same_update(ragged_window, budget, packed, dtype, bar):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_any_cut_of_a_window_in_any_layout_gives_the_same_update(ragged_window, budget, packed, dtype, tolerance):
     model = tiny_llama(259).to(dtype)
     whole, whole_weights = update(model, ragged_window, budget=len(ragged_window) * 64)
     logged, weights = update(model, ragged_window, budget, packed=packed)
-    assert (weights - whole_weights).abs().max() <= bar
+    assert (weights - whole_weights).abs().max() <= tolerance
     for ours, theirs in zip(logged, whole, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=bar)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * bar)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * tolerance)
 
 
 def test_the_cuts_above_run_from_single_conversations_to_the_whole_window(ragged_window):
@@ -88,12 +88,12 @@ def test_gradient_checkpointing_changes_nothing(ragged_window, packed):
     assert (weights - expected).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize(("precision", "bar"), [("bf16", 0.02), ("fp16", 0.005)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.005)])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_16_bit_losses_are_near_the_exact_one(ragged_window, precision, bar, packed):
+def test_16_bit_losses_are_near_the_exact_one(ragged_window, precision, tolerance, packed):
     exact, _ = update(tiny_llama(259), ragged_window, budget=100)
     logged, _ = update(tiny_llama(259), ragged_window, budget=100, precision=precision, packed=packed)
-    assert [step["loss"] for step in logged] == pytest.approx([step["loss"] for step in exact], rel=bar)
+    assert [step["loss"] for step in logged] == pytest.approx([step["loss"] for step in exact], rel=tolerance)
 
 
 # --- clipping, decay, schedule

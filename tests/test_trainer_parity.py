@@ -66,7 +66,7 @@ CASES = {
     "another seed": {"seed": 7},
     "ten times the learning rate": {"learning_rate": 2e-3},
 }
-BARS = {  # what may differ: relative for loss and gradient norm, absolute for weights; rate and order are exact
+TOLERANCES = {  # what may differ: relative for loss and gradient norm, absolute for weights; rate and order are exact
     torch.float32: {"loss": 1e-6, "grad_norm": 1e-6, "weights": 1e-6},
     torch.float64: {"loss": 1e-12, "grad_norm": 1e-12, "weights": 1e-12},
 }
@@ -131,11 +131,11 @@ def both(tokenizer, directory, arguments, examples=None, model=a_model, dtype=to
 # --- update by update
 
 
-@pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
 def test_every_update_is_that_of_trainer(tiny_tokenizer, tmp_path, arguments, dtype):
     runs = both(tiny_tokenizer, tmp_path, arguments, dtype=dtype)
-    parity.compare(*runs, **BARS[dtype])
+    parity.compare(*runs, **TOLERANCES[dtype])
 
 
 def test_clipping_bites_in_the_cases_above(tiny_tokenizer, tmp_path):
@@ -151,18 +151,18 @@ def test_a_short_last_window_is_that_of_trainer(tiny_tokenizer, tmp_path, n):
     parity.compare(*runs)
 
 
-@pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "fp64"])
 def test_rows_that_no_template_makes_are_trained_as_trainer_trains_them(tiny_tokenizer, tmp_path, ragged_window, dtype):
     """Some of the rows are supervised from their first token, one not at all, one has two tokens."""
     assert any(example.labels[0] != IGNORE for example in ragged_window)
     assert any(example.supervised_tokens == 0 for example in ragged_window)
     runs = both(tiny_tokenizer, tmp_path, {}, examples=ragged_window, dtype=dtype)
-    parity.compare(*runs, **BARS[dtype])
+    parity.compare(*runs, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_autocast_is_near_that_of_trainer(tiny_tokenizer, tmp_path, precision):
-    """Looser bars: rows padded to other lengths are summed in another order, and bf16 keeps 8 bits of each sum.
+    """Looser tolerances: rows padded to other lengths are summed in another order, and bf16 keeps 8 bits of each sum.
 
     On a CPU, `Trainer` runs fp16 without a loss scale; ours has one, which is a power of two and changes nothing.
     """
@@ -333,5 +333,5 @@ def test_another_number_of_updates_and_other_weights_are_named(tiny_tokenizer, t
         parity.compare(ours, trainers[:-1], our_model, trainers_model)
     with torch.no_grad():
         trainers_model.model.norm.weight[0] += 2e-6
-    with pytest.raises(AssertionError, match=r"^weights: .* ends up to 2.\de-06 from ours, bar 1e-06"):
+    with pytest.raises(AssertionError, match=r"^weights: .* ends up to 2.\de-06 from ours, tolerance 1e-06"):
         parity.compare(ours, trainers, our_model, trainers_model)
