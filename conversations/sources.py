@@ -189,54 +189,70 @@ def is_truncated(error, text):
 
 
 def rows_of_arrays(path, content):
-    """Yield `(file:line, row)` of the items of JSON arrays that follow one another, each over any number of lines."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8; correct the file") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    line, counted = 1, 0
+    """Yield `(file:line, row)` of the items of JSON arrays that follow one another, each over any number of lines.
 
-    def located(position):
-        nonlocal line, counted
-        line, counted = line + text.count("\n", counted, position), position
-        return f"{path}:{line}"
-
-    def invalid(position, why):
-        advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
-        if position >= len(text):
-            why, advice = "the file ends within the array: it is truncated", "correct the file"
-        column = position - text.rfind("\n", 0, position)
-        return UserError(f"{located(position)}: column {column:,}: {why}; {advice}")
-
-    def after_space(position):
-        return space.match(text, position).end()
-
-    def value_at(position):
-        try:
-            return decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            ends = isinstance(error, json.JSONDecodeError) and is_truncated(error, text)
-            raise invalid(len(text) if ends else getattr(error, "pos", position), "not valid JSON") from error
-
-    position = after_space(0)
-    while position < len(text):
-        end = after_space(position + 1)
-        in_array = text[position] == "[" and text[end : end + 1] != "]"
-        if in_array and is_message(value_at(end)[0]):
-            in_array = False
-        if not in_array:
-            row, end = value_at(position)
-            yield located(position), row
-            position = after_space(end)
+    A value that is no array of rows is a row itself.
+    """
+    json_text = JsonText(path, content)
+    position = json_text.after_space(0)
+    while position < len(json_text.text):
+        first = json_text.first_row_in_array(position)
+        if first is None:
+            row, end = json_text.value_at(position)
+            yield json_text.location(position), row
+            position = json_text.after_space(end)
             continue
-        position, separator = end, ","
-        while separator != "]":
-            row, end = value_at(position)
-            yield located(position), row
-            end = after_space(end)
-            separator = text[end : end + 1]
+        position, separator = first, ","
+        while separator == ",":
+            row, end = json_text.value_at(position)
+            yield json_text.location(position), row
+            end = json_text.after_space(end)
+            separator = json_text.text[end : end + 1]
             if separator not in (",", "]"):
-                raise invalid(end, "not valid JSON: no comma after a row")
-            position = after_space(end + 1)
+                raise json_text.invalid(end, "not valid JSON: no comma after a row")
+            position = json_text.after_space(end + 1)
+
+
+class JsonText:
+    """The text of a JSON file, read value by value. Positions may only grow, as lines are counted on the way."""
+
+    def __init__(self, path, content):
+        try:
+            self.text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{path}:{line}: not UTF-8; correct the file") from error
+        self.path, self.line, self.counted = path, 1, 0
+
+    def after_space(self, position):
+        """The first position, from one on, that is not white space."""
+        return re.compile(r"\s*").match(self.text, position).end()
+
+    def first_row_in_array(self, position):
+        """Where the first row stands in an array that begins here; None for any other value, a list of messages too."""
+        first = self.after_space(position + 1)
+        if self.text[position] != "[" or self.text[first : first + 1] == "]" or is_message(self.value_at(first)[0]):
+            return None
+        return first
+
+    def value_at(self, position):
+        """The JSON value at a position, and where it ends."""
+        try:
+            return json.JSONDecoder().raw_decode(self.text, position)
+        except (ValueError, RecursionError) as error:
+            ends = isinstance(error, json.JSONDecodeError) and is_truncated(error, self.text)
+            where = len(self.text) if ends else getattr(error, "pos", position)
+            raise self.invalid(where, "not valid JSON") from error
+
+    def location(self, position):
+        """The file and the line of a position."""
+        self.line, self.counted = self.line + self.text.count("\n", self.counted, position), position
+        return f"{self.path}:{self.line}"
+
+    def invalid(self, position, why):
+        """A `UserError` about a position."""
+        advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
+        if position >= len(self.text):
+            why, advice = "the file ends within the array: it is truncated", "correct the file"
+        column = position - self.text.rfind("\n", 0, position)
+        return UserError(f"{self.location(position)}: column {column:,}: {why}; {advice}")
