@@ -101,6 +101,8 @@ def rows_of(source, split):
         yield from ((f"{source.name} ({split}) row {number}", row) for number, row in enumerate(rows))
     for path in files:
         try:
+            if hub.is_lfs_pointer(path):
+                raise UserError(f"{path}: a git-lfs pointer, not the file itself; run: git lfs pull")
             if kind_of(path) == ".parquet":
                 yield from rows_of_parquet(path)
             else:

@@ -58,16 +58,23 @@ def find_model(name):
 
 def why_not_loaded(path, error):
     """The reason why a model could not be loaded, in a line."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with open(file, "rb") as content:
-            if content.read(19) == b"version https://git":
-                return f"{file} is a git-lfs pointer, not the weights; run: git lfs pull"
+    for file in sorted(Path(path).glob("*")):
+        if is_lfs_pointer(file):
+            return f"{file} is a git-lfs pointer, not the file itself; run: git lfs pull"
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({first_line(error)}); download or save them again"
     if isinstance(error, StrictDataclassError):
         return f"its config.json is not valid: {' '.join(str(error).split())}"
     kind = f"{type(error).__name__}: " if isinstance(error, KeyError | TypeError) else ""
     return kind + first_line(error)
+
+
+def is_lfs_pointer(path):
+    """Whether a file is only git-lfs's note of where its content is."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(19) == b"version https://git"
 
 
 @functools.cache  # each is loaded once

@@ -327,6 +327,7 @@ def test_a_broken_file_is_named_by_file_and_line(tmp_path, name):
     assert "\n" not in str(raised.value)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 UNREADABLE = {
     "nothing.jsonl": (b"", r"--dataset .*/nothing.jsonl: it has no valid conversations"),
     "nothing.json": (b"[]", r"it has no valid conversations"),
@@ -334,6 +335,8 @@ UNREADABLE = {
     "not_gzip.jsonl.gz": (lines(GOOD), r"/not_gzip.jsonl.gz: cannot be read: "),
     "not_parquet.parquet": (b"PAR1", r"/not_parquet.parquet: cannot be read: "),
     "sheet.csv": (b"a,b\n", r"not a .jsonl, .json, .parquet file"),
+    "pointer.parquet": (POINTER, r"/pointer.parquet: a git-lfs pointer, not the file itself; run: git lfs pull"),
+    "pointer.jsonl": (POINTER, r"/pointer.jsonl: a git-lfs pointer"),
 }
 
 

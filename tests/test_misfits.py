@@ -92,6 +92,11 @@ def test_damaged_weights_are_one_line(model_dir, content, said):
     assert said in refusal(model_dir)
 
 
+def test_a_pointer_in_place_of_the_tokenizer_is_one_line(model_dir):
+    (model_dir / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "tokenizer.json is a git-lfs pointer, not the file itself; run: git lfs pull" in refusal(model_dir)
+
+
 def test_a_tokenizer_far_larger_than_the_embeddings_is_refused(model_dir):
     byte_tokenizer([*CONTROL, *(f"<word {number}>" for number in range(2000))]).save_pretrained(model_dir)
     assert "more tokens than the model has embeddings; they do not belong together" in refusal(model_dir)
