@@ -181,6 +181,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in values.items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
+            if name in ("output_dir", "resume", "html") and value:
+                values[name] = os.path.expanduser(value)  # which a shell does not do behind a "="
         names = {setting.name for setting in dataclasses.fields(Config)}
         named = with_tuples({name: value for name, value in values.items() if name in names})
         return named, {name: value for name, value in values.items() if name not in names}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_absolute_paths, with_tuples
 from running.checkpoints import newest_valid
-from running.metrics import read_metrics
+from running.metrics import is_finished, read_metrics
 from storage.durable import MANIFEST
 
 
@@ -26,7 +26,7 @@ def find_start(run, recorded):
         recorded: what its `config.json` holds.
 
     Raises:
-        UserError: no checkpoint is valid, or they are missing.
+        UserError: no checkpoint is valid, or they are missing; or the run is finished and never had one.
     """
     checkpoint, described, damages = newest_valid(run)
     for damage in damages:
@@ -36,6 +36,11 @@ def find_start(run, recorded):
         return Start(checkpoint, described)
     if damages:
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
+    if is_finished(run):
+        best = shlex.quote(f"{run}/best")
+        raise UserError(
+            f"--resume {run}: it is finished, with no checkpoint to continue from; try a run of --model {best}"
+        )
     logged = last_logged_update(run)
     if logged > recorded["config"]["save_every"]:  # a checkpoint comes before any later update
         raise UserError(

@@ -105,6 +105,21 @@ def test_a_run_is_resumed_from_another_directory_without_its_original_model(monk
     assert [line["step"] for line in logged if line["kind"] == "train"] == [1, 2]
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_begun_again():
+    assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
+    before = content("run")
+    said = refused("--resume", "run", "--max-steps", "3", "--allow-changes")
+    assert said == "--resume run: it is finished, with no checkpoint to continue from; try a run of --model run/best"
+    assert content("run") == before
+
+
+def test_a_home_directory_is_expanded(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert train_command.main([*FLAGS, "--output-dir=~/run"]) == 0
+    assert (here / "home" / "run" / "best").is_dir()
+    assert train_command.main(["--resume=~/run"]) == 0
+
+
 def test_a_finished_run_answers_without_its_data(capsys):
     assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
     Path("chats.jsonl").unlink()
