@@ -3,10 +3,11 @@
 No mask of T × T is made: what a conversation may see is where it begins and ends.
 """
 
-from dataclasses import dataclass
+import inspect
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -14,24 +15,23 @@ PACKED = "packed"  # what `model.set_attn_implementation` calls it
 # What some models ask of their attention, by the names that transformers passes, and this does not support.
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 BLOCK = 128  # queries
+# Its kernel takes fewer heads of keys than of queries in any version; torch 2.12 and newer want to be told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+CAUSAL_WINDOW = (-1, 0)  # everything before a token, nothing after it
+CAUSAL_MASK = 1  # the same to `_efficient_attention_forward`
 
 
-@dataclass(frozen=True)
-class SequenceBoundaries:
-    """Where the conversations of a packed row begin and end; an object, which `torch.compile` does not trace."""
-
-    lengths: tuple[int, ...]  # of the conversations
-    cu_seqlens: torch.Tensor  # (conversations + 1,) int32: where each begins, and where the last one ends
-
-
-@torch.compiler.disable  # it depends on the conversations' lengths, and its kernels are compiled already
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, boundaries=None, **options):
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seqlens=None, max_seqlen=None, **options
+):
     """Attention as transformers' `AttentionInterface` has it.
 
     Args:
         query: (1, H, T, D).
         key, value: (1, H_kv, T, D); H is a multiple of H_kv.
-        boundaries: the `SequenceBoundaries` of the conversations; None: there is one, as when an answer is generated.
+        cu_seqlens: (conversations + 1,) int32, the sequence boundaries: where each conversation begins, and where the
+            last one ends; None: there is one, as when an answer is generated.
+        max_seqlen: tokens of the longest conversation.
 
     Returns:
         (1, T, H, D), and None for the weights, which are not returned.
@@ -42,39 +42,80 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     wanted = [name for name in UNSUPPORTED if options.get(name) is not None]
     if wanted or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"its attention has {wanted[0] if wanted else 'no causal order'}")
-    if boundaries is None:
+    if cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(kind, enabled=False):
-        query, key, value = (tensor[0].to(dtype) for tensor in (query, key, value))
-        if kind == "cuda" and fits_varlen(query, dropout):
-            output = varlen(query, key, value, scaling, boundaries)
+        query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H, D)
+        width = query.shape[-1]
+        flash = dtype.itemsize == 2 and width % 8 == 0 and width <= 256 and not dropout
+        if flash and has_flash_kernel(query.device):
+            output = varlen(query, key, value, cu_seqlens, max_seqlen, scaling)
+        elif dtype.itemsize <= 4 and width % 8 == 0 and has_efficient_kernel(query.device):
+            output = efficient(query, key, value, cu_seqlens, max_seqlen, scaling, dropout)
         else:
-            rows = zip(*(tensor.split(boundaries.lengths, 1) for tensor in (query, key, value)), strict=True)
-            output = torch.cat([one_conversation(*row, scaling, dropout) for row in rows], 1).transpose(0, 1)
+            output = one_by_one(query, key, value, cu_seqlens, scaling, dropout)
     return output[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def fits_varlen(query, dropout):
-    """Whether torch's kernel for packed rows takes this: 16 bits, on an Ampere GPU or a newer one."""
-    recent = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return recent and query.dtype in (torch.bfloat16, torch.float16) and not dropout
+@torch.compiler.assume_constant_result
+def has_flash_kernel(device):
+    """Whether torch's kernel for packed rows in 16 bits runs on a device: an Ampere GPU or a newer one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def varlen(query, key, value, scaling, boundaries):
-    """All conversations in one kernel: (H, T, D), (H_kv, T, D), (H_kv, T, D) to (T, H, D)."""
-    from torch.nn.attention.varlen import varlen_attn  # which a torch without CUDA may not have
+@torch.compiler.assume_constant_result
+def has_efficient_kernel(device):
+    """Whether torch's kernel for packed rows in fp32, and in 16 bits on older GPUs, runs on a device."""
+    return device.type == "cuda"
 
-    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    cu_seqlens, longest = boundaries.cu_seqlens, max(boundaries.lengths)
-    sequences = (cu_seqlens, cu_seqlens, longest, longest)  # of queries and of keys
-    causal = (-1, 0)  # the window: everything before a token, nothing after it
-    return varlen_attn(query, key, value, *sequences, scale=scaling, window_size=causal, enable_gqa=True)
+
+def in_the_graph(device):
+    """Whether `torch.compile` can take packed attention into a layer's graph: with the first of the kernels alone."""
+    return has_flash_kernel(device)
+
+
+def varlen(query, key, value, cu_seqlens, max_seqlen, scaling):
+    """All conversations in one kernel, 16 bits: (T, H, D), (T, H_kv, D), (T, H_kv, D) to (T, H, D)."""
+    sequences = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries and of keys
+    return varlen_attn(query, key, value, *sequences, scale=scaling, window_size=CAUSAL_WINDOW, **GROUPED)
+
+
+@torch.compiler.disable  # torch 2.13 cannot trace its backward pass
+def efficient(query, key, value, cu_seqlens, max_seqlen, scaling, dropout):
+    """The same in fp32 and on older GPUs; as nested tensors call it, which would read the lengths.
+
+    This kernel takes as many heads of keys as of queries.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    return torch.ops.aten._efficient_attention_forward(
+        query[None],
+        key[None],
+        value[None],
+        None,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout,
+        CAUSAL_MASK,
+        True,  # keep what the backward pass needs
+        scale=scaling,
+    )[0][0]
+
+
+@torch.compiler.disable  # it depends on the conversations' lengths, and its kernels are compiled already
+def one_by_one(query, key, value, cu_seqlens, scaling, dropout):
+    """The same on a CPU, a conversation at a time."""
+    lengths = cu_seqlens.diff().tolist()
+    rows = zip(*(tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)), strict=True)
+    return torch.cat([one_conversation(*row, scaling, dropout) for row in rows], 1).transpose(0, 1)
 
 
 def one_conversation(query, key, value, scaling, dropout):

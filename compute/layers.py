@@ -12,14 +12,18 @@ def checkpoint_activations(model):
     enable({"use_reentrant": False})
 
 
-def compile_layers(model):
+def compile_layers(model, **how):
     """Have `torch.compile` compile a model's layers, all into the same few graphs, when they are first called.
 
     One layer at a time, because they are alike: 30 of them compile as fast as one.
+
+    Args:
+        how: more for `torch.compile`.
     """
+    torch.fx.experimental._config.use_duck_shape = False  # as many conversations as heads are so by chance, and once
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):  # transformers' list of the layers' classes
-            module.compile(dynamic=True)
+            module.compile(dynamic=True, **how)
 
 
 def compiled_graphs():

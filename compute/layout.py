@@ -12,7 +12,6 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from compute.attention import SequenceBoundaries
 from data import IGNORE, Example, window_at
 
 
@@ -28,9 +27,9 @@ class Batch:
 
     def map(self, change):
         """The batch with every tensor of it changed."""
-        inputs = {name: change(value) for name, value in self.inputs.items() if name != "boundaries"}
-        if boundaries := self.inputs.get("boundaries"):
-            inputs["boundaries"] = replace(boundaries, cu_seqlens=change(boundaries.cu_seqlens))
+        inputs = {
+            name: change(value) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
+        }
         return replace(self, inputs=inputs, predicting=change(self.predicting), targets=change(self.targets))
 
     def to(self, device):
@@ -88,13 +87,14 @@ class Layout:
 def pack(examples):
     """Examples end to end: the model's inputs, (1, T), and what comes after each position.
 
-    `position_ids` start anew with each conversation; `boundaries` is for `attention.packed_attention`.
+    `position_ids` start anew with each conversation; `attention.packed_attention` takes the sequence boundaries.
     """
-    lengths = tuple(map(length, examples))
+    lengths = list(map(length, examples))
     inputs = {
         "input_ids": torch.cat([example.input_ids for example in examples])[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "boundaries": SequenceBoundaries(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
+        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "max_seqlen": max(lengths),
     }
     return inputs, torch.cat([shifted(example.labels) for example in examples])
 

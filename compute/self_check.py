@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from compute.attention import PACKED
+from compute.attention import PACKED, in_the_graph
 from compute.layers import compile_layers, in_eval_mode
 from compute.layout import Layout, random_examples
 from compute.memory import fitting_tokens
@@ -21,7 +21,7 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
 
 
 class Mismatch(Exception):
-    """Something gives another loss or gradient than the model's own."""
+    """A layout is not exact for a model: it gives another loss or gradient, or the model says that it would."""
 
 
 def choose_layout(model, token_loss, config, pad_id, precision):
@@ -43,8 +43,9 @@ def choose_layout(model, token_loss, config, pad_id, precision):
     expected = loss_and_gradient(model, token_loss, own, precision)
     layout, why = own, None
     for faster in (padded,) if config.layout == "padded" else (padded, packed):
-        use_layout(model, faster)
         try:
+            refuse_other_attention(model, faster)
+            use_layout(model, faster)
             compare(model, token_loss, faster, precision, expected)
         except Mismatch as error:
             why = error
@@ -57,12 +58,24 @@ def choose_layout(model, token_loss, config, pad_id, precision):
         layout = replace(layout, why=str(why))
     layout = replace(layout, tokens=config.micro_batch_tokens or fitting_tokens(model, token_loss, layout, precision))
     if config.compile:
-        compile_layers(model)
-        try:
-            compare(model, token_loss, layout, precision, expected)
-        except Mismatch as why:
-            raise UserError(f"--compile: {why}; leave it out") from why
+        compile_and_check(model, token_loss, layout, precision, expected, config)
     return layout
+
+
+def compile_and_check(model, token_loss, layout, precision, expected, config):
+    """Compile a model's layers; raise `UserError` where that cannot be done, or changes the loss or gradient."""
+    if config.gradient_checkpointing and layout.packed and not in_the_graph(precision.device):
+        raise UserError(
+            "--compile and --gradient-checkpointing: packed attention is not compiled on this device, and inside of "
+            "recomputed layers that leaves nothing compiled; leave one of them out, or use --layout padded"
+        )
+    compile_layers(model)
+    try:
+        compare(model, token_loss, layout, precision, expected)
+    except Mismatch as why:
+        raise UserError(f"--compile: {why}; leave it out") from why
+    except Exception as error:  # a missing compiler, say
+        raise UserError(f"--compile: {type(error).__name__}: {first_line(error)}; leave it out") from error
 
 
 @torch.no_grad()
@@ -99,14 +112,22 @@ def loss_and_gradient(model, token_loss, layout, precision):
         return loss.detach(), torch.autograd.grad(loss, [matrix])[0]
 
 
-def compare(model, token_loss, layout, precision, expected):
-    """Raise `Mismatch` unless a layout gives the expected loss and gradient."""
+def refuse_other_attention(model, layout):
+    """Raise `Mismatch` where a model's attention is not transformers' replaceable one, or not in every layer."""
+    if not layout.packed:
+        return
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        raise Mismatch("its attention cannot be replaced")
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if layout.packed and layers != {"full_attention"}:  # a window may be wider than the small batch is long
+    if layers != {"full_attention"}:  # a window may be wider than the small batch is long
         raise Mismatch(f"it has layers of {', '.join(sorted(layers - {'full_attention'}))}")
+
+
+def compare(model, token_loss, layout, precision, expected):
+    """Raise `Mismatch` unless a layout gives the expected loss and gradient; any other failure is an error."""
     try:
         found = loss_and_gradient(model, token_loss, layout, precision)
-    except Exception as error:  # whatever a model's code says to arguments it does not know
+    except NotImplementedError as error:  # `packed_attention`, of what a model asks of it
         raise Mismatch(first_line(error)) from error
     for name, ours, own in zip(("loss", "gradient"), found, expected, strict=True):
         off = ((ours - own).norm() / own.norm()).item()

@@ -5,7 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from compute import attention
-from compute.attention import BlockedAttention, SequenceBoundaries, packed_attention
+from compute.attention import BlockedAttention, packed_attention
+from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
+from model import token_loss
+from tests import stand_in
+from tests.conftest import one_batch, tiny_llama
 
 LENGTHS = (130, 1, 5, 300, 128)
 
@@ -17,8 +21,8 @@ def a_row(dtype, heads=6, key_heads=2, width=16):
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def spans(lengths=LENGTHS):
-    return SequenceBoundaries(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+def boundaries(lengths=LENGTHS):
+    return {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(), "max_seqlen": max(lengths)}
 
 
 def with_gradients(output, inputs):
@@ -39,17 +43,18 @@ def off(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bar"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
 )
-def test_each_conversation_attends_to_itself_alone(dtype, bar):
+def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
     row = a_row(dtype)
-    ours = with_gradients(packed_attention(None, *row, None, boundaries=spans())[0], row)
-    assert off(ours, one_by_one(*row)) < bar
+    ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
+    assert off(ours, one_by_one(*row)) < tolerance
 
 
 def test_conversations_that_see_each_other_would_be_noticed():
     row = a_row(torch.float32)
-    contaminated = with_gradients(packed_attention(None, *row, None, boundaries=spans((sum(LENGTHS),)))[0], row)
+    contaminated = with_gradients(packed_attention(None, *row, None, **boundaries((sum(LENGTHS),)))[0], row)
     assert off(contaminated, one_by_one(*row)) > 0.1
 
 
@@ -70,22 +75,80 @@ def test_attention_in_blocks_is_exact(key_heads):
 def test_blocks_are_for_bf16_in_training_on_a_cpu(monkeypatch):
     asked = []
     monkeypatch.setattr(attention.BlockedAttention, "apply", lambda query, *_: asked.append(query.shape[2]) or query)
-    packed_attention(None, *a_row(torch.float32), None, boundaries=spans())
+    packed_attention(None, *a_row(torch.float32), None, **boundaries())
     with torch.no_grad():
-        packed_attention(None, *a_row(torch.bfloat16), None, boundaries=spans())
-    packed_attention(None, *a_row(torch.bfloat16), None, boundaries=spans(), dropout=0.5)
+        packed_attention(None, *a_row(torch.bfloat16), None, **boundaries())
+    packed_attention(None, *a_row(torch.bfloat16), None, **boundaries(), dropout=0.5)
     assert asked == []
-    packed_attention(None, *a_row(torch.bfloat16), None, boundaries=spans())
+    packed_attention(None, *a_row(torch.bfloat16), None, **boundaries())
     assert asked == list(LENGTHS)
 
 
 def test_products_are_in_autocasts_precision_whatever_came():
     row = a_row(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert packed_attention(None, *row, None, boundaries=spans())[0].dtype == torch.bfloat16
+        assert packed_attention(None, *row, None, **boundaries())[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", ["sliding_window", "softcap", "s_aux", "position_bias"])
 def test_what_a_model_asks_beyond_it_is_refused(asked):
     with pytest.raises(NotImplementedError, match=asked):
-        packed_attention(None, *a_row(torch.float32), None, boundaries=spans(), **{asked: 4})
+        packed_attention(None, *a_row(torch.float32), None, **boundaries(), **{asked: 4})
+
+
+KERNELS = {
+    "varlen": (stand_in.flash_attention, torch.bfloat16, 1e-2),
+    "varlen in fp16": (stand_in.flash_attention, torch.float16, 2e-3),
+    "efficient": (stand_in.efficient_attention, torch.float32, 1e-5),
+    "efficient in fp16": (stand_in.efficient_attention, torch.float16, 2e-3),
+}
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), KERNELS.values(), ids=KERNELS.keys())
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_a_gpus_kernel_is_called_as_it_wants_to_be(monkeypatch, kernel, dtype, tolerance, key_heads):
+    kernel(monkeypatch)
+    row = a_row(dtype, key_heads=key_heads)
+    ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
+    assert off(ours, one_by_one(*row)) < tolerance
+    name = "varlen" if kernel is stand_in.flash_attention else "efficient"
+    assert stand_in.calls == [name, f"{name} backward"]
+
+
+@pytest.mark.parametrize("width", [12, 264])
+def test_heads_that_no_kernel_takes_go_one_by_one(monkeypatch, width):
+    stand_in.flash_attention(monkeypatch)
+    row = a_row(torch.bfloat16, width=width)
+    ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
+    assert off(ours, one_by_one(*row)) < 1e-2
+    assert stand_in.calls == ([] if width == 12 else ["efficient", "efficient backward"])
+
+
+def graphs_of(model, batches):
+    """How many graphs a model's compiled layers are made into; one that is broken is an error."""
+    torch.compiler.reset()
+    before = compiled_graphs()
+    compile_layers(model, fullgraph=True, backend="aot_eager")
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            token_loss(model, batch).backward()
+    return compiled_graphs() - before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_compiled_layers_are_one_graph_for_all_layers_and_lengths(monkeypatch, ragged_window, checkpointing):
+    """With activation checkpointing too, where a broken graph would leave nothing compiled."""
+    stand_in.flash_attention(monkeypatch)
+    model, eager = (tiny_llama(259, hidden_size=64).train() for _ in range(2))
+    for each in (model, eager):
+        each.set_attn_implementation(attention.PACKED)
+        if checkpointing:
+            checkpoint_activations(each)
+    batches = [one_batch(ragged_window[:count], packed=True) for count in (8, 7, 2, 5)]
+    assert graphs_of(model, batches) == 1
+    assert stand_in.calls.count("varlen") == 2 * 4 * (2 if checkpointing else 1)  # layers, batches, again
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            token_loss(eager, batch).backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-2 * theirs.grad.norm()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from compute.attention import fits_varlen, packed_attention
+from compute.attention import packed_attention
 from compute.layers import compiled_graphs
 from compute.layout import Layout
 from compute.memory import fitting_tokens
@@ -14,7 +14,7 @@ from config import Config
 from eval import evaluate
 from model import Precision, token_loss
 from tests.conftest import layout_of, tiny_llama
-from tests.test_attention import a_row, off, one_by_one, spans, with_gradients
+from tests.test_attention import a_row, boundaries, off, one_by_one, with_gradients
 from train import make_optimizer, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -23,19 +23,18 @@ SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2} 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
 )
-def test_each_conversation_attends_to_itself_alone(dtype, bar):
+def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
     row = [tensor.detach().to(GPU).requires_grad_() for tensor in a_row(dtype)]
-    there = spans()
-    there = type(there)(there.lengths, there.cu_seqlens.to(GPU))
-    assert fits_varlen(row[0], 0.0) == (dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0))
-    assert off(with_gradients(packed_attention(None, *row, None, boundaries=there)[0], row), one_by_one(*row)) < bar
+    there = boundaries()
+    there["cu_seqlens"] = there["cu_seqlens"].to(GPU)
+    assert off(with_gradients(packed_attention(None, *row, None, **there)[0], row), one_by_one(*row)) < tolerance
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("name", "bar"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 5e-3)])
-def test_an_update_is_that_of_a_cpu(ragged_window, name, bar, compile):
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 5e-3)])
+def test_an_update_is_that_of_a_cpu(ragged_window, name, tolerance, compile):
     exact, there = tiny_llama(259, **SHAPE), Precision(name, GPU)
     model = copy.deepcopy(exact).to(GPU)
     layout = choose_layout(model, token_loss, Config(compile=compile, micro_batch_tokens=100), 0, there)
@@ -52,9 +51,9 @@ def test_an_update_is_that_of_a_cpu(ragged_window, name, bar, compile):
     on_cpu = Precision("fp32", torch.device("cpu"))
     expected = numbers(exact, on_cpu, layout_of(packed=False))
     for ours, theirs in zip(numbers(model, there, layout), expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=bar)
+        assert ours == pytest.approx(theirs, rel=tolerance)
     loss = evaluate(model, ragged_window, layout, there).loss
-    assert loss == pytest.approx(evaluate(exact, ragged_window, layout_of(packed=False), on_cpu).loss, rel=bar)
+    assert loss == pytest.approx(evaluate(exact, ragged_window, layout_of(packed=False), on_cpu).loss, rel=tolerance)
 
 
 def test_compiled_layers_are_not_recompiled_for_every_length(ragged_window):

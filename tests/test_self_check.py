@@ -1,5 +1,7 @@
 """The check before training: which layout a model gets, and why not the faster one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -33,7 +35,9 @@ from compute.self_check import choose_layout, loss_and_gradient
 from config import Config, UserError
 from eval import answer, evaluate
 from model import Precision, save_model, token_loss
+from tests import stand_in
 from tests.conftest import layout_of, one_batch, tiny_llama
+from train import make_optimizer, train_step
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -48,6 +52,7 @@ SMALL = {
 }
 GEMMA = SMALL | {"head_dim": 8, "sliding_window": 64, "layer_types": ["full_attention"] * 2}
 PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SMALL), "packed", ""),
@@ -76,7 +81,12 @@ MODELS = {
     ),
     "scaled logits": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=4.0), "own", "off by"),
     "scaled the other way": (CohereForCausalLM, CohereConfig(**SMALL), "own", "off by"),
-    "no interface": (BloomForCausalLM, BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259), "padded", ""),
+    "no interface": (
+        BloomForCausalLM,
+        BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259),
+        "padded",
+        "cannot be replaced",
+    ),
 }
 
 
@@ -111,12 +121,9 @@ def loss_alone(model, example):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_conversations_that_see_each_other_are_noticed(monkeypatch, precision):
-    def contaminated(*tensors, boundaries=None, **options):
-        return attention.packed_attention(
-            *tensors,
-            boundaries=boundaries and attention.SequenceBoundaries((sum(boundaries.lengths),), None),
-            **options,
-        )
+    def contaminated(*tensors, cu_seqlens=None, **options):
+        whole = None if cu_seqlens is None else cu_seqlens[[0, -1]]
+        return attention.packed_attention(*tensors, cu_seqlens=whole, **options)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, contaminated)
     layout = choose_layout(tiny_llama(259), token_loss, Config(), 0, Precision(precision, CPU))
@@ -167,3 +174,36 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch):
     compiled_by(monkeypatch, no_compiler)
     with pytest.raises(UserError, match=r"--compile: .*; leave it out"):
         choose_layout(tiny_llama(259), token_loss, Config(compile=True), 0, FP32)
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_a_model_that_cannot_be_packed(monkeypatch):
+    def mistaken(*_, **__):
+        raise TypeError("got an unexpected keyword argument 'enable_gqa'")
+
+    stand_in.flash_attention(monkeypatch)
+    monkeypatch.setattr(attention, "varlen_attn", mistaken)
+    with pytest.raises(TypeError, match="enable_gqa"):
+        choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
+
+
+def test_what_compiles_to_nothing_is_refused(monkeypatch):
+    both = Config(compile=True, gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"--compile and --gradient-checkpointing: .* or use --layout padded"):
+        choose_layout(tiny_llama(259), token_loss, both, 0, FP32)
+    compiled_by(monkeypatch, "aot_eager")
+    choose_layout(tiny_llama(259), token_loss, replace(both, layout="padded"), 0, FP32)
+
+
+def test_one_update_reads_two_numbers_from_the_device(monkeypatch, ragged_window):
+    """The gradient's norm and the loss; nothing else that the CPU would wait for a GPU for."""
+    stand_in.flash_attention(monkeypatch)
+    model, precision = tiny_llama(259, hidden_size=64), Precision("bf16", CPU)
+    layout = choose_layout(model, token_loss, Config(micro_batch_tokens=80), 0, precision)
+    assert layout.packed
+    window = list(layout.batches(ragged_window))
+    assert len(window) == 3
+    optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
+    model.train()
+    with stand_in.Reads() as reads:
+        train_step(model, optimizer, window, 1e-4, precision=precision, scaler=scaler, max_grad_norm=1.0)
+    assert reads.found == ["aten._local_scalar_dense"] * 2

@@ -1,0 +1,157 @@
+"""CPU kernels in the place of those that only a GPU has, so that the code around them runs in the tests.
+
+They compute in fp64, a conversation at a time, and refuse what the real ones refuse.
+"""
+
+import torch
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compute import attention
+
+aten = torch.ops.aten
+LIBRARY = torch.library.Library("aten", "IMPL")
+calls = []  # the names of the kernels that ran
+
+
+def flash_attention(monkeypatch):
+    """Let the CPU pass for an Ampere GPU in `compute.attention`."""
+    monkeypatch.setattr(attention, "has_flash_kernel", lambda _: True)
+    monkeypatch.setattr(attention, "has_efficient_kernel", lambda _: True)
+    calls.clear()
+
+
+def efficient_attention(monkeypatch):
+    """Let the CPU pass for an older GPU."""
+    monkeypatch.setattr(attention, "has_efficient_kernel", lambda _: True)
+    calls.clear()
+
+
+def check(query, key, value, cu_q, cu_k, max_q, max_k):
+    """What the kernels for packed rows want: (T, H, D), (T, H_kv, D), (T, H_kv, D)."""
+    for tensor in (query, key, value):
+        assert tensor.ndim == 3
+        assert tensor.stride(-1) == 1
+        assert tensor.dtype == query.dtype
+    assert query.shape[2] % 8 == 0
+    assert query.shape[1] % key.shape[1] == 0
+    for offsets, longest in ((cu_q, max_q), (cu_k, max_k)):
+        assert offsets.dtype == torch.int32
+        assert offsets.is_contiguous()
+        assert int(offsets[0]) == 0
+        assert int(offsets[-1]) == len(query)
+        assert int(offsets.diff().max()) == longest  # a smaller one would leave tokens out
+
+
+def in_fp64(query, key, value, cu_seqlens, scale):
+    """Of each conversation: its slice, query, key and value as (H_kv, G, t, D) and (H_kv, 1, t, D), probabilities."""
+    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        rows = slice(begin, end)
+        q, k, v = (tensor[rows].double().transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = q.unflatten(0, (len(k), -1)), k[:, None], v[:, None]
+        scores = (q @ k.mT) * scale + torch.full((end - begin, end - begin), -torch.inf, dtype=torch.double).triu(1)
+        yield rows, q, k, v, scores.softmax(-1)
+
+
+def attend(query, key, value, cu_seqlens, scale):
+    output = torch.empty_like(query)
+    for rows, _, _, v, p in in_fp64(query, key, value, cu_seqlens, scale):
+        output[rows] = (p @ v).flatten(0, 1).transpose(0, 1).to(query.dtype)
+    return output
+
+
+def gradients(upstream, query, key, value, cu_seqlens, scale):
+    found = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    for rows, q, k, v, p in in_fp64(query, key, value, cu_seqlens, scale):
+        above = upstream[rows].double().transpose(0, 1).unflatten(0, q.shape[:2])
+        through = above @ v.mT
+        scores = p * (through - (p * through).sum(-1, keepdim=True)) * scale
+        parts = (scores @ k).flatten(0, 1), (scores.mT @ q).sum(1), (p.mT @ above).sum(1)
+        for gradient, part in zip(found, parts, strict=True):
+            gradient[rows] = part.transpose(0, 1).to(gradient.dtype)
+    return tuple(found)
+
+
+def forward(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None, window_size=None, *more):
+    calls.append("varlen")
+    check(query, key, value, cu_q, cu_k, max_q, max_k)
+    assert query.dtype in (torch.bfloat16, torch.float16)
+    assert query.shape[2] <= 256
+    assert is_causal
+    assert list(window_size) == [-1, 0]
+    assert query.shape[1] == key.shape[1] or more[:1] in ((), (True,))
+    rest = torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
+    return attend(query, key, value, cu_q, scale), *rest
+
+
+def backward(upstream, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale=None, window=None):
+    calls.append("varlen backward")
+    check(query, key, value, cu_q, cu_k, max_q, max_k)
+    assert (upstream.shape, upstream.dtype, upstream.stride(-1)) == (out.shape, out.dtype, 1)
+    assert (lse.dtype, lse.shape, rng.shape) == (torch.float32, (query.shape[1], len(query)), (2,))
+    assert is_causal
+    assert list(window) == [-1, 0]
+    return gradients(upstream, query, key, value, cu_q, scale)
+
+
+def efficient_forward(query, key, value, bias, cu_q, cu_k, max_q, max_k, dropout, mask, keep=False, *, scale=None, **_):
+    calls.append("efficient")
+    check(query[0], key[0], value[0], cu_q, cu_k, max_q, max_k)
+    assert len(query) == 1
+    assert query.shape == key.shape  # this kernel does not know grouped heads
+    assert query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    assert bias is None
+    assert mask == 1
+    assert keep
+    assert dropout == 0.0
+    lse = torch.zeros(len(cu_q) - 1, query.shape[2], -(-max_q // 32) * 32)
+    nothing = torch.zeros((), dtype=torch.long)
+    return (
+        attend(query[0], key[0], value[0], cu_q, scale)[None].contiguous(),
+        lse,
+        nothing,
+        nothing.clone(),
+        max_q,
+        max_k,
+    )
+
+
+def efficient_backward(upstream, query, key, value, bias, out, cu_q, cu_k, max_q, max_k, *_, scale=None, **__):
+    calls.append("efficient backward")
+    check(query[0], key[0], value[0], cu_q, cu_k, max_q, max_k)
+    assert (upstream.shape, upstream.dtype, upstream.stride(-1), bias) == (out.shape, out.dtype, 1, None)
+    found = gradients(upstream[0], query[0], key[0], value[0], cu_q, scale)
+    return *(one[None] for one in found), torch.empty(0)
+
+
+def addmm_dtype_out(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
+    """A product of 16 bits added to an fp32 sum, which on a GPU the matrix product does itself."""
+    calls.append("addmm")
+    assert mat1.dtype == mat2.dtype
+    assert out_dtype == out.dtype == self.dtype == torch.float32
+    assert (beta, alpha) == (1, 1)
+    assert mat1.dtype in (torch.bfloat16, torch.float16)
+    return out.copy_(self + mat1.float() @ mat2.float())
+
+
+varlen._varlen_attn.register_kernel("cpu", forward)
+varlen._varlen_attn_backward.register_kernel("cpu", backward)
+LIBRARY.impl("_efficient_attention_forward", efficient_forward, "CPU")
+LIBRARY.impl("_efficient_attention_backward", efficient_backward, "CPU")
+LIBRARY.impl("addmm.dtype_out", addmm_dtype_out, "CPU")
+
+
+class Reads(TorchDispatchMode):
+    """Lists the operations that would make the CPU wait for a GPU: values read, and shapes that depend on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        masks = args[1] if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+        by_values = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
+        if function.overloadpacket in by_values or any(m is not None and m.dtype == torch.bool for m in masks):
+            self.found.append(str(function.overloadpacket))
+        return function(*args, **kwargs)
