@@ -102,7 +102,14 @@ class Config:
         "tokens in memory at once, padding included; changes speed and memory, never the result; 0: by the device",
         NOT_NEGATIVE,
     )
-    compile: bool = flag(False, "compile the model's layers with torch.compile: faster after a minute")
+    compile: bool = flag(
+        None,
+        "compile the model's layers with torch.compile: faster after a minute; default: in runs of more than five "
+        "minutes on a GPU",
+    )
+    deterministic: bool = flag(
+        False, "bit-identical results on a GPU too, where attention is slower for it; on a CPU they always are"
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
 
     output_dir: str = flag("", "run directory; default: runs/<preset or dataset>-<time>")
@@ -144,7 +151,9 @@ OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 FORMAT = 2  # of a run directory
 
 # What may change when a run resumes, because no update depends on it.
-FREE_TO_CHANGE = "device layout micro_batch_tokens compile gradient_checkpointing save_every keep output_dir".split()
+FREE_TO_CHANGE = (
+    "device layout micro_batch_tokens compile deterministic gradient_checkpointing save_every keep output_dir".split()
+)
 
 METAVARS = {str: "NAME", int: "N", float: "X"}
 
@@ -199,7 +208,9 @@ def help_text(setting):
         f"{name}: {Path(str(as_text(of[setting.name]))).name}" for name, of in PRESETS.items() if setting.name in of
     ]
     default = (
-        f" (default {as_text(setting.default)}{''.join(', ' + p for p in presets)})" if setting.default != "" else ""
+        f" (default {as_text(setting.default)}{''.join(', ' + p for p in presets)})"
+        if setting.default not in ("", None)
+        else ""
     )
     return (setting.metadata["help"] + default).replace("%", "%%")
 
@@ -270,6 +281,8 @@ def is_of_type(value, expected):
     """Whether a value out of JSON is what a field of `Config` holds."""
     if expected is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
+    if expected is bool and value is None:  # for `set_up` to decide
+        return True
     if expected in (int, bool, str):
         return type(value) is expected
     return isinstance(value, list) and all(isinstance(part, str) for part in value)

@@ -131,7 +131,8 @@ class Examples(Sequence):
     """The `Example`s of some rows of a corpus, read from disk when asked for."""
 
     def __init__(self, rows, numbers):
-        self.rows, self.numbers = rows.select_columns(["input_ids", "labels"]), numbers
+        # as arrays, which need no Python object for each token
+        self.rows, self.numbers = rows.select_columns(["input_ids", "labels"]).with_format("numpy"), numbers
         self.locations = rows.select_columns(["location"])
 
     def __len__(self):
@@ -141,7 +142,7 @@ class Examples(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[self.numbers[index]]
-        return Example(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
+        return Example(*(torch.tensor(row[name], dtype=torch.long) for name in ("input_ids", "labels")))
 
     def location(self, index):
         """Where the conversation of an example was read: file and line."""
@@ -155,7 +156,8 @@ class Split(NamedTuple):
     truncated: int = 0  # conversations longer than max_length
     dropped: int = 0  # conversations left out because none of their tokens is supervised
     tokens: int = 0
-    supervised: int = 0  # of these tokens
+    longest: int = 0  # tokens of an example
+    supervised: int = 0  # of all tokens
     supervised_lost: int = 0  # to max_length
     unknown: int = 0  # supervised tokens that the tokenizer does not know
     stops: bool = True  # whether any answer ends with a supervised stop token
@@ -291,6 +293,7 @@ def select(corpus, numbers):
         truncated=sum(column["tokens"][number] > corpus.longest for number in numbers),
         dropped=len(numbers) - len(kept),
         tokens=sum(min(column["tokens"][number], corpus.longest) for number in kept),
+        longest=max((min(column["tokens"][number], corpus.longest) for number in kept), default=0),
         supervised=sum(column["supervised"][number] for number in kept),
         supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
         unknown=sum(column["unknown"][number] for number in kept),

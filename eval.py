@@ -101,8 +101,9 @@ def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    devices = [model.device] if model.device.type == "cuda" else []
     # A compiled model would be recompiled, as the cache grows by a token at a time.
-    with in_eval_mode(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+    with in_eval_mode(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings)[0]
     said = ids[prompt_ids.shape[1] :]
@@ -202,7 +203,16 @@ def evaluate_model(model_name, config, whole_dataset, options):
         print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
         splits = {}
     model = load_model(path, tokenizer, precision.device, local_files_only)
-    layout = choose_layout(model, token_loss, replace(config, compile=False), tokenizer.pad_token_id, precision)
+    longest = max((split.longest for split in splits.values()), default=1024)
+    layout = choose_layout(
+        model,
+        token_loss,
+        replace(config, compile=False),
+        tokenizer.pad_token_id,
+        precision,
+        longest=longest,
+        training=False,
+    )
     losses = {
         name: evaluate(model, split.examples, layout, precision).report()
         for name, split in splits.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
 from config import UserError, first_line
@@ -58,12 +58,32 @@ def choose_precision(device="auto", dtype="auto"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for what libraries put on the current one
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif dtype == "auto":
         native = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
         dtype = "bf16" if native else "fp32"
     return Precision(dtype, device)
+
+
+def count_parameters(path, local_files_only=False):
+    """How many parameters the model at `path` has, and how many of them its output head; nothing is loaded.
+
+    Args:
+        path, local_files_only: as `hub.find_model` returns them.
+
+    Raises:
+        UserError: there is no causal language model at `path`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except LOADING_ERRORS as error:
+        raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+    return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
 
 
 def load_model(path, tokenizer, device, local_files_only=False):
@@ -147,7 +167,7 @@ def token_loss(model, batch):
         logits, targets = own_logits(model, batch), batch.targets
         return F.cross_entropy(logits.to(cross_entropy.accumulation_dtype(logits)), targets, reduction="sum")
     hidden, head = supervised_states(model, batch), model.get_output_embeddings()
-    return cross_entropy.linear_cross_entropy(hidden, head, batch.targets)
+    return cross_entropy.linear_cross_entropy(hidden, head, batch.targets, batch.compiled)
 
 
 def loss_and_correct(model, batch):

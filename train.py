@@ -14,6 +14,7 @@ from config import run_command  # first, so that Ctrl-C during the imports below
 # isort: split
 import dataclasses
 import math
+import os
 import shlex
 import sys
 import time
@@ -23,30 +24,31 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from compute.layers import checkpoint_activations, compiled_graphs
+from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import PrefetchedWindows
-from compute.memory import keep_freed_memory
+from compute.memory import keep_freed_memory, refuse_too_large
 from compute.self_check import choose_layout, use_layout
 from config import Parser, UserError, resolve, with_absolute_paths
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
-from model import choose_precision, load_model, ties_hold, token_loss
+from model import choose_precision, count_parameters, load_model, ties_hold, token_loss
 from running import report
 from running.diagnostics import explain_failed_update, explain_failed_write, explain_out_of_memory, refuse_non_finite
 from running.directory import locked, new_directory, refuse_foreign
 from running.metrics import Log, is_finished
-from running.resume import check_same_run, differences, find_start, resumed_config
+from running.resume import check_same_run, differences, find_start, recorded_budget, resumed_config
 from running.signals import Signals, Stopped
 from running.state import Run, ensure_best, restore, save, save_best
 from storage import hub
 
 
-def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm):
+def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm, meanwhile=lambda: None):
     """One update: the gradient of the mean token loss over a window, clipped and applied.
 
     Args:
         window: its micro-batches, as `Layout.batches` makes them.
+        meanwhile: what to do while a GPU computes them.
 
     Returns:
         The numbers worth logging; None where fp16 gradients overflowed: nothing was applied, the scaler has lowered
@@ -67,6 +69,7 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
             micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
         scaler.scale(micro_loss_sum / tokens).backward()
         loss_sum += micro_loss_sum.detach()
+    meanwhile()
     scaler.unscale_(optimizer)
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()  # the only wait for a GPU
     loss = loss_sum.item() / tokens
@@ -144,7 +147,7 @@ def update(run, windows):
     """
     began = time.perf_counter()
     config, examples = run.config, run.data.train.examples
-    with explain_failed_update(run):
+    with explain_failed_update(run), deterministic_algorithms(config.deterministic):
         numbers = train_step(
             run.model,
             run.optimizer,
@@ -153,6 +156,7 @@ def update(run, windows):
             precision=run.precision,
             scaler=run.scaler,
             max_grad_norm=config.max_grad_norm,
+            meanwhile=lambda: windows.prefetch(run.step + 1),
         )
     if numbers is None:
         run.overflows += 1
@@ -167,6 +171,12 @@ def update(run, windows):
     if run.step % config.log_every == 0:
         run.log.write("train", run.step, numbers)
     return numbers
+
+
+def tokens_of_run(config, data):
+    """How many tokens a run trains on, padding not counted."""
+    updates = windows_per_epoch(len(data.train.examples), config.batch_size)
+    return data.train.tokens * (config.max_steps / updates if config.max_steps else config.epochs)
 
 
 def evaluate_split(run, split):
@@ -212,6 +222,8 @@ def set_up(config, start=None, allow_changes=False):
     Raises:
         UserError: something cannot be loaded, or it would be a different run and changes are not allowed.
     """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     precision = choose_precision(config.device, config.dtype)
     if precision.device.type == "cpu":
         keep_freed_memory()
@@ -224,10 +236,22 @@ def set_up(config, start=None, allow_changes=False):
     data = prepare(config, tokenizer)
     now = report.describe(config, precision, data)
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
+    if precision.device.type == "cuda":
+        refuse_too_large(*count_parameters(path, local_files_only), precision, config.model)
     model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
-    layout = choose_layout(model, token_loss, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
+    layout = choose_layout(
+        model,
+        token_loss,
+        config,
+        tokenizer.pad_token_id,
+        precision,
+        longest=max(split.longest for split in data.splits.values()),
+        total_tokens=tokens_of_run(config, data),
+        budget=recorded_budget(start, config, precision),
+    )
+    config = dataclasses.replace(config, compile=layout.compiled)
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     torch.manual_seed(config.seed)

@@ -8,17 +8,21 @@ import torch
 from torch.nn import functional as F
 
 CHUNK = 2**25  # logits of one matrix product: enough to keep it fast; 64 MB in 16 bits
+GPU_CHUNK = 2**27  # the same on a GPU, where each chunk also reads and writes the whole gradient of the weights
 ROWS = 512  # of it at least: each product's part of the weights' gradient has to be added to the rest of it
 BLOCK = 2**20  # logits of one softmax on a CPU: few enough for its caches; 4 MB in fp32
 
 
-def linear_cross_entropy(hidden, head, targets):
+def linear_cross_entropy(hidden, head, targets, compiled=False):
     """Sum of the token losses of hidden states, (N, H), under an output head: cross-entropy with (N,) targets.
 
     Matrix products run in autocast's precision; softmax, losses, and the sum of the weights' gradient in fp32 (fp64 for
     fp64). It can go backward once.
+
+    Args:
+        compiled: let `torch.compile` make one kernel of softmax, losses and gradient; on a GPU.
     """
-    return LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+    return LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, compiled and hidden.is_cuda)
 
 
 @torch.no_grad()
@@ -41,16 +45,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradient in the forward pass, while the logits exist: the gradient of a sum needs nothing else."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
+    def forward(ctx, hidden, weight, bias, targets, compiled):
         states, matrix, shift = cast_for_matmul(hidden, weight, bias)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(hidden))
+        change = compiled_softmax_gradient if compiled else logits_to_gradients
         for rows, logits in logits_by_chunk(states, matrix, shift):
             for part, target, loss in by_block(logits, targets[rows], losses[rows]):
-                logits_to_gradients(part, target, loss)
+                change(part, target, loss)
             grad_hidden[rows] = logits @ matrix
-            grad_weight += logits.T @ states[rows]
+            if sums_in_fp32(logits):
+                torch.addmm(grad_weight, logits.T, states[rows], out_dtype=torch.float32, out=grad_weight)
+            else:
+                grad_weight += logits.T @ states[rows]
             if bias is not None:
                 grad_bias += logits.sum(0, dtype=accumulation_dtype(logits))
         ctx.gradients = grad_hidden, grad_weight, grad_bias
@@ -59,7 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         gradients, ctx.gradients = ctx.gradients, ()  # scaled where they are, so only once
-        return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None
+        return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None, None
 
 
 def logits_to_gradients(logits, targets, losses):
@@ -71,7 +79,25 @@ def logits_to_gradients(logits, targets, losses):
     targets = targets[:, None]
     log_p = F.log_softmax(logits, -1, dtype=accumulation_dtype(logits))
     losses.copy_(-log_p.gather(1, targets)[:, 0])
-    logits.copy_(log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0)))
+    p = log_p.exp_()
+    logits.copy_(p.scatter_(1, targets, p.gather(1, targets) - 1))
+
+
+def softmax_gradient(logits, targets, losses):
+    """The same, in a form that compiles into one kernel: it reads the logits twice and writes them once."""
+    log_p = logits.to(accumulation_dtype(logits))
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    losses.copy_(-torch.where(is_target, log_p, 0.0).sum(-1))
+    logits.copy_(log_p.exp() - is_target.to(log_p.dtype))
+
+
+compiled_softmax_gradient = torch.compile(softmax_gradient, dynamic=True)
+
+
+def sums_in_fp32(logits):
+    """Whether a product of these is added to an fp32 sum by the matrix product itself: in 16 bits on a GPU."""
+    return logits.is_cuda and logits.dtype.itemsize == 2
 
 
 def cast_for_matmul(hidden, weight, bias):
@@ -88,7 +114,7 @@ def accumulation_dtype(tensor):
 
 def logits_by_chunk(hidden, weight, bias):
     """Pairs of a slice of the rows and their logits, (n, V)."""
-    size = max(ROWS, CHUNK // len(weight))
+    size = max(ROWS, (GPU_CHUNK if hidden.is_cuda else CHUNK) // len(weight))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         yield rows, F.linear(hidden[rows], weight, bias)

@@ -1,4 +1,4 @@
-"""How a model's layers run: compiled, with their activations recomputed, without dropout."""
+"""How a model's layers run: compiled, with their activations recomputed, deterministically, without dropout."""
 
 import contextlib
 
@@ -29,6 +29,19 @@ def compile_layers(model, **how):
 def compiled_graphs():
     """How many graphs `torch.compile` has made in this process; it should stop growing after the first update."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted):
+    """Let a GPU add in one order: in FlashAttention's backward pass, for one, which otherwise adds as threads come.
+
+    For updates only: what samples an answer has no such algorithm.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ class Batch:
     targets: torch.Tensor  # (N,): those next tokens
     tokens: int  # of its conversations; padding is not counted
     own_logits: bool = False  # whether the model must make its logits itself; see `Layout`
+    compiled: bool = False  # whether the loss is, too
 
     def map(self, change):
         """The batch with every tensor of it changed."""
@@ -46,6 +47,7 @@ class Layout:
     pad_id: int
     own_logits: bool = False  # the model does more than multiply by its output head, so it makes all (B, T, V) of them
     pinned: bool = False  # for copies to a GPU that do not wait
+    compiled: bool = False  # whether the model's layers are
     why: str = ""  # where it is not packed
 
     def describe(self):
@@ -53,7 +55,8 @@ class Layout:
         name = "packed: conversations end to end" if self.packed else "padded: conversations in rows"
         head = ", all logits made by the model itself" if self.own_logits else ""
         why = f" (not packed: {self.why})" if self.why else ""
-        return f"{name}{head}, {self.tokens:,} tokens at a time{why}"
+        compiled = ", compiled (--no-compile: not)" if self.compiled else ""
+        return f"{name}{head}, {self.tokens:,} tokens at a time{why}{compiled}"
 
     def batches(self, examples):
         """The micro-batches of some examples, those with the most tokens first."""
@@ -62,7 +65,7 @@ class Layout:
             inputs, next_tokens = lay(micro_batch)
             predicting = (next_tokens != IGNORE).nonzero()[:, 0]
             tokens = sum(map(length, micro_batch))
-            batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits)
+            batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits, self.compiled)
             yield batch.map(torch.Tensor.pin_memory) if self.pinned else batch
 
     def cut(self, examples):
@@ -141,7 +144,7 @@ def random_examples(lengths, vocabulary):
 
 
 class PrefetchedWindows:
-    """The windows of a run's updates as micro-batches, each made while the update before it runs."""
+    """The windows of a run's updates as micro-batches, each made in a thread when the update before it is under way."""
 
     def __init__(self, examples, batch_size, seed, layout):
         self.arguments, self.layout = (examples, batch_size, seed), layout
@@ -149,9 +152,14 @@ class PrefetchedWindows:
 
     def at(self, step):
         """The micro-batches of the window that update `step` (from 0) sees."""
-        window = self.ahead.get(step) or self.thread.submit(self.make, step)
-        self.ahead = {step: window, step + 1: self.thread.submit(self.make, step + 1)}
-        return window.result()
+        self.prefetch(step)
+        self.ahead = {step: self.ahead[step]}
+        return self.ahead[step].result()
+
+    def prefetch(self, step):
+        """Begin to make a window; on a GPU once it has its work, as this takes Python's time from what launches it."""
+        if step not in self.ahead:
+            self.ahead[step] = self.thread.submit(self.make, step)
 
     def make(self, step):
         return list(self.layout.batches(window_at(step, *self.arguments)))

@@ -12,7 +12,7 @@ import torch
 from compute.attention import PACKED, in_the_graph
 from compute.layers import compile_layers, in_eval_mode
 from compute.layout import Layout, random_examples
-from compute.memory import fitting_tokens
+from compute.memory import compiling_pays, fitting_tokens
 from config import UserError, first_line
 
 LENGTHS = (24, 9, 16)  # of the small batch's conversations
@@ -24,13 +24,18 @@ class Mismatch(Exception):
     """A layout is not exact for a model: it gives another loss or gradient, or the model says that it would."""
 
 
-def choose_layout(model, token_loss, config, pad_id, precision):
+def choose_layout(model, token_loss, config, pad_id, precision, longest=1024, total_tokens=0, budget=0, training=True):
     """The `Layout` for a model: packed, and with the head only where it counts, where these are exact.
 
-    The model's attention is set to it. With `--compile` its layers are compiled, and checked like the rest.
+    The model's attention is set to it. With `--compile`, or by default in a long run on a GPU, its layers are compiled,
+    and checked like the rest.
 
     Args:
         token_loss: `model.token_loss`, whose result is checked.
+        longest: tokens of the longest conversation there will be.
+        total_tokens: of the whole run.
+        budget: tokens of a micro-batch, where neither `--micro-batch-tokens` says it nor memory is to.
+        training: whether gradients will be computed, and need memory.
 
     Raises:
         UserError: the layout that was asked for is not exact for this model, or it cannot be compiled.
@@ -56,10 +61,16 @@ def choose_layout(model, token_loss, config, pad_id, precision):
     if why:
         model.set_attn_implementation(attention)
         layout = replace(layout, why=str(why))
-    layout = replace(layout, tokens=config.micro_batch_tokens or fitting_tokens(model, token_loss, layout, precision))
-    if config.compile:
+    compile = config.compile
+    if compile is None:
+        combines = in_the_graph(precision.device) or not layout.packed
+        compile = combines and compiling_pays(model, token_loss, layout, precision, longest, total_tokens)
+    if compile:
+        layout = replace(layout, compiled=True)
         compile_and_check(model, token_loss, layout, precision, expected, config)
-    return layout
+    tokens = config.micro_batch_tokens or budget
+    tokens = tokens or fitting_tokens(model, token_loss, layout, precision, longest, training)
+    return replace(layout, tokens=tokens)
 
 
 def compile_and_check(model, token_loss, layout, precision, expected, config):

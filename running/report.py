@@ -64,7 +64,7 @@ def plan(run):
     lines = {
         "model": f"{config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters",
         "device": f"{run.precision.describe()}, over fp32 weights",
-        "layout": f"{layout.describe()}{', compiled' if config.compile else ''}",
+        "layout": layout.describe(),
         "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),

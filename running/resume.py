@@ -70,6 +70,19 @@ def resumed_config(directory, named):
     return resolve(settings, settings["preset"]), recorded
 
 
+def recorded_budget(start, config, precision):
+    """The tokens of a micro-batch that an interrupted run had, so that it rounds as before.
+
+    0 where that is not known to fit: on another device, or with other settings that decide what memory is taken.
+    """
+    before = start.described if start else {}
+    same = before.get("device") == precision.describe() and all(
+        before["config"][name] == getattr(config, name)
+        for name in ("layout", "compile", "gradient_checkpointing", "micro_batch_tokens")
+    )
+    return before["micro_batch_tokens"] if same else 0
+
+
 def last_logged_update(run):
     """The last update in the metrics of a run; 0 where there is none."""
     return max((line["step"] for line in read_metrics(run)), default=0)

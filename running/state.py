@@ -63,7 +63,8 @@ class Run:
 
     @property
     def described(self):
-        return report.describe(self.config, self.precision, self.data)
+        device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
+        return report.describe(self.config, self.precision, self.data) | device
 
 
 def save(run):
@@ -99,7 +100,7 @@ def write_state(run, directory):
         "scaler": run.scaler.state_dict(),
         "log": run.log.state(),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all(),
+        "random_cuda": torch.cuda.get_rng_state(run.precision.device) if on_gpu(run) else None,
     }
     with ThreadPoolExecutor() as threads, open(directory / STATE, "wb") as file:
         models = threads.submit(write_models, run, directory)
@@ -140,8 +141,12 @@ def restore(run, checkpoint):
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["random"])
-    if len(state["random_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
+    if state["random_cuda"] is not None and on_gpu(run):
+        torch.cuda.set_rng_state(state["random_cuda"], run.precision.device)
+
+
+def on_gpu(run):
+    return run.precision.device.type == "cuda"
 
 
 def ensure_best(run):

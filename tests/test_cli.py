@@ -35,7 +35,7 @@ TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --supervise --eval-fraction --test-fraction --epochs --max-steps
 --batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
---compile --gradient-checkpointing
+--compile --deterministic --gradient-checkpointing
 --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
 """
 DATA_FLAGS = """
@@ -59,7 +59,7 @@ def test_the_command_line_is_frozen(command, flags, capsys):
     shown = {
         word.strip("[],:") for word in capsys.readouterr().out.split("options:")[1].split() if word.startswith("--")
     }
-    assert shown - {"--help", "--no-compile", "--no-gradient-checkpointing"} == set(flags.split())
+    assert shown - {"--help", "--no-compile", "--no-deterministic", "--no-gradient-checkpointing"} == set(flags.split())
 
 
 def test_every_flag_has_a_help_text_and_its_default(capsys):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from compute import cross_entropy as loss
 from compute.cross_entropy import linear_cross_entropy, loss_and_correct, loss_and_correct_of_logits
 from model import token_loss
+from tests import stand_in
 from tests.conftest import one_batch
 
 
@@ -157,3 +158,33 @@ print(peak(600), peak(3_600))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     short, long = map(float, done.stdout.split())
     assert long - short < 0.2  # GB; 3,600 x 100,000 logits are 1.4
+
+
+def test_one_pass_gives_the_same_loss_and_gradient():
+    """The form that is compiled on a GPU."""
+    _, head, targets = problem(999)
+    logits = head(torch.randn(70, 24)).detach().double() * 9
+    ours, theirs = (logits.clone(), logits.new_zeros(70)), (logits.clone(), logits.new_zeros(70))
+    loss.softmax_gradient(ours[0], targets, ours[1])
+    loss.logits_to_gradients(theirs[0], targets, theirs[1])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_products_are_summed_in_fp32_the_gradient_of_the_weights_is_as_exact(monkeypatch, dtype):
+    hidden, head, targets = problem(999, rows=600)
+    whole = exact(hidden, head, targets)
+    monkeypatch.setattr(loss, "CHUNK", 99_900)
+    monkeypatch.setattr(loss, "ROWS", 1)
+
+    def off():
+        with torch.autocast("cpu", dtype):
+            return differences(gradients(linear_cross_entropy(hidden, head, targets), hidden, head), whole)
+
+    added = off()
+    stand_in.calls.clear()
+    monkeypatch.setattr(loss, "sums_in_fp32", lambda _: True)
+    summed = off()
+    assert stand_in.calls == ["addmm"] * 6
+    assert summed[:2] == added[:2]
+    assert summed[2] <= added[2]

@@ -1,0 +1,137 @@
+"""How many tokens fit, against an allocator of the tests' own that counts what lives on the CPU."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compute import memory
+from compute.layers import checkpoint_activations
+from compute.layout import Layout, random_examples
+from compute.self_check import choose_layout, use_layout
+from config import Config, UserError
+from model import Precision, count_parameters, token_loss
+from tests.conftest import tiny_llama
+
+FP32 = Precision("fp32", torch.device("cpu"))
+GPU = Precision("bf16", torch.device("cuda"))
+FREE = 60e6
+LONGEST = 128
+
+
+class Allocator(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, for as long as these live; in the place of CUDA's."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+        instead = {
+            "memory_allocated": lambda _: self.now,
+            "max_memory_allocated": lambda _: self.peak,
+            "reset_peak_memory_stats": lambda _: setattr(self, "peak", self.now),
+            "mem_get_info": lambda _: (FREE - self.now, FREE),
+            "empty_cache": lambda: None,
+        }
+        for name, function in instead.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given = {each.untyped_storage()._cdata for each in _pytree.tree_leaves(args) if isinstance(each, torch.Tensor)}
+        for tensor in _pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given | self.live.keys():
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return output
+
+    def free(self, storage):
+        self.now -= self.live.pop(storage)
+
+
+def model_of(kind):
+    model = tiny_llama(259, hidden_size=64, max_position_embeddings=2048)
+    layout = Layout(kind != "quadratic attention" and kind != "own logits", 2**20, 0, own_logits=kind == "own logits")
+    use_layout(model, layout)
+    if kind == "quadratic attention":
+        model.set_attn_implementation("eager")
+    if kind == "checkpointed":
+        checkpoint_activations(model)
+    return model.eval(), layout
+
+
+@pytest.fixture(autouse=True)
+def small_sample(monkeypatch):
+    monkeypatch.setattr(memory, "SAMPLE", 512)
+
+
+@pytest.mark.parametrize("kind", ["packed", "checkpointed", "own logits", "quadratic attention"])
+def test_what_is_said_to_fit_does_and_is_not_much_too_little(monkeypatch, kind):
+    model, layout = model_of(kind)
+    with Allocator(monkeypatch) as allocator:
+        tokens = memory.measured_tokens(model, token_loss, layout, FP32, LONGEST, training=True)
+        assert LONGEST < tokens < memory.GPU_TOKENS
+        assert allocator.now == 0
+        assert not model.training
+        model.train()
+        count = tokens // LONGEST
+        for lengths in ([LONGEST] * count, [LONGEST] * (count // 2) + [100] * (tokens // 2 // LONGEST) * 2):
+            for batch in Layout(**{**vars(layout), "tokens": tokens}).batches(random_examples(lengths, 259)):
+                token_loss(model, batch).backward()
+    moments = 8 * sum(p.numel() for p in model.parameters())
+    assert 0.6 * FREE < allocator.peak + moments < FREE
+
+
+def test_checkpointing_and_the_longest_conversation_change_what_fits(monkeypatch):
+    def tokens(kind, longest=LONGEST, training=True):
+        model, layout = model_of(kind)
+        with Allocator(monkeypatch):
+            return memory.measured_tokens(model, token_loss, layout, FP32, longest, training)
+
+    assert tokens("checkpointed") > 1.5 * tokens("packed")
+    assert tokens("quadratic attention", longest=256) < 0.8 * tokens("quadratic attention", longest=64)
+    assert tokens("own logits", training=False) > 1.5 * tokens("own logits")
+
+
+def test_a_conversation_that_does_not_fit_by_itself_is_one_line():
+    model, layout = model_of("packed")
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"a conversation of 128 tokens does not fit .* --gradient-checkpointing"):
+        memory.measured_tokens(model, too_large, layout, FP32, LONGEST, training=True)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(monkeypatch, tiny_model_dir):
+    parameters, head = count_parameters(tiny_model_dir, local_files_only=True)
+    model = tiny_llama(259)
+    assert (parameters, head) == (sum(p.numel() for p in model.parameters()), 259 * 32)
+    needed = 16 * parameters + 6 * head
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed, 2 * needed))
+    memory.refuse_too_large(parameters, head, GPU, "mine")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - 1, 2 * needed))
+    with pytest.raises(UserError, match=r"--model mine: .* GB free; use a smaller model, or 2 such devices"):
+        memory.refuse_too_large(parameters, head, GPU, "mine")
+    memory.refuse_too_large(10**12, 0, FP32, "mine")
+
+
+def test_compiling_is_for_long_runs_on_a_gpu(monkeypatch):
+    model, layout = model_of("packed")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+
+    def pays(total_tokens, device="cuda"):
+        precision = Precision("fp32", torch.device(device))
+        monkeypatch.setattr(memory, "one_pass", lambda *_: 4096)
+        times = iter((0.0, 1.0))  # 4,096 tokens a second
+        monkeypatch.setattr(memory.time, "perf_counter", lambda: next(times))
+        return memory.compiling_pays(model, token_loss, layout, precision, LONGEST, total_tokens)
+
+    assert pays(301 * 4096)
+    assert not pays(299 * 4096)
+    assert not pays(10**9, device="cpu")
+    assert choose_layout(tiny_llama(259), token_loss, Config(), 0, FP32, total_tokens=10**12).compiled is False
