@@ -131,8 +131,8 @@ class Examples(Sequence):
     """The `Example`s of some rows of a corpus, read from disk when asked for."""
 
     def __init__(self, rows, numbers):
-        # as arrays, which need no Python object for each token
-        self.rows, self.numbers = rows.select_columns(["input_ids", "labels"]).with_format("numpy"), numbers
+        # Arrow's arrays, as they are on disk: a Python object for each token would take a hundred times as long.
+        self.columns, self.numbers = [rows.data.column(name) for name in ("input_ids", "labels")], numbers
         self.locations = rows.select_columns(["location"])
 
     def __len__(self):
@@ -141,8 +141,8 @@ class Examples(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self.rows[self.numbers[index]]
-        return Example(*(torch.tensor(row[name], dtype=torch.long) for name in ("input_ids", "labels")))
+        row = self.numbers[index]
+        return Example(*(torch.tensor(column[row].values.to_numpy(), dtype=torch.long) for column in self.columns))
 
     def location(self, index):
         """Where the conversation of an example was read: file and line."""

@@ -3,7 +3,8 @@
     python -m benchmarks.compare --data conversations.jsonl --max-length 1024
 
 Every engine trains in a process of its own, one after the other and that several times over, so that a machine that
-slows down slows them all. Writes benchmarks/results/compare-<hardware>.json and, with --readme, the README's table.
+slows down slows them all. Writes benchmarks/results/compare-<hardware>.json and, with --readme, the table of
+docs/performance.md.
 """
 
 import json
@@ -20,15 +21,25 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from benchmarks.roofline import SMOLLM2
 from compute.layers import compiled_graphs
+from compute.layout import random_examples
 from compute.memory import keep_freed_memory
 from compute.self_check import choose_layout
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, run_command
 from conversations.formats import read_file
 from conversations.tokenizer import load_tokenizer
-from data import Example, encode
+from data import IGNORE, Example, encode
 from model import choose_precision, load_model, token_loss
 from storage import hub
 from tests.reference import collator
@@ -44,7 +55,8 @@ def ours(setting, layout, compile=False):
     if precision.device.type == "cpu":
         keep_freed_memory()
     config = Config(layout=layout, compile=compile, micro_batch_tokens=setting.options["micro_batch_tokens"])
-    layout = choose_layout(model, token_loss, config, setting.pad_id, precision)
+    longest = setting.options["max_length"]
+    layout = choose_layout(model, token_loss, config, setting.pad_id, precision, longest=longest)
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
     for window in setting.windows:
@@ -132,26 +144,38 @@ class Setting:
     def __init__(self, options):
         self.options = options
         self.precision = choose_precision(options["device"], options["dtype"])
-        path, local = hub.find_model(options["model"])
-        self.tokenizer = load_tokenizer(path, local)
-        self.pad_id = self.tokenizer.pad_token_id
-        if options["random_weights"]:
+        if options["synthetic"]:
             torch.manual_seed(0)
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(self.precision.device)
+            self.tokenizer, self.pad_id = None, 0
+            self.model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(self.precision.device)
         else:
-            self.model = load_model(path, self.tokenizer, self.precision.device, local)
+            self.load(options)
         self.rows_at_once = options["rows_at_once"] or (1 if self.precision.device.type == "cpu" else 16)
         self.windows = self.conversations()
         self.examples = [example for window in self.windows for example in window]
         self.tokens, self.updates = 0, []
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
 
+    def load(self, options):
+        path, local = hub.find_model(options["model"])
+        self.tokenizer = load_tokenizer(path, local)
+        self.pad_id = self.tokenizer.pad_token_id
+        if options["random_weights"]:
+            torch.manual_seed(0)
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+            self.model.to(self.precision.device)
+        else:
+            self.model = load_model(path, self.tokenizer, self.precision.device, local)
+
     def conversations(self):
         """The windows of all updates; the first, for warming up, has most tokens: caches fill, compilers compile."""
         length, size = self.options["max_length"], self.options["batch_size"]
         wanted = size * (1 + self.options["updates"])
-        chats = [chat for file in self.options["data"] for chat in read_file(file)]
-        examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
+        if self.options["synthetic"]:
+            examples = synthetic(wanted, length)
+        else:
+            chats = [chat for file in self.options["data"] for chat in read_file(file)]
+            examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
         examples = [example for example in examples if example.supervised_tokens]
         if len(examples) < wanted:
             raise UserError(f"--data: {len(examples)} conversations are too few; this takes {wanted}")
@@ -165,9 +189,9 @@ class Setting:
         return {"train_sampling_strategy": "group_by_length"} if self.rows_at_once > 1 else IN_ORDER
 
     def count(self, _module, _args, batch):
-        """Count the tokens of a forward pass, without padding."""
+        """Count the tokens of a forward pass, without padding; on the device, so that nothing waits for it."""
         mask = batch.get("attention_mask")
-        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self.tokens += batch["input_ids"].numel() if mask is None else mask.sum()
 
     def begin(self):
         self.wait()
@@ -176,7 +200,7 @@ class Setting:
     def end(self, loss=None):
         self.wait()
         seconds = time.perf_counter() - self.began
-        self.updates.append({"tokens": self.tokens, "seconds": seconds, "loss": loss})
+        self.updates.append({"tokens": int(self.tokens), "seconds": seconds, "loss": loss})
 
     def wait(self):
         if self.precision.device.type == "cuda":
@@ -193,6 +217,14 @@ class Setting:
         seen = sum(n * n / 2 for n in lengths) / sum(lengths)  # tokens that a token attends to, in the mean
         attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_width(config) * seen
         return 6 * (layers + supervised * head.numel() + attention)
+
+
+def synthetic(count, longest):
+    """Random tokens in the place of conversations: lengths as spread as UltraChat's, 60 % supervised."""
+    torch.manual_seed(0)
+    lengths = torch.empty(count).log_normal_(6.9, 0.5).int().clamp(16, longest).tolist()
+    examples = random_examples(lengths, SMOLLM2["vocab_size"])
+    return [Example(ids, ids.where(torch.arange(len(ids)) >= 0.4 * len(ids), IGNORE)) for ids, _ in examples]
 
 
 def tokens_of(examples):
@@ -236,8 +268,12 @@ def measure(engine, options):
     print(json.dumps(result))
 
 
-def run_all(engines, options):
-    """Each engine in its own process, all of them in turn; returns their results by name."""
+def run_all(engines, options, keep):
+    """Each engine in its own process, all of them in turn; returns their results by name.
+
+    Args:
+        keep: is given the results so far after every engine.
+    """
     results = {engine: [] for engine in engines}
     for number in range(options["rounds"]):
         for engine in engines:
@@ -252,6 +288,7 @@ def run_all(engines, options):
             speeds = [f"{update['tokens'] / update['seconds']:,.0f}" for update in results[engine][-1]["updates"]]
             took = f"{time.perf_counter() - began:.0f} s"
             print(f"round {number + 1}: {engine}: {', '.join(speeds)} tokens/s ({took})", file=sys.stderr, flush=True)
+            keep({name: rounds for name, rounds in results.items() if rounds})
     return {engine: rounds for engine, rounds in results.items() if rounds}
 
 
@@ -306,6 +343,11 @@ def main(argv):
     parser.add_argument("--data", nargs="+", default=PRESETS["quickstart"]["dataset"], metavar="FILE")
     parser.add_argument("--model", default=QUICKSTART_MODEL)
     parser.add_argument("--random-weights", action="store_true", help="of --model its tokenizer and its shape only")
+    parser.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="random weights of SmolLM2-135M's shape and random tokens: nothing is read",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-length", type=int, default=1024)
@@ -315,7 +357,8 @@ def main(argv):
     parser.add_argument("--rows-at-once", type=int, default=0, help="micro-batch of the best Trainer (CPU 1, GPU 16)")
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="ours; default: as the device chooses")
     parser.add_argument("--engines", nargs="+", default=USUAL, choices=ENGINES, metavar="NAME")
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
+    parser.add_argument("--tag", default="", help="name of the results, instead of the hardware's")
+    parser.add_argument("--readme", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--measure", choices=ENGINES, metavar="NAME", help="of one engine only, in this process")
     parser.add_argument("--options", type=json.loads, help="as JSON")
     options = vars(parser.parse_args(argv))
@@ -323,27 +366,31 @@ def main(argv):
     if options["measure"]:
         return measure(options["measure"], options["options"])
     engines = options.pop("engines")
-    results = run_all(engines, options)
+    name, file_name = hardware(choose_precision(options["device"], options["dtype"]))
+    path = ROOT / "benchmarks" / "results" / f"compare-{options.pop('tag') or file_name}.json"
+
+    def keep(results):
+        gemm, rows = summarise(results)
+        record = {
+            "hardware": name,
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "options": {**options, "data": [Path(file).name for file in options["data"]]},
+            "gemm_flops": gemm,
+            "engines": rows,
+            "measured": results,
+        }
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+    results = run_all(engines, options, keep)
     if not results:
         raise UserError("no engine ran")
     gemm, rows = summarise(results)
-    name, file_name = hardware(choose_precision(options["device"], options["dtype"]))
-    record = {
-        "hardware": name,
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "options": {**options, "data": [Path(file).name for file in options["data"]]},
-        "gemm_flops": gemm,
-        "engines": rows,
-        "measured": results,
-    }
-    path = ROOT / "benchmarks" / "results" / f"compare-{file_name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
     if options["readme"]:
-        readme = ROOT / "README.md"
-        before, mark, _, end, after = re.split(r"(<!-- /?compare -->\n)", readme.read_text())
-        readme.write_text(f"{before}{mark}\n{table(rows)}\n\n{end}{after}")
+        document = ROOT / "docs" / "performance.md"
+        before, mark, _, end, after = re.split(r"(<!-- /?compare -->\n)", document.read_text())
+        document.write_text(f"{before}{mark}\n{table(rows)}\n\n{end}{after}")
     print(f"{name}; a large matrix product makes {gemm / 1e9:,.0f} GFLOP/s\n\n{table(rows)}\n\nwritten to {path}")
     return 0
 

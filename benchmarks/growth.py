@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.compare import ROOT, hardware, peak_memory
+from benchmarks.roofline import SMOLLM2
 from compute.cross_entropy import linear_cross_entropy
 from compute.layout import random_examples
 from compute.memory import keep_freed_memory
@@ -33,16 +34,6 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 COUNTS = (4, 16, 32)  # of conversations of 256 tokens, in one window
 VOCABULARIES = (49_152, 256_000)
 SUPERVISED = (512, 2048, 8192)  # tokens, for the output head alone
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 
 
 def update(length, count):

@@ -188,3 +188,16 @@ def test_where_products_are_summed_in_fp32_the_gradient_of_the_weights_is_as_exa
     assert stand_in.calls == ["addmm"] * 6
     assert summed[:2] == added[:2]
     assert summed[2] <= added[2]
+
+
+def test_no_operation_of_the_head_lacks_a_deterministic_algorithm_on_a_gpu():
+    """`scatter_add_` of two dimensions is an error there under `--deterministic`."""
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "scatter_add" not in str(function)
+            return function(*args, **(kwargs or {}))
+
+    hidden, head, targets = problem(99)
+    with Watch():
+        linear_cross_entropy(hidden, head, targets).backward()

@@ -1,12 +1,14 @@
 """What only a GPU can run; everything here is skipped without one."""
 
 import copy
+import os
 
 import pytest
 import torch
 
+from compute import cross_entropy
 from compute.attention import packed_attention
-from compute.layers import compiled_graphs
+from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import Layout
 from compute.memory import fitting_tokens
 from compute.self_check import choose_layout
@@ -18,6 +20,7 @@ from tests.test_attention import a_row, boundaries, off, one_by_one, with_gradie
 from train import make_optimizer, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
 GPU = torch.device("cuda")
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 16: as small as kernels take
 
@@ -33,7 +36,8 @@ def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 5e-3)])
+# AdamW divides by the gradient's size, so that after its first update rounding is no longer small in every weight
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 5e-3)])
 def test_an_update_is_that_of_a_cpu(ragged_window, name, tolerance, compile):
     exact, there = tiny_llama(259, **SHAPE), Precision(name, GPU)
     model = copy.deepcopy(exact).to(GPU)
@@ -45,7 +49,10 @@ def test_an_update_is_that_of_a_cpu(ragged_window, name, tolerance, compile):
         optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
         settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
         window = list(layout.batches(ragged_window))
-        updates = [train_step(model, optimizer, window, 2e-4, **settings) for _ in range(3)]
+        updates = []
+        while len(updates) < 3:
+            update = train_step(model, optimizer, window, 2e-4, **settings)
+            updates += [update] if update else []  # None: the fp16 scale was too high, and is halved
         return [(update["loss"], update["grad_norm"]) for update in updates]
 
     on_cpu = Precision("fp32", torch.device("cpu"))
@@ -68,11 +75,15 @@ def test_compiled_layers_are_not_recompiled_for_every_length(ragged_window):
     assert counts[2:] == [counts[2]] * 6
 
 
-def test_an_update_waits_for_the_gpu_once(ragged_window):
+def test_an_update_waits_for_the_gpu_once(ragged_window, monkeypatch):
     """Copying micro-batches and their forward and backward passes wait for nothing; what is read is read at the end."""
+    monkeypatch.setattr(cross_entropy, "GPU_CHUNK", 2**12)  # so that the head has several chunks
+    monkeypatch.setattr(cross_entropy, "ROWS", 1)
     model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=100), 0, precision)
-    window = list(layout.batches(ragged_window))
+    window = list(layout.batches(ragged_window * 8))
+    assert len(window) > 8
+    model.train()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -83,8 +94,26 @@ def test_an_update_waits_for_the_gpu_once(ragged_window):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_deterministic_updates_repeat_bit_for_bit(ragged_window, compile, checkpointing):
+    precision, found = Precision("bf16", GPU), []
+    for _ in range(2):
+        model = tiny_llama(259, **SHAPE).to(GPU)
+        if checkpointing:
+            checkpoint_activations(model)
+        layout = choose_layout(model, token_loss, Config(compile=compile, micro_batch_tokens=500), 0, precision)
+        model.train()
+        with deterministic_algorithms(True):
+            for batch in layout.batches(ragged_window * 4):
+                with precision.autocast():
+                    token_loss(model, batch.to(GPU)).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
 def test_what_fits_is_measured():
     model, precision = tiny_llama(259, **SHAPE, max_position_embeddings=2048).to(GPU), Precision("bf16", GPU)
-    tokens = fitting_tokens(model, token_loss, Layout(False, 2**20, 0), precision)
+    tokens = fitting_tokens(model, token_loss, Layout(False, 2**20, 0), precision, 2048, training=True)
     assert tokens % 1024 == 0
     assert 1024 <= tokens <= 2**16

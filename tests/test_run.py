@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_command
 import train as train_command
+from compute import memory
 from eval import Evaluation
 from running import state as run_module
 
@@ -147,6 +148,40 @@ def test_a_resumed_run_may_change_its_layout_but_not_its_result(flags, tmp_path,
         train_command.main(["--resume", str(run), "--micro-batch-tokens", "-1"])
     capsys.readouterr()
     assert train_command.main(["--resume", str(run), "--micro-batch-tokens", "1", "--keep", "1"]) == 0
+
+
+def test_a_resumed_run_takes_the_budget_it_was_begun_with(flags, tmp_path, monkeypatch):
+    at = flags.index("--micro-batch-tokens")
+    flags, run, cut = flags[:at] + flags[at + 2 :], tmp_path / "run", []
+    monkeypatch.setattr(memory, "CPU_TOKENS", 123)
+    train_command.main([*flags, "--max-steps", "2", "--output-dir", str(run)])
+    assert json.loads((run / "config.json").read_text())["micro_batch_tokens"] == 123
+    monkeypatch.setattr(memory, "CPU_TOKENS", 321)  # as what a GPU measures differs a little every time
+    for more, expected in (([], 123), (["--gradient-checkpointing"], 321), (["--micro-batch-tokens", "99"], 99)):
+        forget_the_end(run)
+        monkeypatch.setattr(train_command, "train", lambda run, *_, **__: cut.append(run.layout.tokens))
+        train_command.main(["--resume", str(run), *more])
+        assert cut.pop() == expected
+
+
+def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags, tmp_path, monkeypatch):
+    """On a GPU, what samples an answer has no deterministic algorithm and would be an error."""
+    seen, real_step, real_answer = {"update": [], "answer": []}, train_command.train_step, train_command.answer
+
+    def spy(name, function):
+        def called(*arguments, **options):
+            seen[name].append(torch.are_deterministic_algorithms_enabled())
+            return function(*arguments, **options)
+
+        return called
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(train_command, "train_step", spy("update", real_step))
+    monkeypatch.setattr(train_command, "answer", spy("answer", real_answer))
+    for more in ([], ["--deterministic"]):
+        train_command.main([*flags, *more, "--max-steps", "2", "--output-dir", str(tmp_path / f"run{len(more)}")])
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert seen == {"update": [False, False, True, True], "answer": [False] * 8}
 
 
 def test_an_interrupted_end_is_repeated_and_logged_once(finished):

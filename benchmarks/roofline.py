@@ -1,0 +1,168 @@
+"""A prediction of a GPU's speed, made without one: by the bytes that an update moves, its FLOPs and its kernels.
+
+    python -m benchmarks.roofline
+
+An update of SmolLM2-135M is run on fake tensors, which have shapes and no values. A kernel takes the longest of its
+bytes at the memory's bandwidth, its FLOPs at the speed of matrix products, and, where nothing is compiled, its launch
+by the CPU. Compiled, what lies between two products is one kernel that reads its inputs and writes its outputs.
+"""
+
+import json
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compute import attention, cross_entropy
+from compute.layout import Layout
+from compute.self_check import use_layout
+from config import Parser, run_command
+from data import IGNORE, Example
+from model import Precision, token_loss
+
+aten = torch.ops.aten
+# The makers' figures, dense, in 16 bits: bytes and FLOPs a second. What is reached of them is an assumption, below.
+DEVICES = {
+    "H100 SXM": (3.35e12, 989e12),
+    "A100 SXM 80 GB": (2.04e12, 312e12),
+    "L4": (0.30e12, 121e12),
+    "T4 (fp16)": (0.32e12, 65e12),
+}
+OF_BANDWIDTH, OF_FLOPS = 0.8, 0.6  # reached of the makers' figures
+LAUNCH = 7e-6  # seconds of the CPU for an operation that is not compiled, autograd included
+VIEWS = (aten._unsafe_view, aten.detach, aten.alias, aten.lift_fresh)
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Lists the operations that run: (FLOPs, [(storage, bytes) read], [(storage, bytes) written])."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.kept = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        read, written = (tensors_of(each) for each in ((args, kwargs), output))
+        self.kept += [tensor.untyped_storage() for tensor in read + written]  # so that no number is used again
+        moves = not function.is_view and function.overloadpacket not in VIEWS and written
+        if moves and not str(function).startswith(("aten.empty", "prim")):
+            count = flop_registry.get(function.overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=output) if count else 0
+            flops *= 0.5 if "varlen" in str(function) else 1  # torch counts what a causal kernel leaves out, too
+            self.found.append((flops, *([(id_of(t), t.nbytes) for t in each] for each in (read, written))))
+        return output
+
+
+def tensors_of(tree):
+    return [each for each in _pytree.tree_leaves(tree) if isinstance(each, torch.Tensor)]
+
+
+def id_of(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def fused(kernels):
+    """The same with what lies between two operations with FLOPs as one: it moves what others made, or will read."""
+    groups, group = [], []
+    for kernel in kernels:
+        if kernel[0]:
+            groups += [group, [kernel]] if group else [[kernel]]
+            group = []
+        else:
+            group.append(kernel)
+    groups += [group] if group else []
+    last_read = {}
+    for number, group in enumerate(groups):
+        for _, read, _ in group:
+            last_read |= {storage: number for storage, _ in read}
+    for number, group in enumerate(groups):
+        read, written = {}, {}
+        for _, reads, writes in group:
+            read |= {storage: size for storage, size in reads if storage not in written}
+            written |= dict(writes)
+        kept = {storage: size for storage, size in written.items() if last_read.get(storage, 0) > number}
+        yield sum(kernel[0] for kernel in group), list(read.items()), list(kept.items())
+
+
+def seconds(kernels, bandwidth, flops, launch):
+    """How long kernels take, one after the other."""
+    total = 0.0
+    for count, read, written in kernels:
+        moved = sum(size for _, size in read + written)
+        total += max(moved / (OF_BANDWIDTH * bandwidth), count / (OF_FLOPS * flops), launch)
+    return total
+
+
+def kernels_of_an_update(tokens, length, supervised):
+    """The kernels of a forward and backward pass, without AdamW, over conversations of one length; and the weights."""
+    with ExitStack() as stack:
+        for name in ("has_flash_kernel", "has_efficient_kernel"):
+            stack.enter_context(mock.patch.object(attention, name, return_value=True))
+        stack.enter_context(mock.patch.object(cross_entropy, "CHUNK", cross_entropy.GPU_CHUNK))
+        stack.enter_context(mock.patch.object(cross_entropy, "BLOCK", 2**60))  # a GPU takes a chunk at once
+        labels = torch.arange(length).where(torch.arange(length) < supervised * length, IGNORE)
+        examples = [Example(torch.zeros(length, dtype=torch.long), labels)] * (tokens // length)
+        layout = Layout(True, tokens, 0)
+        (batch,) = layout.batches(examples)
+        with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+            model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+            use_layout(model, layout)
+            batch = batch.map(fake.from_tensor)
+            with Kernels() as kernels, Precision("bf16", torch.device("cpu")).autocast():
+                loss = token_loss(model, batch)
+            with kernels:
+                loss.backward()
+    return kernels.found, sum(p.numel() for p in model.parameters())
+
+
+def predict(kernels, parameters, tokens, bandwidth, flops):
+    """Tokens a second, eager and compiled; AdamW reads 16 bytes a parameter and writes 12, clipping moves 12."""
+    optimizer = 40 * parameters / (OF_BANDWIDTH * bandwidth)
+    eager = seconds(kernels, bandwidth, flops, LAUNCH)
+    compiled = seconds(fused(kernels), bandwidth, flops, 0.0)
+    return {"eager": tokens / (eager + optimizer), "compiled": tokens / (compiled + optimizer)}
+
+
+def main(argv):
+    parser = Parser(description="Predict the speed of SmolLM2-135M on GPUs from bytes, FLOPs and launches.")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of an update, one micro-batch (default 65,536)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a conversation (default 1,024)")
+    parser.add_argument("--supervised", type=float, default=0.6, help="share of the tokens (default 0.6)")
+    parser.add_argument("--bandwidth", type=float, help="of another device, in bytes a second")
+    parser.add_argument("--flops", type=float, help="of another device, in 16-bit FLOPs a second")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options = parser.parse_args(argv)
+    devices = {"this device": (options.bandwidth, options.flops)} if options.bandwidth and options.flops else DEVICES
+    kernels, parameters = kernels_of_an_update(options.tokens, options.length, options.supervised)
+    found = {name: predict(kernels, parameters, options.tokens, *of) for name, of in devices.items()}
+    if options.json:
+        print(json.dumps({"kernels": len(kernels), "tokens_per_second": found}))
+        return 0
+    for name, those in (("eager", kernels), ("compiled", list(fused(kernels)))):
+        moved = sum(size for _, read, written in those for _, size in read + written)
+        flops = sum(count for count, _, _ in those)
+        print(f"{name}: {len(those):,} kernels, {moved / 1e9:,.0f} GB moved, {flops / 1e12:.1f} TFLOP")
+    print()
+    print("| predicted tokens/s | eager | compiled |\n|---|---|---|")
+    for name, speeds in found.items():
+        print(f"| {name} | {speeds['eager']:,.0f} | {speeds['compiled']:,.0f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
