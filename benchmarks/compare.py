@@ -7,6 +7,9 @@ slows down slows them all. Writes benchmarks/results/compare-<hardware>.json and
 docs/performance.md.
 """
 
+import benchmarks.bare  # noqa: F401  first, in the place of what is not installed
+
+# isort: split
 import json
 import platform
 import re

@@ -1,10 +1,29 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one go: the tests that need one, and the speed table, eager and compiled.
-#   benchmarks/gpu.sh CONVERSATIONS.jsonl [more flags of benchmarks.compare, such as --model DIRECTORY --random-weights]
-set -euo pipefail
+# All that only a GPU can show: the tests that need one, then the speed table, eager and compiled, and what fits.
+#   benchmarks/gpu.sh [CONVERSATIONS.jsonl [more flags of benchmarks.compare]]
+# Needs torch, transformers and pytest only; without CONVERSATIONS the tokens are random. Each step takes less than ten
+# minutes, leaves its results in benchmarks/results/, and a failed one does not stop the next. STEPS="2 3" runs some.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-data=$(realpath "$1") && shift
-python -m pytest tests/test_cuda.py tests/test_attention.py tests/test_loss.py tests/test_probe.py
-python -m benchmarks.compare --device cuda --dtype bf16 --batch-size 32 --updates 10 --rounds 3 --data "$data" "$@"
-python -m benchmarks.compare --device cuda --dtype fp16 --batch-size 32 --updates 10 --data "$data" \
-    --engines "ours, packed" "ours, packed, compiled" "Trainer, best" "$@"
+results=benchmarks/results
+if [ $# -gt 0 ]; then data=(--data "$(realpath "$1")"); shift; else data=(--synthetic); fi
+common=(--device cuda --batch-size 32 --max-length 2048 --updates 10 --rounds 1 "${data[@]}" "$@")
+failed=0
+
+step() {  # number, name, command
+    local number=$1 name=$2; shift 2
+    case " ${STEPS:-1 2 3 4 5 6} " in *" $number "*) ;; *) return ;; esac
+    echo "== step $number: $name"
+    timeout 590 "$@" 2>&1 | tee "$results/gpu-$number-$name.txt" || { echo "== step $number failed"; failed=1; }
+}
+
+step 1 tests python -m pytest -p benchmarks.bare -q tests/test_cuda.py
+step 2 eager python -m benchmarks.compare --dtype bf16 --tag gpu-eager --engines "ours, packed" "${common[@]}"
+step 3 compiled python -m benchmarks.compare --dtype bf16 --tag gpu-compiled \
+    --engines "ours, packed, compiled" "${common[@]}"
+step 4 trainer python -m benchmarks.compare --dtype bf16 --tag gpu-trainer \
+    --engines "ours, padded" "Trainer, best" "Trainer, reference settings" "${common[@]}"
+step 5 trl python -m benchmarks.compare --dtype bf16 --tag gpu-trl --engines "TRL, packed" "${common[@]}"
+step 6 fp16 python -m benchmarks.compare --dtype fp16 --tag gpu-fp16 \
+    --engines "ours, packed" "ours, packed, compiled" "${common[@]}"
+exit $failed
