@@ -58,7 +58,7 @@ def choose_precision(device="auto", dtype="auto"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda":
+    if device.index:
         torch.cuda.set_device(device)  # for what libraries put on the current one
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -130,8 +130,8 @@ class Witness:
     def look(self, module, _args, batch):
         if module.training:
             rows = batch["input_ids"]
-            if "boundaries" in batch:  # ours, packed
-                conversations = rows[0].split(batch["boundaries"].lengths)
+            if "cu_seqlens" in batch:  # ours, packed
+                conversations = rows[0].split(batch["cu_seqlens"].diff().tolist())
             else:
                 conversations = [ids[kept.bool()] for ids, kept in zip(rows, batch["attention_mask"], strict=True)]
             self.seen += [tuple(ids.tolist()) for ids in conversations]

@@ -111,3 +111,12 @@ def test_precision_follows_the_device(monkeypatch, gpu, gpu_bf16, cpu_bf16, expe
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device}"):
         choose_precision(device)
+
+
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    choose_precision("cuda:1", "fp32")
+    choose_precision("cpu", "fp32")
+    assert chosen == [torch.device("cuda:1")]
