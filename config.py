@@ -102,6 +102,9 @@ class Config:
         "tokens in memory at once, padding included; changes speed and memory, never the result; 0: by the device",
         NOT_NEGATIVE,
     )
+    shard: int = flag(
+        1, "processes that share one copy of the weights; changes speed and memory, never the result", AT_LEAST_ONE
+    )
     compile: bool = flag(
         None,
         "compile the model's layers with torch.compile: faster after a minute; default: in runs of more than five "
@@ -152,8 +155,8 @@ FORMAT = 2  # of a run directory
 
 # What may change when a run resumes, because no update depends on it.
 FREE_TO_CHANGE = (
-    "device layout micro_batch_tokens compile deterministic gradient_checkpointing save_every keep output_dir".split()
-)
+    "device layout micro_batch_tokens shard compile deterministic gradient_checkpointing save_every keep output_dir"
+).split()
 
 METAVARS = {str: "NAME", int: "N", float: "X"}
 
@@ -345,13 +348,18 @@ def run_command(main):
         if follows_ctrl_c(error):
             print("interrupted", file=sys.stderr)
             status = 130
-        elif isinstance(error, UserError):
-            status = print_error(error)
-        elif isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state, not a bug to trace
-            status = print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
         else:
-            raise
+            status = explain(error)
     sys.exit(status)
+
+
+def explain(error):
+    """Print what ended a program, in one line where it is no bug; returns the exit status 1."""
+    if isinstance(error, UserError):
+        return print_error(error)
+    if isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state, not a bug to trace
+        return print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
+    raise error
 
 
 def follows_ctrl_c(error):

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from compute.layers import in_eval_mode
 from compute.memory import is_out_of_memory
+from compute.processes import summed, total
 from compute.self_check import choose_layout
 from config import OF_THE_DATASET, Parser, UserError, as_text, read_record, resolve, with_tuples
 from conversations.tokenizer import load_tokenizer
@@ -60,17 +61,24 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, examples, layout, precision):
-    """The `Evaluation` of a model over examples; leaves the model in the mode, train or eval, it came in."""
+def evaluate(model, examples, layout, precision, before_each=lambda: None):
+    """The `Evaluation` of a model over examples; leaves the model in the mode, train or eval, it came in.
+
+    Several processes share the examples, and each gets the result.
+
+    Args:
+        before_each: called before each micro-batch, by every process equally often; it may raise.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=precision.device)  # read once, at the end: no wait for a GPU
     tokens = 0
     with in_eval_mode(model):
-        for batch in layout.batches(examples):
+        for batch in layout.share(examples):
+            before_each()
             with precision.autocast():
                 sums += loss_and_correct(model, batch.to(precision.device))
             tokens += len(batch.targets)
-    loss_sum, correct = sums.tolist()
-    return Evaluation(loss_sum, tokens, int(correct))
+    loss_sum, correct = summed(sums).tolist()
+    return Evaluation(loss_sum, total(tokens), int(correct))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
+from compute.processes import from_first, is_first, local_rank, local_world_size, world_size
+from compute.sharding import fill, is_sharded, put_apart, refuse_shard, shard, whole_in_first
 from config import UserError, first_line
 from storage import hub
 from storage.hub import LOADING_ERRORS
@@ -24,11 +26,14 @@ class Precision:
     name: str  # bf16, fp16 or fp32
     device: torch.device
 
+    @property
+    def dtype(self):
+        """That of matrix products; None for the weights' own."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[self.name]
+
     def autocast(self):
         """A context in which matrix products run in this precision."""
-        if self.name == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.name])
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
     def describe(self):
         """The device and the precision, as the plan prints them."""
@@ -58,7 +63,9 @@ def choose_precision(device="auto", dtype="auto"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.index:
+    if device.type == "cuda" and world_size() > 1:
+        device = own_gpu(device)
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for what libraries put on the current one
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -84,6 +91,62 @@ def count_parameters(path, local_files_only=False):
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
     return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
+
+
+def load_sharded(path, tokenizer, precision, count, local_files_only=False):
+    """The same model, its weights divided among `count` processes: the first reads it, the others receive their part.
+
+    Raises:
+        UserError: as `load_model`, and where it cannot be divided.
+    """
+    refuse_shard(count)
+    loaded = load_model(path, tokenizer, torch.device("cpu"), local_files_only) if is_first() else None
+    config, generation_config = from_first(lambda: (loaded.config, loaded.generation_config))
+    model = without_weights(config, generation_config)
+    shard(model, count, precision.device, precision.dtype)
+    fill(model, loaded)
+    return model
+
+
+def without_weights(config, generation_config):
+    """A model as `load_model` makes it, whose weights are on "meta"."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.get_input_embeddings().padding_idx = None
+    model.generation_config = generation_config
+    return model
+
+
+def put_together(model):
+    """A model that can be saved: itself, or one in the first process with all that it shares with others, else None.
+
+    All processes call this.
+    """
+    if not is_sharded(model):
+        return model
+    put_apart(model)
+    weights = {name: whole_in_first(tensor.detach()) for name, tensor in model.named_parameters()}
+    if not is_first():
+        return None
+    weights |= {name: buffer.cpu() for name, buffer in model.named_buffers()}
+    whole = without_weights(model.config, model.generation_config)
+    whole.load_state_dict(weights, assign=True, strict=False)
+    whole.tie_weights()
+    return whole
+
+
+def own_gpu(device):
+    """The GPU of this process, where a machine has several.
+
+    Raises:
+        UserError: one is named for all of them, or there are fewer GPUs than processes.
+    """
+    if device.index is not None:
+        raise UserError(f"--device {device}: each of several processes takes a GPU of its own; use --device cuda")
+    if torch.cuda.device_count() < local_world_size():
+        have = f"this machine has {torch.cuda.device_count()} CUDA devices for {local_world_size()} processes"
+        raise UserError(f"--device cuda: {have}; start fewer")
+    return torch.device("cuda", local_rank())
 
 
 def load_model(path, tokenizer, device, local_files_only=False):

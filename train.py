@@ -4,21 +4,22 @@ One idea: an update is defined by its window, the `--batch-size` conversations i
 
     sum of the token losses over the window's supervised tokens / number of those tokens
 
-and how the window is cut into micro-batches changes memory and speed, never the result.
+and how the window is cut into micro-batches, or shared out among processes, changes memory and speed, never the result.
 
     python train.py --epochs 2 --lr 2e-4
+    torchrun --standalone --nproc-per-node 8 train.py --epochs 2 --lr 2e-4
 """
 
 from config import run_command  # first, so that Ctrl-C during the imports below is one line
 
 # isort: split
+import contextlib
 import dataclasses
 import math
 import os
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -27,27 +28,40 @@ from tqdm import tqdm
 from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import PrefetchedWindows
 from compute.memory import keep_freed_memory, refuse_too_large
+from compute.processes import balance, from_first, in_first, is_first, rank, smallest, sum_gradients, summed, total
 from compute.self_check import choose_layout, use_layout
+from compute.sharding import is_sharded, whole
 from config import Parser, UserError, resolve, with_absolute_paths
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from eval import VIBE_PROMPTS, answer, evaluate
-from model import choose_precision, count_parameters, load_model, ties_hold, token_loss
+from model import choose_precision, count_parameters, load_model, load_sharded, ties_hold, token_loss
 from running import report
 from running.diagnostics import explain_failed_update, explain_failed_write, explain_out_of_memory, refuse_non_finite
 from running.directory import locked, new_directory, refuse_foreign
-from running.metrics import Log, is_finished
-from running.resume import check_same_run, differences, find_start, recorded_budget, resumed_config
+from running.metrics import Log, Unheard, is_finished
+from running.resume import (
+    check_agreement,
+    check_same_run,
+    differences,
+    find_start,
+    recorded_budget,
+    resumed_config,
+    run_to_resume,
+)
 from running.signals import Signals, Stopped
 from running.state import Run, ensure_best, restore, save, save_best
+from running.together import together
 from storage import hub
+
+RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: that of --output-dir, if it holds a run"
 
 
 def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm, meanwhile=lambda: None):
     """One update: the gradient of the mean token loss over a window, clipped and applied.
 
     Args:
-        window: its micro-batches, as `Layout.batches` makes them.
+        window: its micro-batches, as `Layout.batches` makes them; of several processes each has its `Layout.share`.
         meanwhile: what to do while a GPU computes them.
 
     Returns:
@@ -60,19 +74,21 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    tokens = sum(len(micro_batch.targets) for micro_batch in window)
-    if tokens == 0:
+    own_tokens = sum(micro_batch.tokens for micro_batch in window)
+    tokens, supervised = total(own_tokens, sum(len(micro_batch.targets) for micro_batch in window))
+    if supervised == 0:
         raise ValueError("no token of this window is supervised: it has no mean loss")
     loss_sum = 0.0
     for micro_batch in window:
         with precision.autocast():
             micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
-        scaler.scale(micro_loss_sum / tokens).backward()
+        scaler.scale(micro_loss_sum / supervised).backward()
         loss_sum += micro_loss_sum.detach()
     meanwhile()
+    waited = sum_gradients(model)  # over all processes
     scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()  # the only wait for a GPU
-    loss = loss_sum.item() / tokens
+    grad_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)).item()  # the only wait for a GPU
+    loss = summed(loss_sum).item() / supervised
     overflow = not math.isfinite(grad_norm)
     if overflow and not (math.isfinite(loss) and scaler.get_scale() > 1):  # only fp16 has a scale to lower
         optimizer.zero_grad()
@@ -86,8 +102,9 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
         "loss": loss,
         "grad_norm": grad_norm,  # before clipping
         "lr": lr,
-        "tokens": sum(micro_batch.tokens for micro_batch in window),
-        "supervised_tokens": tokens,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        **balance(own_tokens, waited),
     }
 
 
@@ -124,7 +141,7 @@ def fit(run, signals):
     with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
         while True:
             if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= last):
-                evaluation = evaluate_split(run, "eval")  # if a signal interrupts it, resuming makes it again
+                evaluation = evaluate_split(run, "eval", signals)  # if a signal interrupts it, resuming makes it again
                 with signals.deferred():
                     record_evaluation(run, evaluation)
             if run.saved < run.step and run.step % config.save_every == 0:
@@ -179,7 +196,7 @@ def tokens_of_run(config, data):
     return data.train.tokens * (config.max_steps / updates if config.max_steps else config.epochs)
 
 
-def evaluate_split(run, split):
+def evaluate_split(run, split, signals):
     """The `Evaluation` of the run's model over its "eval" or "test" split.
 
     Raises:
@@ -187,7 +204,7 @@ def evaluate_split(run, split):
     """
     examples = getattr(run.data, split).examples
     with explain_out_of_memory(run, lambda: examples):
-        evaluation = evaluate(run.model, examples, run.layout, run.precision)
+        evaluation = evaluate(run.model, examples, run.layout, run.precision, signals.check)
     refuse_non_finite(run, split, evaluation.loss)
     return evaluation
 
@@ -208,8 +225,11 @@ def record_evaluation(run, evaluation):
 
 def test_and_answer(run, when, step, signals):
     """Log the model's loss over the test split and its answers to the prompts, "before" or "after" training."""
-    evaluation = evaluate_split(run, "test") if run.data.test.examples else None
-    answers = [answer(run.model, run.tokenizer, prompt, run.config.seed) for prompt in VIBE_PROMPTS]
+    evaluation = evaluate_split(run, "test", signals) if run.data.test.examples else None
+    sharded = is_sharded(run.model)  # it then takes all to answer, and layers in 16 bits stay so
+    with run.precision.autocast() if sharded else contextlib.nullcontext():
+        prompts = VIBE_PROMPTS if sharded or is_first() else ()
+        answers = [answer(run.model, run.tokenizer, prompt, run.config.seed) for prompt in prompts]
     with signals.deferred():
         if evaluation:
             run.log.write("test", step, evaluation.report())
@@ -237,8 +257,8 @@ def set_up(config, start=None, allow_changes=False):
     now = report.describe(config, precision, data)
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
     if precision.device.type == "cuda":
-        refuse_too_large(*count_parameters(path, local_files_only), precision, config.model)
-    model = load_model(checkpoint or path, tokenizer, precision.device, local_files_only)
+        refuse_too_large(*count_parameters(path, local_files_only), precision, config)
+    model = load(checkpoint or path, tokenizer, precision, config.shard, local_files_only)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     layout = choose_layout(
@@ -249,12 +269,13 @@ def set_up(config, start=None, allow_changes=False):
         precision,
         longest=max(split.longest for split in data.splits.values()),
         total_tokens=tokens_of_run(config, data),
-        budget=recorded_budget(start, config, precision),
+        budget=from_first(recorded_budget, start, config, precision),
     )
+    layout = dataclasses.replace(layout, tokens=smallest(layout.tokens))  # of all processes
     config = dataclasses.replace(config, compile=layout.compiled)
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     if checkpoint:
         restore(run, checkpoint)
     if changed:
@@ -262,13 +283,23 @@ def set_up(config, start=None, allow_changes=False):
     return run
 
 
+def load(path, tokenizer, precision, shard, local_files_only=False):
+    """A model for training, whole in this process or divided among `shard` of them."""
+    if shard > 1:
+        return load_sharded(path, tokenizer, precision, shard, local_files_only)
+    return load_model(path, tokenizer, precision.device, local_files_only)
+
+
 def train(run, signals, resumed):
     """Train in the run's directory, which is locked: begin, fit, finish. Returns the exit status."""
     began = time.perf_counter()
-    report.write_record(run.directory, run.described, run.changes)
-    run.log = Log(run.directory, run.step if resumed else None, **run.logged)
+    check_agreement(run)
+    if is_first():
+        report.write_record(run.directory, run.described, run.changes)
+    run.log = Log(run.directory, run.step if resumed else None, **run.logged) if is_first() else Unheard()
     try:
         with explain_failed_write(run):
+            signals.check()
             begin(run, signals)
             fit(run, signals)
             finish(run, signals)
@@ -281,6 +312,8 @@ def train(run, signals, resumed):
         quoted = shlex.quote(str(run.directory))
         print(f"stopped after update {run.step}; to resume: python train.py --resume {quoted}", file=sys.stderr)
         return 128 + stop.number
+    if not is_first():
+        return 0
     seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
     print(f"\n{run.step} updates, {seconds}\n\n{report.summary(run.directory)}")
     return 0
@@ -288,10 +321,10 @@ def train(run, signals, resumed):
 
 def begin(run, signals):
     """What precedes the first update: the untrained model's losses and answers."""
-    if run.best_step:
+    if run.best_step and is_first():
         ensure_best(run)
     if run.step == 0:
-        evaluation = evaluate_split(run, "eval")
+        evaluation = evaluate_split(run, "eval", signals)
         with signals.deferred():
             run.log.write("eval", 0, evaluation.report())
         test_and_answer(run, "before", 0, signals)
@@ -299,9 +332,9 @@ def begin(run, signals):
 
 def finish(run, signals):
     """What follows the last update: the test loss and the answers of the best model, loaded from disk."""
-    ensure_best(run)
+    from_first(ensure_best, run)
     run.optimizer = run.model = None  # free their memory
-    run.model = load_model(run.directory / "best", run.tokenizer, run.precision.device)
+    run.model = load(run.directory / "best", run.tokenizer, run.precision, run.config.shard)
     use_layout(run.model, run.layout)
     if not ties_hold(run.model):
         raise UserError(f"{run.directory}/best: its output head is no longer tied to its embeddings")
@@ -310,28 +343,29 @@ def finish(run, signals):
 
 def start_run(named, dry_run, signals):
     """A new run. Returns the exit status."""
-    preset, why = hub.choose_preset(named)
+    preset, why = from_first(hub.choose_preset, named)
     config = resolve(with_absolute_paths(named), preset)
-    with new_directory(config) as directory:
+    with in_first(new_directory, config) as directory:
         config = dataclasses.replace(config, output_dir=str(directory))
         print(report.headline(config, why))
         run = set_up(config)
         print(report.plan(run))
         if dry_run:
             return 0
-        with locked(directory):
-            refuse_foreign(directory)  # another process may have begun a run in it by now
+        with in_first(locked, directory):
+            from_first(refuse_foreign, directory)  # another run may have begun in it by now
             return train(run, signals, resumed=False)
 
 
 def resume_run(directory, named, allow_changes, dry_run, signals):
     """The rest of a run. Returns the exit status."""
     config, recorded = resumed_config(directory, named)
-    if is_finished(directory) and not differences(recorded, {**recorded, "config": dataclasses.asdict(config)}):
+    changed = differences(recorded, {**recorded, "config": dataclasses.asdict(config)})
+    if from_first(is_finished, directory) and not changed:
         print(f"{directory} is finished already\n\n{report.summary(directory)}")
         return 0
-    with locked(directory):
-        start = find_start(directory, recorded)
+    with in_first(locked, directory):
+        start = from_first(find_start, directory, recorded)
         run = set_up(config, start, allow_changes)
         run.changes = recorded.get("changes", []) + run.changes
         print(report.plan(run))
@@ -340,8 +374,14 @@ def resume_run(directory, named, allow_changes, dry_run, signals):
 
 def main(argv):
     """`python train.py [flags]`; exit status 0 done, 1 error, 128 + N stopped by signal N after saving."""
+    with Signals() as signals:
+        return together(lambda: command(argv, signals))
+
+
+def command(argv, signals):
+    """The command as each of its processes runs it. Returns the exit status."""
     parser = Parser(prog="train.py", description="Fine-tune a causal language model on conversations.")
-    parser.add_argument("--resume", metavar="RUN", help="continue a run directory from its newest valid checkpoint")
+    parser.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
     parser.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     parser.add_config_flags()
@@ -349,17 +389,15 @@ def main(argv):
     if options["allow_changes"] and not options["resume"]:
         raise UserError("--allow-changes needs --resume")
     hub.quiet_libraries()
-    with Signals() as signals:
-        try:
-            if options["resume"]:
-                directory = Path(options["resume"])
-                return resume_run(directory, named, options["allow_changes"], options["dry_run"], signals)
-            return start_run(named, options["dry_run"], signals)
-        except BaseException as error:  # a stopped library may raise an error of its own
-            if signals.received is None or isinstance(error, UserError | OSError):
-                raise
-            print("stopped before training began", file=sys.stderr)
-            return 128 + signals.received
+    try:
+        directory = run_to_resume(options["resume"], named)
+        if directory:
+            return resume_run(directory, named, options["allow_changes"], options["dry_run"], signals)
+        return start_run(named, options["dry_run"], signals)
+    except BaseException as error:  # a stopped library may raise an error of its own
+        if signals.received is None or isinstance(error, UserError | OSError):
+            raise
+        raise Stopped(signals.received) from error
 
 
 if __name__ == "__main__":

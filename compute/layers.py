@@ -21,9 +21,15 @@ def compile_layers(model, **how):
         how: more for `torch.compile`.
     """
     torch.fx.experimental._config.use_duck_shape = False  # as many conversations as heads are so by chance, and once
+    for layer in layers_of(model):
+        layer.compile(dynamic=True, **how)
+
+
+def layers_of(model):
+    """The layers of a model, by transformers' list of their classes; FSDP puts its name before theirs."""
     for module in model.modules():
-        if type(module).__name__ in (model._no_split_modules or ()):  # transformers' list of the layers' classes
-            module.compile(dynamic=True, **how)
+        if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or ()):
+            yield module
 
 
 def compiled_graphs():

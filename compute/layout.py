@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from compute.processes import rank, shares_by_tokens, world_size
 from data import IGNORE, Example, window_at
 
 
@@ -60,13 +61,30 @@ class Layout:
 
     def batches(self, examples):
         """The micro-batches of some examples, those with the most tokens first."""
+        return map(self.batch, self.cut(examples))
+
+    def share(self, examples):
+        """The micro-batches of this process' share of some examples."""
+        return map(self.batch, self.shares(examples)[rank()])
+
+    def shares(self, examples):
+        """Each process' share of some examples, as lists of lists: all have equally many micro-batches.
+
+        Whoever would have fewer gets empty ones, since every process has to take part in every forward pass of a model
+        whose weights they share.
+        """
+        cuts = [self.cut(share) for share in shares_by_tokens(examples, world_size())]
+        most = max(map(len, cuts))
+        return [cut + [[]] * (most - len(cut)) for cut in cuts]
+
+    def batch(self, examples):
+        """Examples as one micro-batch; of none two tokens that nobody said, neither counted nor supervised."""
         lay = pack if self.packed else self.pad
-        for micro_batch in self.cut(examples):
-            inputs, next_tokens = lay(micro_batch)
-            predicting = (next_tokens != IGNORE).nonzero()[:, 0]
-            tokens = sum(map(length, micro_batch))
-            batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits, self.compiled)
-            yield batch.map(torch.Tensor.pin_memory) if self.pinned else batch
+        inputs, next_tokens = lay(examples or [Example(*torch.tensor([[self.pad_id] * 2, [IGNORE] * 2]))])
+        predicting = (next_tokens != IGNORE).nonzero()[:, 0]
+        tokens = sum(map(length, examples))
+        batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits, self.compiled)
+        return batch.map(torch.Tensor.pin_memory) if self.pinned else batch
 
     def cut(self, examples):
         """Lists of examples, the largest first."""
@@ -144,14 +162,14 @@ def random_examples(lengths, vocabulary):
 
 
 class PrefetchedWindows:
-    """The windows of a run's updates as micro-batches, each made in a thread when the update before it is under way."""
+    """This process' shares of the windows, each made in a thread when the update before it is under way."""
 
     def __init__(self, examples, batch_size, seed, layout):
         self.arguments, self.layout = (examples, batch_size, seed), layout
         self.thread, self.ahead = ThreadPoolExecutor(max_workers=1), {}
 
     def at(self, step):
-        """The micro-batches of the window that update `step` (from 0) sees."""
+        """The micro-batches of the window that update `step` (from 0) sees: all of them, or this process' share."""
         self.prefetch(step)
         self.ahead = {step: self.ahead[step]}
         return self.ahead[step].result()
@@ -162,4 +180,4 @@ class PrefetchedWindows:
             self.ahead[step] = self.thread.submit(self.make, step)
 
     def make(self, step):
-        return list(self.layout.batches(window_at(step, *self.arguments)))
+        return list(self.layout.share(window_at(step, *self.arguments)))

@@ -7,8 +7,10 @@ import time
 from dataclasses import replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from compute.layout import random_examples
+from compute.sharding import is_sharded
 from config import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
@@ -22,22 +24,21 @@ PARAMETER, IN_HEAD = 16, 6
 COMPILING_PAYS = 300  # seconds of a run that is not compiled; compiling takes about a minute
 
 
-def refuse_too_large(parameters, head, precision, name):
+def refuse_too_large(parameters, head, precision, config):
     """Raise `UserError` where a model is too large to be trained on a GPU, before any of it is there.
 
     Args:
         parameters, head: how many the model has, and how many of them its output head.
-        name: the model's.
     """
     if precision.device.type == "cpu":
         return
     free, _ = torch.cuda.mem_get_info(precision.device)
     needed = PARAMETER * parameters + IN_HEAD * head
-    if needed > free:
+    if needed / config.shard > free:
         raise UserError(
-            f"--model {name}: to train {parameters:,} parameters takes {needed / 1e9:.1f} GB before the first token "
-            f"(weights, gradients, AdamW), and {precision.device} has {free / 1e9:.1f} GB free; use a smaller model, "
-            f"or {math.ceil(needed / (GPU_SHARE * free))} such devices"
+            f"--model {config.model}: to train {parameters:,} parameters takes {needed / 1e9:.1f} GB before the first "
+            f"token (weights, gradients, AdamW), and {precision.device} has {free / 1e9:.1f} GB free; use a smaller "
+            f"model, or several processes with --shard {math.ceil(needed / (GPU_SHARE * free))}"
         )
 
 
@@ -71,6 +72,8 @@ def measured_tokens(model, token_loss, layout, precision, longest, training):
                 peak_of_pass(model, token_loss, layout, precision, rows, training) for rows in (lengths, 2 * lengths)
             )
         except torch.OutOfMemoryError:
+            if is_sharded(model):  # the other processes wait for this one
+                raise
             return longest
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
@@ -83,7 +86,7 @@ def measured_tokens(model, token_loss, layout, precision, longest, training):
         model.zero_grad()
         model.train(was_training)
     per_token = (large - small) / (many - few)
-    room = GPU_SHARE * (free - training * 8 * sum(p.numel() for p in model.parameters())) - (small - per_token * few)
+    room = GPU_SHARE * (free - training * 8 * sum(map(own_numbers, model.parameters()))) - (small - per_token * few)
     return max(1024, min(GPU_TOKENS, int(room / per_token) // 1024 * 1024))
 
 
@@ -130,6 +133,11 @@ def compiling_pays(model, token_loss, layout, precision, longest, total_tokens):
         return True
     finally:
         model.zero_grad()
+
+
+def own_numbers(weights):
+    """How many of some weights are in this process."""
+    return weights.to_local().numel() if isinstance(weights, DTensor) else weights.numel()
 
 
 def keep_freed_memory():

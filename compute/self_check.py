@@ -13,6 +13,8 @@ from compute.attention import PACKED, in_the_graph
 from compute.layers import compile_layers, in_eval_mode
 from compute.layout import Layout, random_examples
 from compute.memory import compiling_pays, fitting_tokens
+from compute.processes import largest
+from compute.sharding import whole
 from config import UserError, first_line
 
 LENGTHS = (24, 9, 16)  # of the small batch's conversations
@@ -64,7 +66,8 @@ def choose_layout(model, token_loss, config, pad_id, precision, longest=1024, to
     compile = config.compile
     if compile is None:
         combines = in_the_graph(precision.device) or not layout.packed
-        compile = combines and compiling_pays(model, token_loss, layout, precision, longest, total_tokens)
+        pays = combines and compiling_pays(model, token_loss, layout, precision, longest, total_tokens)
+        compile = bool(largest(int(pays)))  # all processes or none
     if compile:
         layout = replace(layout, compiled=True)
         compile_and_check(model, token_loss, layout, precision, expected, config)
@@ -120,7 +123,10 @@ def loss_and_gradient(model, token_loss, layout, precision):
         for batch in replace(layout, tokens=2**20).batches(examples):
             with precision.autocast():
                 loss = loss + token_loss(model, batch.to(precision.device))
-        return loss.detach(), torch.autograd.grad(loss, [matrix])[0]
+        loss.backward()
+        gradient = whole(matrix.grad)
+        model.zero_grad()
+        return loss.detach(), gradient
 
 
 def refuse_other_attention(model, layout):

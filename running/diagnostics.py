@@ -5,9 +5,11 @@ import math
 import shlex
 
 from compute.memory import is_out_of_memory
+from compute.processes import rank
 from config import UserError, first_line
 from data import window_indices
 from eval import evaluate
+from running.together import lost_process
 from storage.durable import Damaged
 
 
@@ -30,8 +32,11 @@ def explain_failed_write(run):
     try:
         yield
     except (OSError, Damaged, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
+        lost = lost_process(error)
+        if not lost and isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
             raise
+        if lost:
+            raise UserError(f"after update {run.step}: {lost}; {resume_hint(run)}") from error
         why = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
 
@@ -68,12 +73,12 @@ def explain_out_of_memory(run, examples):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        largest = run.layout.cut(examples())[0]
-        tokens = next(run.layout.batches(largest)).inputs["input_ids"].numel()
+        largest = run.layout.shares(examples())[rank()][0]
+        tokens = run.layout.batch(largest).inputs["input_ids"].numel()
         remedy = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
         if len(largest) > 1:
             remedy = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"
-        longest = len(largest[0].input_ids)
+        longest = max((len(example.input_ids) for example in largest), default=0)
         what = f"out of memory in a micro-batch of {tokens} tokens, its longest conversation {longest}"
         raise UserError(f"after update {run.step}: {what}: use {remedy}; {resume_hint(run)}") from error
 

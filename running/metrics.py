@@ -95,6 +95,17 @@ class Log:
         self.tell_tensorboard("close")
 
 
+class Unheard:
+    """The `Log` of a process that is not the first: nothing is written, and nothing was."""
+
+    untrained_loss = None
+
+    def ignore(self, *_, **__):
+        pass
+
+    write = write_answers = add_scalars = sync = close = ignore
+
+
 def hide_tensorboard_traceback(failure):
     """`threading.excepthook` without the tracebacks of TensorBoard's thread, as `Log` reports its failure."""
     if not type(failure.thread).__module__.startswith("tensorboard"):

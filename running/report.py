@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
+from compute.processes import world_size
 from config import FORMAT, PRESETS, as_text
 from data import window_at, windows_per_epoch
 from running.metrics import read_answers, read_metrics
@@ -54,16 +55,18 @@ def plan(run):
     train, per_epoch = data.train.examples, windows_per_epoch(len(data.train.examples), config.batch_size)
     sampled = min(per_epoch, 50)  # windows; reading all of them can take long
     windows = [window_at(step, train, config.batch_size, config.seed) for step in range(sampled)]
-    cuts = sum(len(layout.cut(window)) for window in windows)
+    cuts = sum(len(layout.shares(window)[0]) for window in windows)
     truncated, dropped, lost, supervised = (
         sum(getattr(split, name) for split in data.splits.values())
         for name in ("truncated", "dropped", "supervised_lost", "supervised")
     )
     lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
     never = " that is never reached" if config.warmup_steps >= run.total_steps else ""
+    sharing = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
+    together = f"{world_size()} processes{sharing}, each on " if world_size() > 1 else ""
     lines = {
         "model": f"{config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters",
-        "device": f"{run.precision.describe()}, over fp32 weights",
+        "device": f"{together}{run.precision.describe()}, over fp32 weights",
         "layout": layout.describe(),
         "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
@@ -71,10 +74,13 @@ def plan(run):
         "tokens": f"{data.train.tokens:,} an epoch, {data.train.supervised / data.train.tokens:.1%} of them supervised",
         "updates": f"{per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
         f"{min(config.batch_size, len(train))} conversations in {cuts / sampled:.1f} micro-batches "
-        "(gradient accumulation)",
+        f"(gradient accumulation){'' if world_size() == 1 else ' of each process'}",
         "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
         f"{never}, then a cosine to 0",
     }
+    if config.shard > 1:
+        numbers = sum(p.numel() for p in run.model.parameters())
+        lines["saving"] = f"in the first process, with {12 * numbers / 1e9:.1f} GB of its memory for a checkpoint"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
 

@@ -2,11 +2,14 @@
 
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute.processes import from_first, gathered
 from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_absolute_paths, with_tuples
 from running.checkpoints import newest_valid
+from running.directory import locked
 from running.metrics import is_finished, read_metrics
 from storage.durable import MANIFEST
 
@@ -48,6 +51,28 @@ def find_start(run, recorded):
         )
     print(f"resuming {run} from its beginning: it has no checkpoint yet")
     return Start(None, recorded)
+
+
+def run_to_resume(asked, named):
+    """The directory of the run that `--resume` asks for; None where a new one begins.
+
+    Raises:
+        UserError: "auto" without `--output-dir`, by which a run is found again.
+    """
+    if asked != "auto":
+        return Path(asked) if asked else None
+    if "output_dir" not in named:
+        raise UserError("--resume auto needs --output-dir, by which it finds the run again")
+    return from_first(run_in, Path(named["output_dir"]))
+
+
+def run_in(directory):
+    """A directory that holds a run; None where there is none, once what a killed process left of one is removed."""
+    if (directory / "config.json").exists():
+        return directory
+    if (directory / ".lock").exists():
+        with locked(directory):
+            pass
 
 
 def resumed_config(directory, named):
@@ -101,6 +126,43 @@ def differences(before, now):
     if before["data"] != now["data"]:
         flags.append(f"data {sizes(before['data'])} -> {sizes(now['data'])}")
     return flags
+
+
+def check_agreement(run):
+    """Check that the processes of a run are about to do the same, in the same directory, before one of them writes.
+
+    Raises:
+        UserError: they are not; it says what differs.
+    """
+    described = run.described
+    mine = {flag_name(name): value for name, value in described.pop("config").items()}
+    mine |= {"versions": described["versions"], "data": sizes(described["data"]), "precision": described["precision"]}
+    mine |= {"layout": run.layout.describe(), "step": run.step}
+    first, *others = gathered(mine)
+    for number, other in enumerate(others, 1):
+        for name, value in other.items():
+            if value != first[name]:
+                theirs = f"{as_text(first[name])} in the first, {as_text(value)} in process {number}"
+                raise UserError(f"the processes do not agree on {name}: {theirs}")
+    owner = from_first(read_owner, run.directory)
+    strangers = [number for number, same in enumerate(gathered(sees(run.directory, owner))) if not same]
+    if strangers:
+        advice = "name a directory on a file system that all processes share"
+        raise UserError(f"--output-dir {run.directory}: process {strangers[0]} does not see it; {advice}")
+
+
+def sees(directory, owner, seconds=10):
+    """Whether this process sees the owner of a locked run; a network's file system may take a while to show it."""
+    end = time.monotonic() + seconds
+    while not (same := read_owner(directory) == owner) and time.monotonic() < end:
+        time.sleep(0.2)
+    return same
+
+
+def read_owner(directory):
+    """Which process has locked a run; "" where none is seen to."""
+    owner = directory / ".owner"
+    return owner.read_text(encoding="utf-8") if owner.exists() else ""
 
 
 def sizes(data):

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compute.layout import Layout
+from compute.processes import gathered, is_first, rank, world_size
+from compute.sharding import is_sharded, part_like, whole_in_first
 from config import Config, UserError
 from data import Data, windows_per_epoch
-from model import Precision, save_model
+from model import Precision, put_together, save_model
 from running import report
 from running.checkpoints import checkpoint_at, save_checkpoint
 from running.metrics import Log
@@ -70,17 +73,37 @@ class Run:
 def save(run):
     """Write a checkpoint: a model directory, the best model so far, and everything else that resuming needs."""
     with timed(run, "checkpoint"):
-        run.log.sync()
-        about = {"step": run.step, **run.described}
-        save_checkpoint(run.directory, about, lambda path: write_state(run, path), run.config.keep, run.resumed_from)
+        parts = put_together(run.model), moments_of(run.optimizer), gathered(random_state(run.precision.device))
+        if is_first():
+            run.log.sync()
+            about, resumed_from = {"step": run.step, **run.described}, run.resumed_from
+            save_checkpoint(
+                run.directory, about, lambda path: write_state(run, path, *parts), run.config.keep, resumed_from
+            )
         run.saved = run.step
+
+
+def random_state(device):
+    """The state of this process' random numbers, which dropout draws: of the processor, and of its GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def save_best(run):
     """Make `best/` the model as it is now."""
     with timed(run, "best"):
-        about = {"step": run.step, **run.described}
-        save_directory(run.directory / BEST, about, lambda path: save_model(run.model, run.tokenizer, path))
+        model, about = put_together(run.model), {"step": run.step, **run.described}
+        if is_first():
+            save_directory(run.directory / BEST, about, lambda path: save_model(model, run.tokenizer, path))
+
+
+def moments_of(optimizer):
+    """The state of an optimizer, not its settings, which are the run's; all of it is in the first process."""
+    state = optimizer.state_dict()["state"]
+    if not any(isinstance(value, DTensor) for moments in state.values() for value in moments.values()):
+        return state
+    return {
+        number: {name: whole_in_first(value) for name, value in moments.items()} for number, moments in state.items()
+    }
 
 
 @contextlib.contextmanager
@@ -93,17 +116,21 @@ def timed(run, what):
     run.log.add_scalars("time", run.step, **{what: seconds})
 
 
-def write_state(run, directory):
-    """Fill the directory of a checkpoint: the models in one thread, the rest in another."""
+def write_state(run, directory, model, moments, random):
+    """Fill the directory of a checkpoint: the models in one thread, the rest in another.
+
+    Args:
+        model, moments: all of them, as `put_together` and `moments_of` give them.
+        random: the `random_state` of each process.
+    """
     state = {name: getattr(run, name) for name in COUNTED} | {
-        "optimizer": run.optimizer.state_dict()["state"],  # not its settings, which are the run's
+        "optimizer": moments,
         "scaler": run.scaler.state_dict(),
         "log": run.log.state(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(run.precision.device) if on_gpu(run) else None,
+        "random": random,
     }
     with ThreadPoolExecutor() as threads, open(directory / STATE, "wb") as file:
-        models = threads.submit(write_models, run, directory)
+        models = threads.submit(write_models, run, model, directory)
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's words for what the file's own error says better
@@ -111,13 +138,13 @@ def write_state(run, directory):
         models.result()
 
 
-def write_models(run, directory):
+def write_models(run, model, directory):
     """Write the model, and in `best/` the best one where that is another."""
     best = run.directory / BEST
     if run.best_step == run.step:
         copy_directory(best, directory)
         return
-    save_model(run.model, run.tokenizer, directory)
+    save_model(model, run.tokenizer, directory)
     if run.best_step:
         verify(best)  # so that no damage to it is copied
         copy_directory(best, directory / BEST)
@@ -130,23 +157,29 @@ def restore(run, checkpoint):
         UserError: it holds more than tensors, numbers and texts; nothing of it was executed.
     """
     try:
-        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=is_sharded(run.model))
     except pickle.UnpicklingError as error:
         raise UserError(f"{checkpoint / STATE}: it holds more than tensors and numbers; do not trust it") from error
     for name in COUNTED:
         setattr(run, name, state[name])
     run.saved = run.resumed_from = run.step
     run.logged = state["log"]
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
+    all_weights = [weights for group in run.optimizer.param_groups for weights in group["params"]]
+    moments = {
+        number: {name: part_like(value, all_weights[number]) for name, value in of.items()}
+        for number, of in state["optimizer"].items()
+    }
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] is not None and on_gpu(run):
-        torch.cuda.set_rng_state(state["random_cuda"], run.precision.device)
-
-
-def on_gpu(run):
-    return run.precision.device.type == "cuda"
+    # Under another number of processes, dropout draws others anyway: new ones, that no process has drawn before.
+    if len(state["random"]) != world_size():
+        torch.manual_seed(hash((run.config.seed, run.step, rank())))
+        return
+    on_cpu, on_gpu = state["random"][rank()]
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None and run.precision.device.type == "cuda":
+        torch.cuda.set_rng_state(on_gpu, run.precision.device)
 
 
 def ensure_best(run):

@@ -11,8 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+import filelock
+
 from config import UserError, first_line
-from storage.durable import Damaged, save_directory, sha256, verify
+from storage.durable import Damaged, make_directory, save_directory, sha256, verify
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -31,8 +33,17 @@ def quickstart_model():
         if directory.exists():
             print(f"the converted weights are damaged: {why}", file=sys.stderr)
         with explain_unwritable_cache():
-            convert(find_gguf(), directory)
+            make_directory(directory.parent)
+            with filelock.FileLock(directory.with_name(f".{directory.name}.lock")):
+                if not is_whole(directory):  # another process may have made it in the meantime
+                    convert(find_gguf(), directory)
     return directory
+
+
+def is_whole(directory):
+    """Whether a converted model is as it was written."""
+    with contextlib.suppress(Damaged):
+        return bool(verify(directory))
 
 
 def cache_directory():
