@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from storage import hub
 from storage.quickstart import quickstart_model
 
 hub.quiet_libraries()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -95,9 +98,9 @@ def ragged_window():
     return window
 
 
-def layout_of(packed, tokens=10_000):
+def layout_of(packed, tokens=10_000, own_logits=False):
     """A `Layout` for the tiny model."""
-    return Layout(packed, tokens, pad_id=0)
+    return Layout(packed, tokens, pad_id=0, own_logits=own_logits)
 
 
 def one_batch(examples, packed=False):

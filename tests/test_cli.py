@@ -35,7 +35,7 @@ TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --supervise --eval-fraction --test-fraction --epochs --max-steps
 --batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
---compile --deterministic --gradient-checkpointing
+--shard --compile --deterministic --gradient-checkpointing
 --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
 """
 DATA_FLAGS = """
@@ -270,7 +270,8 @@ def test_output_that_cannot_be_encoded_is_escaped(monkeypatch):
 
 
 def test_ctrl_c_while_modules_are_imported_is_one_line():
-    code = "import signal, sys; sys.argv = ['train.py']; import config; signal.raise_signal(signal.SIGINT)"
+    not_ignored = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = not_ignored + "sys.argv = ['train.py']; import config; signal.raise_signal(signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 

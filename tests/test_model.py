@@ -107,6 +107,15 @@ def test_precision_follows_the_device(monkeypatch, gpu, gpu_bf16, cpu_bf16, expe
     assert (precision.name, precision.device.type) == (expected, "cuda" if gpu else "cpu")
 
 
+def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    choose_precision("cuda:1", "bf16")
+    choose_precision("cuda", "bf16")
+    assert current == [torch.device("cuda", 1)]
+
+
 @pytest.mark.parametrize("device", ["cuda:9", "tpu", "meta"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device}"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Life, lines, steps_saved
+from tests.faults.harness import Life, Lives, lines, steps_saved
 from tests.faults.inject import kill, on_call
 
 
@@ -72,3 +72,26 @@ def live(tmp_path):
     for life in lives:
         life.process.kill()
         life.process.join()
+
+
+@pytest.fixture(scope="session")
+def unbroken_together(flags, tmp_path_factory):
+    """The run of these flags by two processes, that nothing happened to, with all of its checkpoints."""
+    run = tmp_path_factory.mktemp("together") / "run"
+    lives = Lives(2, [*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent)
+    assert lives.wait() == [0, 0], lives.complained
+    return run
+
+
+@pytest.fixture
+def lives(tmp_path):
+    """Start processes of `train.py` together; `lives(2, flags, (1, fault), …)`. At the end all are killed."""
+    groups = []
+
+    def start(size, argv, *faults):
+        groups.append(Lives(size, argv, tmp_path, faults))
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        group.kill()

@@ -11,21 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import distributed
 
 import train as train_command
 from config import run_command
 from running.checkpoints import checkpoints, step_of
 
+BOUND = 15  # seconds between the end of a first process and that of the last
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.harness"])
-TIMINGS = ("tokens_per_second",)
+TIMINGS = ("tokens_per_second", "waiting_seconds")
 
 
-def program(argv, output, faults):
+def program(argv, output, faults, environment):
     """`python train.py` with its output in a directory, and some faults that are prepared before it starts."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
+    os.environ.update(environment)
     for fault in faults:
         fault()
     sys.argv = ["train.py", *argv]
@@ -43,11 +46,12 @@ def some(cases, fast):
 class Life:
     """One process of `train.py`, from its start to whatever end."""
 
-    def __init__(self, argv, output, faults=()):
+    def __init__(self, argv, output, faults=(), environment=()):
         self.output = Path(output)
         for name in ("stdout", "stderr"):
-            (self.output / name).write_text("")
-        self.process = CONTEXT.Process(target=program, args=(list(map(str, argv)), str(output), faults))
+            (self.output / name).open("a" if environment else "w").close()
+        arguments = (list(map(str, argv)), str(output), faults, dict(environment))
+        self.process = CONTEXT.Process(target=program, args=arguments)
         self.process.start()
 
     def wait(self, seconds=120):
@@ -80,6 +84,42 @@ class Life:
     def complained(self):
         """What it printed on stderr."""
         return (self.output / "stderr").read_text()
+
+
+class Lives:
+    """Processes of `train.py` that run together, as torchrun would start them, until all have ended."""
+
+    def __init__(self, size, argv, output, faults=()):
+        """Start them.
+
+        Args:
+            faults: pairs of a rank and a fault of the process that has it.
+        """
+        self.output = Path(output)
+        for name in ("stdout", "stderr"):
+            (self.output / name).write_text("")
+        self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        common |= {"MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        self.each = []
+        for rank in range(size):
+            environment = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            own = [fault for of, fault in faults if of == rank]
+            self.each.append(Life(argv, output, own, environment))
+
+    def wait(self, seconds=BOUND):
+        """Wait for them to end, as long for the last as for the first; returns their exit statuses, by rank."""
+        while all(life.process.exitcode is None for life in self.each):
+            time.sleep(0.01)
+        end = time.monotonic() + seconds
+        return [life.wait(max(0, end - time.monotonic())) for life in self.each]
+
+    def kill(self):
+        for life in self.each:
+            life.process.kill()
+            life.process.join()
+
+    said, complained = Life.said, Life.complained
 
 
 def lines(run, kind=None):

@@ -68,6 +68,10 @@ def leave_and_hang(sign, *_, **__):
     time.sleep(600)
 
 
+def fail(*_, **__):
+    raise RuntimeError("a bug")
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -104,7 +108,7 @@ def forget(name):
 
     def load(path, **options):
         state = real(path, **options)
-        state[name] = {"optimizer": {}, "scaler": {}, "random": torch.get_rng_state()}[name]
+        state[name] = {"optimizer": {}, "scaler": {}, "random": [(torch.get_rng_state(), None)]}[name]
         return state
 
     run.torch.load = load

@@ -1,0 +1,65 @@
+"""Processes that wait for work together: a few functions' calls cost no new start, and one group serves many tests."""
+
+import multiprocessing
+import os
+import traceback
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.company", "tests.faults.harness"])
+SECONDS = 120  # that a call may take
+
+
+def serve(rank, size, port, pipe):
+    """Take part in the group, and call what comes through the pipe."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False)
+    timeout = timedelta(seconds=SECONDS)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    while call := pipe.recv():
+        function, arguments = call
+        try:
+            pipe.send((function(*arguments), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+class Company:
+    """A group of processes."""
+
+    def __init__(self, size):
+        self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = CONTEXT.Pipe()
+            arguments = (rank, size, self.store.port, theirs)
+            self.processes.append(CONTEXT.Process(target=serve, args=arguments, daemon=True))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+
+    def call(self, function, *arguments):
+        """What a function returns in each process, by rank."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        replies = []
+        for pipe in self.pipes:
+            assert pipe.poll(SECONDS), "a process does not answer"
+            replies.append(pipe.recv())
+        failed = [trace for _, trace in replies if trace]
+        assert not failed, failed[0]
+        return [result for result, _ in replies]
+
+    def close(self):
+        """Let them go."""
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()

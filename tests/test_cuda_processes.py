@@ -1,0 +1,28 @@
+"""Several processes on GPUs, by NCCL: as many as there are, or one that shares with itself. Skipped without a GPU."""
+
+import pytest
+import torch
+
+from tests.company import Company
+from tests.test_processes import Case, assert_equal, updates
+
+COUNT = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(not COUNT, reason="there is no GPU")
+
+
+@pytest.fixture(scope="module")
+def everyone():
+    company = Company(COUNT)
+    yield company
+    company.close()
+
+
+@pytest.mark.parametrize("shard", [1, COUNT], ids=["whole", "shared"])
+@pytest.mark.parametrize(
+    "case", [{}, {"tied": False, "vocabulary": 263}, {"packed": False, "own_logits": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_processes_on_gpus_give_the_updates_of_one(everyone, case, dtype, shard):
+    alone = updates(Case(dtype, device="cuda", **case))
+    for ours in everyone.call(updates, Case(dtype, device="cuda", shard=shard, **case)):
+        assert_equal(ours, alone, Case(dtype, shard=2).tolerances())

@@ -1,0 +1,312 @@
+"""The law for several processes: whoever computes a window, the update is the same."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.distributed import is_initialized
+
+import compute.layout
+import train
+from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
+from compute.memory import own_numbers
+from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, sum_gradients, total, world_size
+from compute.self_check import use_layout
+from compute.sharding import fill, put_apart, shard, whole
+from data import IGNORE, Example
+from eval import evaluate
+from model import Precision, put_together, ties_hold, without_weights
+from tests.company import Company
+from tests.conftest import layout_of, tiny_llama
+from tests.faults.harness import some
+
+CPU = torch.device("cpu")
+LENGTHS = (3, 40, 7, 19, 2, 64, 11, 28, 33, 5, 17)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how its windows are computed."""
+
+    dtype: str = "float64"
+    precision: str = "fp32"
+    packed: bool = True
+    budget: int = 64  # tokens of a micro-batch
+    tied: bool = True
+    own_logits: bool = False
+    vocabulary: int = 259
+    checkpointing: bool = False
+    compiled: bool = False
+    breakage: str = ""
+    shard: int = 1
+    device: str = "cpu"
+
+    def tolerances(self):
+        """Of the weights, and relative of losses and norms."""
+        return {"float64": (1e-12, 1e-12), "float32": (1e-6 if self.shard == 1 else 2e-6, 1e-5)}[self.dtype]
+
+
+def examples(vocabulary):
+    """Examples of very different lengths; one is supervised from its first token, one not at all."""
+    generator = torch.Generator().manual_seed(1)
+    for number, length in enumerate(LENGTHS):
+        ids = torch.randint(3, vocabulary, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: number * length // 12] = IGNORE
+        yield Example(ids, torch.full_like(ids, IGNORE) if number == 3 else labels)
+
+
+def windows(vocabulary):
+    """Windows of all examples, of a few, of one: with more processes than conversations, too."""
+    every = list(examples(vocabulary))
+    return every[:8], every[8:], every[5:6], every[2:5], every[4:5], every
+
+
+def divided(model, count, dtype, device=CPU):
+    """A model whose weights processes share."""
+    empty = without_weights(model.config, model.generation_config).to(dtype)
+    shard(empty, count, device, None)
+    fill(empty, model)
+    return empty
+
+
+def updates(case):
+    """What this process knows after updates with evaluations in between: numbers, last weights, graphs compiled."""
+    device = torch.device(case.device, local_rank() if case.device == "cuda" else None)
+    if case.device == "cuda":
+        torch.cuda.set_device(device)
+    model = tiny_llama(case.vocabulary, tie_word_embeddings=case.tied).to(getattr(torch, case.dtype))
+    if is_initialized() and (case.shard > 1 or case.shard == world_size()):
+        model = divided(model, case.shard, getattr(torch, case.dtype), device)
+    model.to(device).train()
+    layout, precision = layout_of(case.packed, case.budget, case.own_logits), Precision(case.precision, device)
+    use_layout(model, layout)
+    if case.compiled:
+        compile_layers(model)
+    if case.checkpointing:
+        checkpoint_activations(model)
+    optimizer, numbers, evaluations = train.make_optimizer(model, weight_decay=0.1), [], []
+    settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        BREAKAGES.get(case.breakage, lambda _: None)(patch)
+        for window in windows(case.vocabulary):
+            numbers.append(train.train_step(model, optimizer, list(layout.share(window)), 1e-3, **settings))
+            evaluations.append(evaluate(model, window, layout, precision).report())
+    put_apart(model)
+    weights = torch.cat([whole(weights.detach()).flatten().cpu() for weights in model.parameters()])
+    return numbers, evaluations, weights, compiled_graphs()
+
+
+@pytest.fixture(scope="session")
+def companies():
+    """Groups of processes, by their size, each started when it is needed."""
+    started = {}
+
+    def of(size):
+        if size not in started:
+            started[size] = Company(size)
+        return started[size]
+
+    yield of
+    for company in started.values():
+        company.close()
+
+
+def assert_equal(ours, alone, tolerances):
+    """Assert that what processes know is what one alone does."""
+    (numbers, evaluations, weights, _), (numbers_alone, evaluations_alone, weights_alone, _) = ours, alone
+    of_weights, relative = tolerances
+    for update, update_alone in zip(numbers, numbers_alone, strict=True):
+        assert update.keys() - {"largest_share", "waiting_seconds"} == update_alone.keys()
+        for name in ("lr", "tokens", "supervised_tokens"):
+            assert update[name] == update_alone[name]
+        assert update["loss"] == pytest.approx(update_alone["loss"], rel=relative)
+        assert update["grad_norm"] == pytest.approx(update_alone["grad_norm"], rel=10 * relative)
+    for evaluation, evaluation_alone in zip(evaluations, evaluations_alone, strict=True):
+        assert evaluation["supervised_tokens"] == evaluation_alone["supervised_tokens"]
+        assert evaluation["loss"] == pytest.approx(evaluation_alone["loss"], rel=relative)
+        assert evaluation["accuracy"] == evaluation_alone["accuracy"]
+    assert (weights - weights_alone).abs().max() <= of_weights
+
+
+CASES = {
+    "packed": Case(),
+    "fp32": Case(dtype="float32"),
+    "padded": Case(packed=False, budget=130),
+    "one conversation at a time": Case(budget=1),
+    "untied, a vocabulary that divides by nothing": Case(tied=False, vocabulary=263),
+    "own logits": Case(packed=False, own_logits=True),
+    "own logits, untied": Case(packed=False, own_logits=True, tied=False),
+    "recomputed activations": Case(checkpointing=True),
+    "fp32, recomputed, untied": Case(dtype="float32", checkpointing=True, tied=False),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_any_number_of_processes_gives_the_same_updates(companies, case, size):
+    alone = updates(case)
+    everyone = companies(size).call(updates, case)
+    for ours in everyone:
+        assert_equal(ours, alone, case.tolerances())
+        assert torch.equal(ours[2], everyone[0][2])  # copies of the weights do not drift apart
+
+
+FAST = [
+    ("packed", 3, 3),
+    ("packed", 4, 2),
+    ("fp32", 3, 3),
+    ("fp32", 4, 2),
+    ("own logits", 2, 2),
+    ("untied, a vocabulary that divides by nothing", 3, 3),
+    ("fp32, recomputed, untied", 2, 2),
+]
+OTHERS = [(name, *sizes) for name in CASES for sizes in ((2, 2), (3, 3), (4, 2)) if (name, *sizes) not in FAST]
+
+
+@pytest.mark.parametrize(("name", "size", "count"), some(FAST + OTHERS, fast=len(FAST)))
+def test_processes_that_share_the_weights_give_the_same_updates(companies, name, size, count):
+    """Two or three share them all; of four, two share each of two copies."""
+    case = replace(CASES[name], shard=count)
+    alone = updates(case)
+    for ours in companies(size).call(updates, case):
+        assert_equal(ours, alone, case.tolerances())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2], ids=["whole", "sharded"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_compiled_layers_give_the_same_updates_in_as_many_graphs(dtype, count):
+    company, alone, case = Company(2), Company(1), Case(dtype, compiled=True, shard=count)
+    try:
+        (one,) = alone.call(updates, case)
+        for ours in company.call(updates, case):
+            assert_equal(ours, one, case.tolerances())
+            assert ours[3] == one[3] > 0
+    finally:
+        alone.close()
+        company.close()
+
+
+def held(count):
+    """How many of a model's weights a process holds, and how many there are; whether its ties and buffers are whole."""
+    model, found = tiny_llama(263), tiny_llama(263)
+    model = divided(model, count, torch.float32)
+    buffers = all(torch.equal(buffer, other) for buffer, other in zip(model.buffers(), found.buffers(), strict=True))
+    own = sum(own_numbers(weights) for weights in model.parameters())
+    return own, sum(weights.numel() for weights in found.parameters()), ties_hold(model) and buffers
+
+
+def test_a_process_holds_its_part(companies):
+    for own, every, sound in companies(3).call(held, 3):
+        assert abs(own - every / 3) < 0.03 * every
+        assert sound
+
+
+def put_together_again():
+    """A model that was divided, put together by the first process, beside the one it was."""
+    model = tiny_llama(263)
+    again = put_together(divided(model, world_size(), torch.float32))
+    if again is None:
+        return None
+    return all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_is_saved_is_whole_and_in_the_first_process(companies):
+    assert companies(3).call(put_together_again) == [True, None, None]
+
+
+# --- what the tests above must notice
+
+
+def mean_of_means(patch):
+    """Each process divides by its own tokens, and the gradients are averaged, as DDP does it."""
+    patch.setattr(train, "total", lambda *own: tuple(max(1, number) for number in own))
+
+    def average(model):
+        sum_gradients(model)
+        for weights in model.parameters():
+            weights.grad /= world_size()
+        return 0.0
+
+    patch.setattr(train, "sum_gradients", average)
+
+
+def dropped_share(patch):
+    """The last process loses its last conversation."""
+
+    def shares(every, count):
+        *others, last = shares_by_tokens(every, count)
+        return [*others, last[:-1]]
+
+    patch.setattr(compute.layout, "shares_by_tokens", shares)
+
+
+def counted_empty_tokens(patch):
+    """The tokens that stand for nothing are supervised."""
+    real = compute.layout.Layout.batch
+    nothing = Example(torch.tensor([0, 0]), torch.tensor([0, 0]))
+    patch.setattr(compute.layout.Layout, "batch", lambda layout, found: real(layout, found or [nothing]))
+
+
+def unreduced_norm(patch):
+    """Each process clips its own gradient, and then they are added."""
+    real, summing = train.clip_grad_norm_, []
+    patch.setattr(train, "sum_gradients", lambda model: summing.append(model) or 0.0)
+
+    def clip(parameters, most):
+        norm = real(parameters, most)
+        sum_gradients(summing.pop())
+        return norm
+
+    patch.setattr(train, "clip_grad_norm_", clip)
+
+
+BREAKAGES = {
+    breakage.__name__: breakage for breakage in (mean_of_means, dropped_share, counted_empty_tokens, unreduced_norm)
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_the_comparison_notices(companies, breakage):
+    case = Case(dtype="float32", breakage=breakage)
+    alone = updates(Case(dtype="float32"))
+    for ours in companies(2).call(updates, case):
+        with pytest.raises(AssertionError):
+            assert_equal(ours, alone, case.tolerances())
+
+
+# --- shares
+
+
+def test_shares_are_even_and_lose_nothing():
+    every = [Example(torch.arange(length), torch.arange(length)) for length in (9, 1, 8, 2, 7, 3, 6, 4, 5)]
+    shares = shares_by_tokens(every, 3)
+    assert sorted(len(example.input_ids) for share in shares for example in share) == list(range(1, 10))
+    assert [sum(len(example.input_ids) for example in share) for share in shares] == [16, 15, 14]
+    assert shares_by_tokens(every[:1], 3) == [every[:1], [], []]
+
+
+def counts(lengths):
+    """Of this process the tokens of its micro-batches, and what is counted of them."""
+    window = [Example(torch.arange(length), torch.arange(length)) for length in lengths]
+    share = list(layout_of(packed=True, tokens=10).share(window))
+    return [batch.tokens for batch in share], [batch.inputs["input_ids"].numel() for batch in share]
+
+
+def test_all_processes_have_equally_many_micro_batches_and_empty_ones_count_nothing(companies):
+    assert companies(3).call(counts, (30, 10, 10, 10)) == [([30, 0], [30, 2]), ([10, 10], [10, 10]), ([10, 0], [10, 2])]
+
+
+def numbers_of_all():
+    """What the reductions give."""
+    own = rank() + 1
+    return total(own), total(own, 0.5), is_first(), balance(own, 0.0)["largest_share"]
+
+
+def test_sums_are_over_all_and_integers_stay_exact(companies):
+    first, second = companies(2).call(numbers_of_all)
+    assert first[:2] == second[:2] == (3, [3.0, 1.0])
+    assert type(first[0]) is int
+    assert (first[2], second[2]) == (True, False)
+    assert first[3] == pytest.approx(4 / 3)
