@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that only a GPU can show: the tests that need one, then the speed table, eager and compiled, and what fits.
+# All that only a GPU can show: the tests that need one, the speed table, eager and compiled, and processes over NCCL.
 #   benchmarks/gpu.sh [CONVERSATIONS.jsonl [more flags of benchmarks.compare]]
 # Needs torch, transformers and pytest only; without CONVERSATIONS the tokens are random. Each step takes less than ten
 # minutes, leaves its results in benchmarks/results/, and a failed one does not stop the next. STEPS="2 3" runs some.
@@ -12,7 +12,7 @@ failed=0
 
 step() {  # number, name, command
     local number=$1 name=$2; shift 2
-    case " ${STEPS:-1 2 3 4 5 6} " in *" $number "*) ;; *) return ;; esac
+    case " ${STEPS:-1 2 3 4 5 6 7} " in *" $number "*) ;; *) return ;; esac
     echo "== step $number: $name"
     timeout 590 "$@" 2>&1 | tee "$results/gpu-$number-$name.txt" || { echo "== step $number failed"; failed=1; }
 }
@@ -26,4 +26,5 @@ step 4 trainer python -m benchmarks.compare --dtype bf16 --tag gpu-trainer \
 step 5 trl python -m benchmarks.compare --dtype bf16 --tag gpu-trl --engines "TRL, packed" "${common[@]}"
 step 6 fp16 python -m benchmarks.compare --dtype fp16 --tag gpu-fp16 \
     --engines "ours, packed" "ours, packed, compiled" "${common[@]}"
+step 7 nccl python -m pytest -p benchmarks.bare -q tests/test_cuda_processes.py
 exit $failed

@@ -1,0 +1,88 @@
+"""One process beside several that hold whole copies of the weights, and several that share one: time, memory, losses.
+
+    python -m benchmarks.processes --data CONVERSATIONS.jsonl --processes 2 [--rounds 2] [flags of train.py]
+
+Every case is a run of `train.py` of its own, in turns: a few updates under the same flags. The memory is that of the
+host, also where there is a GPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TRAIN = str(Path(__file__).parents[1] / "train.py")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    options, flags = parser.parse_known_args()
+    flags = ["--dataset", options.data, "--max-steps", "5", "--eval-every", "1000", "--save-every", "1000", *flags]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    cases = {
+        "one process": ([], []),
+        "one process, smaller micro-batches": ([], ["--micro-batch-tokens", "500"]),
+        f"{options.processes} processes": (together, []),
+        f"{options.processes} processes, weights shared": (together, ["--shard", str(options.processes)]),
+    }
+    found = {name: [] for name in cases}
+    for _ in range(options.rounds):
+        for name, (launcher, more) in cases.items():
+            found[name].append(measure(launcher, [*flags, *more]))
+    (loss, norm), *_ = [(run[0]["loss"], run[0]["grad_norm"]) for run, _ in found["one process"]]
+    for name, runs in found.items():
+        later = [line for run, _ in runs for line in run[1:]]
+        speed = statistics.median(line["tokens_per_second"] for line in later)
+        waiting = max(line.get("waiting_seconds", 0) for line in later)
+        share = statistics.median(line.get("largest_share", 1) for line in later)
+        memory = max(peak for _, peaks in runs for peak in peaks)
+        first = runs[0][0][0]
+        print(f"{name:<36}{speed:7.0f} tokens/s, {memory:5.1f} GB a process at most", end=", ")
+        print(f"largest share {share:.2f} of the mean, {waiting:.1f} s waited at most", end="; first update's ")
+        print(f"loss off by {abs(first['loss'] / loss - 1):.1e}, norm by {abs(first['grad_norm'] / norm - 1):.1e}")
+
+
+def measure(launcher, flags):
+    """The updates' lines of a run's log, and the peak memory of each of its processes, in GB."""
+    with tempfile.TemporaryDirectory() as directory:
+        run, peaks = Path(directory) / "run", {}
+        command = [sys.executable, *launcher, TRAIN, *flags, "--output-dir", str(run)]
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        while process.poll() is None:
+            for pid in processes_of(process.pid, launcher):
+                peaks[pid] = max(peaks.get(pid, 0), peak_memory(pid))
+            time.sleep(0.1)
+        if process.returncode:
+            raise SystemExit(process.returncode)
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["kind"] == "train"], list(peaks.values())
+
+
+def processes_of(pid, launcher):
+    """The processes that train: of a launcher its children."""
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if launcher else [pid]
+    except FileNotFoundError:
+        return []
+
+
+def peak_memory(pid):
+    """The most memory that a process has had so far, in GB; 0 where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return 0
+    return next((int(line.split()[1]) / 2**20 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+if __name__ == "__main__":
+    main()
