@@ -7,7 +7,7 @@ quickstart: $(VENV)/quickstart.installed
 	$(PYTHON) train.py --preset quickstart --epochs 2 --lr 2e-4
 
 test: $(VENV)/dev.installed
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 # The oldest supported torch and transformers, in an environment of their own; torch comes with CUDA's libraries, 5 GB.
 test-oldest: .venv-oldest/installed
@@ -20,7 +20,7 @@ test-oldest: .venv-oldest/installed
 	touch $@
 
 faults: $(VENV)/dev.installed
-	$(PYTHON) -m pytest tests/faults -m "slow or not slow"
+	$(PYTHON) -m pytest tests/faults tests/test_processes.py -m "slow or not slow"
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
