@@ -38,7 +38,6 @@ class Case:
     checkpointing: bool = False
     compiled: bool = False
     breakage: str = ""
-    unevaluated: bool = False
     shard: int = 1
     device: str = "cpu"
 
@@ -92,8 +91,7 @@ def updates(case):
         BREAKAGES.get(case.breakage, lambda _: None)(patch)
         for window in windows(case.vocabulary):
             numbers.append(train.train_step(model, optimizer, list(layout.share(window)), 1e-3, **settings))
-            if not case.unevaluated:
-                evaluations.append(evaluate(model, window, layout, precision).report())
+            evaluations.append(evaluate(model, window, layout, precision).report())
     put_apart(model)
     weights = torch.cat([whole(weights.detach()).flatten().cpu() for weights in model.parameters()])
     return numbers, evaluations, weights, compiled_graphs()
@@ -271,8 +269,8 @@ BREAKAGES = {
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_comparison_notices(companies, breakage):
-    case = Case(dtype="float32", breakage=breakage, unevaluated=True)
-    alone = updates(Case(dtype="float32", unevaluated=True))
+    case = Case(dtype="float32", breakage=breakage)
+    alone = updates(Case(dtype="float32"))
     for ours in companies(2).call(updates, case):
         with pytest.raises(AssertionError):
             assert_equal(ours, alone, case.tolerances())
