@@ -64,8 +64,9 @@ def plan(run):
     never = " that is never reached" if config.warmup_steps >= run.total_steps else ""
     sharing = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     together = f"{world_size()} processes{sharing}, each on " if world_size() > 1 else ""
+    parameters = sum(p.numel() for p in run.model.parameters())
     lines = {
-        "model": f"{config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters",
+        "model": f"{config.model}: {parameters:,} parameters",
         "device": f"{together}{run.precision.describe()}, over fp32 weights",
         "layout": layout.describe(),
         "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
@@ -79,8 +80,7 @@ def plan(run):
         f"{never}, then a cosine to 0",
     }
     if config.shard > 1:
-        numbers = sum(p.numel() for p in run.model.parameters())
-        lines["saving"] = f"in the first process, with {12 * numbers / 1e9:.1f} GB of its memory for a checkpoint"
+        lines["saving"] = f"in the first process, with {12 * parameters / 1e9:.1f} GB of its memory for a checkpoint"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
 

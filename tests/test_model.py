@@ -113,6 +113,7 @@ def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     choose_precision("cuda:1", "bf16")
     choose_precision("cuda", "bf16")
+    choose_precision("cpu", "fp32")
     assert current == [torch.device("cuda", 1)]
 
 
@@ -120,12 +121,3 @@ def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device}"):
         choose_precision(device)
-
-
-def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    choose_precision("cuda:1", "fp32")
-    choose_precision("cpu", "fp32")
-    assert chosen == [torch.device("cuda:1")]
