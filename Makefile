@@ -7,7 +7,7 @@ quickstart: $(VENV)/quickstart.installed
 	$(PYTHON) train.py --preset quickstart --epochs 2 --lr 2e-4
 
 test: $(VENV)/dev.installed
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 # The oldest supported torch and transformers, in an environment of their own; torch comes with CUDA's libraries, 5 GB.
 test-oldest: .venv-oldest/installed

@@ -69,7 +69,11 @@ class Config:
         const=0.1,
     )
     chat_template: str = flag(
-        "chatml", "how a conversation is written: chatml, or the model's own template", choices=("chatml", "model")
+        "chatml",
+        "how a conversation is written: chatml, model (the model's own template), or the name of a .jinja file",
+    )
+    template_option: tuple[str, ...] = flag(
+        (), "arguments of the model's or file's template, each as name=value: enable_thinking=false", nargs="+"
     )
     supervise: str = flag("all", "which of the assistant's messages are supervised", choices=("all", "last"))
     eval_fraction: float = flag(0.05, "share of the conversations that choose the best checkpoint", A_POSITIVE_SHARE)
@@ -151,6 +155,8 @@ PRESETS = {
 # Recorded settings that describe a run's dataset, and are not applied to another one.
 OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 
+OF_THE_TEMPLATE = ("chat_template", "template_option")
+
 FORMAT = 2  # of a run directory
 
 # What may change when a run resumes, because no update depends on it.
@@ -212,7 +218,7 @@ def help_text(setting):
     ]
     default = (
         f" (default {as_text(setting.default)}{''.join(', ' + p for p in presets)})"
-        if setting.default not in ("", None)
+        if setting.default not in ("", None, ())
         else ""
     )
     return (setting.metadata["help"] + default).replace("%", "%%")
@@ -248,6 +254,8 @@ def with_absolute_paths(named):
         return name
 
     paths = {name: absolute(named[name]) for name in ("model", "eval_dataset") if name in named}
+    if named.get("chat_template", "model") not in ("chatml", "model"):
+        paths["chat_template"] = absolute(named["chat_template"])
     if "dataset" in named:
         paths["dataset"] = tuple(map(absolute, named["dataset"]))
     return {**named, **paths}

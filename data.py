@@ -1,7 +1,8 @@
 """From conversations to supervised examples, their splits, and the windows that updates see.
 
 What the assistant says is supervised: its content, its `<|im_end|>` and the newline after it. Everything else is
-context, label -100. A window is the conversations that one update sees; it alone decides what is learned.
+context, label -100. A conversation is one example, or a few where its template writes an answer differently once others
+follow. A window is the examples that one update sees; it alone decides what is learned.
 
 As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
 """
@@ -38,8 +39,8 @@ from storage.durable import replace_file
 
 IGNORE = -100  # torch's cross_entropy skips this label
 DATA_FLAGS = (
-    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows chat_template supervise "
-    "eval_fraction test_fraction seed"
+    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows chat_template "
+    "template_option supervise eval_fraction test_fraction seed"
 ).split()
 
 
@@ -68,22 +69,33 @@ class Example(NamedTuple):
 
 
 def encode(conversations, tokenizer, supervise="all"):
-    """Conversations to `Example`s, one each, in their order, by the tokenizer's template.
+    """Conversations to `Example`s, in their order, by the tokenizer's template; see `encode_each`."""
+    return [example for examples in encode_each(conversations, tokenizer, supervise) for example in examples]
+
+
+def encode_each(conversations, tokenizer, supervise="all"):
+    """Conversations to their `Example`s: for each a list of one, or of as few as its template needs.
 
     Args:
-        conversations: lists of `{"role", "content"}` messages with a role of ROLES, and perhaps `"train": False`.
+        conversations: lists of messages, as `conversations.formats` makes them.
         supervise: as for `supervised_messages`.
+
+    Raises:
+        UserError: the template cannot write a conversation, which is named.
     """
+    wanted_of = functools.partial(supervised_messages, supervise=supervise)
     encode_segments = encode_chatml if tokenizer.chat_template == CHATML else templates.encode
-    examples = []
-    for messages, segments in zip(conversations, encode_segments(conversations, tokenizer), strict=True):
-        is_supervised = supervised_messages(messages, supervise)
-        input_ids, labels = [], []
-        for ids, answer in segments:
-            input_ids += ids
-            labels += ids if answer is not None and is_supervised[answer] else [IGNORE] * len(ids)
-        examples.append(Example(torch.tensor(input_ids), torch.tensor(labels)))
-    return examples
+    encoded = encode_segments(conversations, tokenizer, wanted_of)
+    return [[labelled(*example) for example in examples] for examples in encoded]
+
+
+def labelled(segments, supervised):
+    """An `Example` of segments `(ids, answer)`, of which the answers with these numbers are supervised."""
+    input_ids, labels = [], []
+    for ids, answer in segments:
+        input_ids += ids
+        labels += ids if answer in supervised else [IGNORE] * len(ids)
+    return Example(torch.tensor(input_ids), torch.tensor(labels))
 
 
 def supervised_messages(messages, supervise="all"):
@@ -97,8 +109,8 @@ def supervised_messages(messages, supervise="all"):
     return [number in chosen and message.get("train", True) for number, message in enumerate(messages)]
 
 
-def encode_chatml(conversations, tokenizer):
-    """Ids of conversations in ChatML: for each a list of segments `(ids, answer)`, as `templates.encode` returns.
+def encode_chatml(conversations, tokenizer, wanted_of):
+    """Ids of conversations in ChatML, one example each, in the form that `templates.encode` returns.
 
     Contents are encoded one by one, as plain text, and the two control tokens are put in as ids. So no text can become
     a control token, and a reply is encoded as the model meets it at inference, right after its header.
@@ -114,13 +126,17 @@ def encode_chatml(conversations, tokenizer):
         for number, message in enumerate(messages):
             answer = number if message["role"] == "assistant" else None
             segments += [(header[message["role"]], None), (next(contents) + footer, answer)]
-        encoded.append(segments)
+        supervised = {number for number, wanted in enumerate(wanted_of(messages)) if wanted}
+        encoded.append([(segments, supervised)])
     return encoded
 
 
 def encode_prompt(prompt, tokenizer):
-    """A user's prompt up to the point where the assistant answers: ids (T,), all context."""
-    example = encode([[{"role": "user", "content": prompt}, {"role": "assistant", "content": "x"}]], tokenizer)[0]
+    """A user's prompt, or messages, up to the point where the assistant answers: ids (T,), all context."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer.chat_template != CHATML:
+        return torch.tensor(templates.encode_prompt(messages, tokenizer))
+    example = encode([[*messages, {"role": "assistant", "content": "x"}]], tokenizer, "last")[0]
     return example.input_ids[: example.supervised.int().argmax()]
 
 
@@ -153,13 +169,15 @@ class Split(NamedTuple):
     """The examples made of some conversations, and what became of the rest."""
 
     examples: Sequence  # of Example
-    truncated: int = 0  # conversations longer than max_length
-    dropped: int = 0  # conversations left out because none of their tokens is supervised
+    conversations: int = 0  # of which these examples, and those that were dropped, were made
+    truncated: int = 0  # examples longer than max_length
+    dropped: int = 0  # examples left out because none of their tokens is supervised
     tokens: int = 0
     longest: int = 0  # tokens of an example
     supervised: int = 0  # of all tokens
     supervised_lost: int = 0  # to max_length
     unknown: int = 0  # supervised tokens that the tokenizer does not know
+    empty_thoughts: int = 0  # answers that are supervised with a thought that says nothing
     stops: bool = True  # whether any answer ends with a supervised stop token
     digest: str = ""  # SHA-256 over the ids and labels of all examples
 
@@ -191,16 +209,16 @@ def prepare(config, tokenizer):
         UserError: there is no such dataset, one of its rows is not a conversation, or a split would be empty.
     """
     sources = [parse_source(text) for text in config.dataset]
-    corpus = load_corpus(sources, config, tokenizer, encode)
+    corpus = load_corpus(sources, config, tokenizer, encode_each)
     held_out = load_held_out(config, tokenizer) if config.eval_dataset else None
-    digests, source_of = corpus.columns["digest"], corpus.columns["source"]
-    notes = [note for part in (corpus, held_out) if part for note in part.findings.notes()]
+    digests, source_of = corpus.digests, corpus.source_of  # a split, an amount and a weight are of conversations
+    notes = [note for part in (corpus, held_out) if part for note in (*part.findings.notes(), *part.notes())]
 
     rows = choose_rows(source_of, sources, config.seed)
     notes += notes_on_amounts(rows, source_of, sources)
     if held_out:
         evaluated, chosen = held_out_rows(config, held_out), rows
-        known = {held_out.columns["digest"][row] for row in evaluated}
+        known = {held_out.digests[row] for row in evaluated}
         rows = [row for row in chosen if digests[row] not in known]
         if not rows:
             raise UserError(f"--dataset {as_text(config.dataset)}: all of its conversations are in --eval-dataset")
@@ -240,7 +258,7 @@ def load_held_out(config, tokenizer):
     """The corpus of `--eval-dataset`, which `--max-examples` does not limit."""
     with naming_eval_dataset():
         sources = [parse_source(config.eval_dataset)]
-        return load_corpus(sources, dataclasses.replace(config, max_examples=0), tokenizer, encode)
+        return load_corpus(sources, dataclasses.replace(config, max_examples=0), tokenizer, encode_each)
 
 
 def held_out_rows(config, held_out):
@@ -256,7 +274,7 @@ def prepare_for_evaluation(config, tokenizer):
         UserError: there is no such dataset, one of its rows is not a conversation, or nothing in it is supervised.
     """
     sources = [parse_source(text) for text in config.dataset]
-    corpus = load_corpus(sources, config, tokenizer, encode)
+    corpus = load_corpus(sources, config, tokenizer, encode_each)
     split = select(corpus, used_once(sources, corpus, config.seed))
     if not split.examples:
         raise UserError(f"--dataset {as_text(config.dataset)}: nothing in it is supervised; see --max-length")
@@ -272,7 +290,7 @@ def used_once(sources, corpus, seed):
     for source in sources:
         if source.weight > 1:
             raise UserError(f"--dataset {source.name}:{source.weight:g}: an evaluation uses each conversation once")
-    return choose_rows(corpus.columns["source"], sources, seed)
+    return choose_rows(corpus.source_of, sources, seed)
 
 
 def notes_on_amounts(rows, source_of, sources):
@@ -284,12 +302,14 @@ def notes_on_amounts(rows, source_of, sources):
             yield f"{source.name}: {used:,} of {found:,} conversations used{times}"
 
 
-def select(corpus, numbers):
-    """Some rows of a corpus as a `Split`; those with nothing supervised are counted and left out."""
+def select(corpus, conversations):
+    """Some conversations of a corpus as a `Split`; examples with nothing supervised are counted and left out."""
     column = corpus.columns
+    numbers = [row for number in conversations for row in corpus.conversations[number]]
     kept = [number for number in numbers if column["supervised"][number]]
     return Split(
         Examples(corpus.rows, kept),
+        conversations=len(conversations),
         truncated=sum(column["tokens"][number] > corpus.longest for number in numbers),
         dropped=len(numbers) - len(kept),
         tokens=sum(min(column["tokens"][number], corpus.longest) for number in kept),
@@ -297,6 +317,7 @@ def select(corpus, numbers):
         supervised=sum(column["supervised"][number] for number in kept),
         supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
         unknown=sum(column["unknown"][number] for number in kept),
+        empty_thoughts=sum(column["empty_thoughts"][number] for number in kept),
         stops=any(column["stops"][number] for number in kept),
         digest=hashlib.sha256("".join(column["digest"][number] for number in kept).encode()).hexdigest(),
     )
@@ -310,6 +331,11 @@ def warnings_about(splits):
         yield f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
     if train.unknown:
         yield f"{train.unknown:,} supervised tokens are characters that the tokenizer does not know"
+    if train.empty_thoughts:
+        yield (
+            f"{train.empty_thoughts:,} answers are supervised with an empty thought; where the template writes it, "
+            "--template-option enable_thinking=false may make it part of the prompt"
+        )
     if not train.stops:
         yield "no answer ends within --max-length, so the model will not learn to stop"
     lost = train.supervised_lost / (train.supervised_lost + train.supervised)
@@ -391,9 +417,10 @@ def main(argv):
         refuse_other_file(options["html"])
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
-    tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template)
+    tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template, config.template_option)
     data = prepare(config, tokenizer)
     examples = data.train.examples[: options["show"]]
+    locations = [data.train.examples.location(index) for index in range(len(examples))]
     if options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)
         replace_file(options["html"], page(data, examples, tokenizer, names))
@@ -401,11 +428,12 @@ def main(argv):
         return 0
     if not options["json"]:
         print("\n".join((*data.notes, *(f"warning: {warning}" for warning in data.warnings))))
-    for number, example in enumerate(examples, 1):
+    for number, (example, where) in enumerate(zip(examples, locations, strict=True), 1):
         if options["json"]:
             print(json.dumps({"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}))
             continue
-        print(f"--- {number}: {len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised")
+        counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
+        print(f"--- {number}: {counts} ({where})")
         print(preview(example, tokenizer, color=sys.stdout.isatty()))
     return 0
 

@@ -10,22 +10,28 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase
 
 from compute.layers import in_eval_mode
 from compute.memory import is_out_of_memory
-from compute.processes import summed, total
+from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
-from config import OF_THE_DATASET, Parser, UserError, as_text, read_record, resolve, with_tuples
+from config import OF_THE_DATASET, Parser, UserError, as_text, flag_name, read_record, resolve, with_tuples
+from conversations.preview import refuse_other_file
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
+from evaluation.chat import Chat, run_chat
+from evaluation.comparison import compare, format_comparison, side_by_side
+from evaluation.generation import GREEDY, Sampling, answers, system_message, user_message
+from evaluation.page import page
 from model import choose_precision, load_model, loss_and_correct, token_loss
 from storage import hub
-from storage.durable import Damaged, verify
+from storage.durable import Damaged, replace_file, verify
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
 
@@ -37,6 +43,7 @@ class Evaluation:
     loss_sum: float
     tokens: int
     correct: int  # supervised tokens that the model ranks first
+    token_losses: tuple = field(default=(), compare=False, repr=False)  # of each example those of its scored tokens
 
     @property
     def loss(self):
@@ -70,53 +77,33 @@ def evaluate(model, examples, layout, precision, before_each=lambda: None):
         before_each: called before each micro-batch, by every process equally often; it may raise.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=precision.device)  # read once, at the end: no wait for a GPU
-    tokens = 0
+    tokens, examples, losses = 0, list(examples), []
     with in_eval_mode(model):
         for batch in layout.share(examples):
             before_each()
             with precision.autocast():
-                sums += loss_and_correct(model, batch.to(precision.device))
+                found = loss_and_correct(model, batch.to(precision.device))  # (2, N)
+            sums += found.sum(1)
+            losses.append(found[0])
             tokens += len(batch.targets)
     loss_sum, correct = summed(sums).tolist()
-    return Evaluation(loss_sum, total(tokens), int(correct))
+    return Evaluation(loss_sum, total(tokens), int(correct), by_example(losses, examples, layout))
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to a prompt, and whether it ended by itself (with `<|im_end|>`) rather than at the limit."""
+def by_example(losses, examples, layout):
+    """The token losses of each example, a tuple of tensors, out of those of this process' micro-batches and others'."""
+    numbers = {id(example): number for number, example in enumerate(examples)}
+    share = [numbers[id(example)] for micro_batch in layout.shares(examples)[rank()] for example in micro_batch]
+    parts = torch.cat(losses).cpu().split([examples[number].supervised_tokens for number in share])
+    found = {number: part.clone() for number, part in zip(share, parts, strict=True)}  # a view would send all of them
+    everywhere = {number: part for share in gathered(found) for number, part in share.items()}
+    return tuple(everywhere[numbers[id(example)]] for example in examples)
 
-    prompt: str
-    text: str
-    finished: bool
-    tokens: int
 
-
-@torch.no_grad()
-def answer(model, tokenizer, prompt, seed=42, greedy=False, max_new_tokens=50):
-    """A model's `Answer` to one prompt: sampled as the reference experiment does, or greedy.
-
-    The global random state is left as it was, so asking a model something never changes its training. An answer ends
-    where the model attends to no further token; it is empty where the prompt is longer than that.
-    """
-    prompt_ids = encode_prompt(prompt, tokenizer).to(model.device)[None]  # (1, T)
-    room = tokenizer.model_max_length - prompt_ids.shape[1]
-    if room < 1:
-        return Answer(prompt, "", False, 0)
-    sampling = {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.2}
-    settings = GenerationConfig(
-        **({"do_sample": False} if greedy else sampling),
-        max_new_tokens=min(max_new_tokens, room),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    devices = [model.device] if model.device.type == "cuda" else []
-    # A compiled model would be recompiled, as the cache grows by a token at a time.
-    with in_eval_mode(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-        torch.manual_seed(seed)
-        ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings)[0]
-    said = ids[prompt_ids.shape[1] :]
-    finished = len(said) > 0 and said[-1].item() == tokenizer.eos_token_id
-    return Answer(prompt, tokenizer.decode(said, skip_special_tokens=True).strip(), finished, len(said))
+def greedy_and_sampled(model, tokenizer, prompts, sampling, max_new_tokens=50, system=""):
+    """A model's answers to some prompts: the greedy ones, then those that are sampled."""
+    ways = (GREEDY, sampling)
+    return [one for way in ways for one in answers(model, tokenizer, prompts, way, max_new_tokens, system)]
 
 
 def main(argv):
@@ -129,40 +116,95 @@ def main(argv):
     parser.add_argument(
         "--prompts", nargs="+", metavar="TEXT", help="prompts, or files with a prompt on each line (default: two)"
     )
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token every time, instead of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=50, metavar="N", help="length limit of an answer (50)")
+    parser.add_argument("--greedy", action="store_true", help="only answers of the likeliest tokens, no sampled ones")
+    parser.add_argument("--chat", action="store_true", help="talk to the model; piped, read prompts line by line")
+    parser.add_argument("--system", metavar="TEXT", help="system message before prompts and chats")
+    for name, what in (
+        ("temperature", "of sampled answers"),
+        ("top_p", "sample from the likeliest tokens with this sum of probabilities"),
+        ("repetition_penalty", "above 1: makes tokens that were said less likely"),
+    ):
+        default = getattr(Sampling, name)
+        help = f"{what} ({default:g})"
+        parser.add_argument(flag_name(name), type=float, default=default, metavar="X", help=help)
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500)")
+    parser.add_argument("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
     named, options = parser.parse(argv)
     hub.quiet_libraries()
-    if options["max_new_tokens"] < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, not {options['max_new_tokens']}")
-    model, config = settings_of(options["model_or_run"], named)
+    check(options)
+    model, run, config = settings_of(options["model_or_run"], named)
+    if options["html"]:
+        if run is None or "dataset" in named:
+            raise UserError("--html is about a run and its own dataset; name a run, and leave --dataset out")
+        refuse_other_file(options["html"])
+    if options["chat"]:
+        return chat(model, config, options)
     models = [model, *(model_of(other)[0] for other in [options["against"]] if other)]
     try:
-        reports = [evaluate_model(each, config, "dataset" in named, options) for each in models]
+        evaluated = [evaluate_model(each, config, "dataset" in named, options) for each in models]
     except UserError as error:
         raise UserError(str(error).removeprefix("--model ")) from error  # which is no flag of this command
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory; use a lower --micro-batch-tokens or --max-length") from error
-    if options["json"]:
-        print(json.dumps({**reports[0], "against": reports[1]} if options["against"] else reports[0]))
-    else:
-        print("\n\n".join(map(format_report, reports)))
+    report = evaluated[0].report
+    if options["against"]:
+        report |= {"against": evaluated[1].report, "comparison": compare_models(*evaluated[::-1])}
+    if options["html"]:
+        shown = evaluated[0].splits["train"].examples[:3] if evaluated[0].splits else []
+        names = (models[-1], model)
+        replace_file(options["html"], page(run, shown, evaluated[0].tokenizer, report.get("comparison"), names))
+    print(json.dumps(report) if options["json"] else format_report(report))
+    return 0
+
+
+def check(options):
+    """Raise `UserError` where an option of the command breaks its rule, and give those that depend their values."""
+    options["system"] = options["system"] or ""
+    if options["max_new_tokens"] is None:
+        options["max_new_tokens"] = 500 if options["chat"] else 50
+    for name, valid, rule in (
+        ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
+        ("temperature", 0 < options["temperature"] < math.inf, "above 0 (--greedy: the likeliest token every time)"),
+        ("top_p", 0 < options["top_p"] <= 1, "above 0 and at most 1"),
+        ("repetition_penalty", 0 < options["repetition_penalty"] < math.inf, "above 0 (1: none)"),
+    ):
+        if not valid:
+            raise UserError(f"{flag_name(name)} must be {rule}, not {options[name]}")
+    for name in ("against", "prompts", "html", "json"):
+        if options["chat"] and options[name]:
+            raise UserError(f"--chat is a conversation; leave {flag_name(name)} out")
+
+
+def sampling_of(options, seed):
+    """The `Sampling` that the options ask for."""
+    return Sampling(options["temperature"], options["top_p"], options["repetition_penalty"], seed)
+
+
+def chat(model_name, config, options):
+    """Talk to a model until the user leaves. Returns the exit status."""
+    path, local_files_only = hub.find_model(model_name)
+    tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
+    model = load_model(path, tokenizer, choose_precision(config.device, config.dtype).device, local_files_only)
+    sampling = GREEDY if options["greedy"] else sampling_of(options, config.seed)
+    run_chat(Chat(model, tokenizer, sampling, options["max_new_tokens"], options["system"]))
     return 0
 
 
 def settings_of(model_or_run, named):
-    """The model to load and the `Config` to evaluate it under: that of the run it belongs to, else a preset's."""
+    """The model to load, the run it belongs to, and the `Config` to evaluate it under: the run's, else a preset's."""
     model, run = model_of(model_or_run)
     if run is None:
-        return model, resolve({**named, "model": model}, hub.choose_preset(named)[0])
+        return model, None, resolve({**named, "model": model}, hub.choose_preset(named)[0])
     recorded = with_tuples(read_record(run)["config"])
+    if recorded["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
+        recorded |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
     if "dataset" in named:
         recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
-    return model, resolve({**recorded, **named}, recorded["preset"])
+    return model, run, resolve({**recorded, **named}, recorded["preset"])
 
 
 def model_of(name):
@@ -186,7 +228,7 @@ def model_of(name):
 
 
 def evaluate_model(model_name, config, whole_dataset, options):
-    """Everything the command says of one model, as a dict.
+    """Everything the command says of one model, as an `Evaluated`.
 
     Args:
         whole_dataset: evaluate all of the dataset, because the user named one, instead of the eval and test splits.
@@ -196,48 +238,82 @@ def evaluate_model(model_name, config, whole_dataset, options):
     """
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name)
-    tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
+    tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
     prompts = list(read_prompts(options["prompts"] or VIBE_PROMPTS))
-    refuse_long_prompts(prompts, tokenizer, options["max_new_tokens"])
+    refuse_long_prompts(prompts, tokenizer, options["max_new_tokens"], options["system"])
     try:
         if whole_dataset:
             splits = {"all": prepare_for_evaluation(config, tokenizer)}
         else:
-            data = prepare(config, tokenizer)
-            splits = {"eval": data.eval, "test": data.test}
+            splits = prepare(config, tokenizer).splits
     except UserError as error:
         if whole_dataset or not options["prompts"]:
             raise
         print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
         splits = {}
     model = load_model(path, tokenizer, precision.device, local_files_only)
-    longest = max((split.longest for split in splits.values()), default=1024)
     layout = choose_layout(
         model,
         token_loss,
         replace(config, compile=False),
         tokenizer.pad_token_id,
         precision,
-        longest=longest,
+        longest=max((split.longest for split in splits.values()), default=1024),
         training=False,
     )
-    losses = {
-        name: evaluate(model, split.examples, layout, precision).report()
+    evaluations = {
+        name: evaluate(model, split.examples, layout, precision)
         for name, split in splits.items()
-        if split.examples
+        if split.examples and name != "train"
     }
-    given = [
-        answer(model, tokenizer, prompt, config.seed, options["greedy"], options["max_new_tokens"])
-        for prompt in prompts
-    ]
-    return {
+    how = sampling_of(options, config.seed), options["max_new_tokens"], options["system"]
+    if options["greedy"]:
+        given = answers(model, tokenizer, prompts, GREEDY, *how[1:])
+    else:
+        given = greedy_and_sampled(model, tokenizer, prompts, *how)
+    report = {
         "model": model_name,
         "precision": precision.name,
-        "dataset": list(config.dataset) if losses else [],
-        "splits": losses,
+        "dataset": list(config.dataset) if evaluations else [],
+        "splits": {name: evaluation.report() for name, evaluation in evaluations.items()},
         "answers": [asdict(one) for one in given],
         "finished": sum(one.finished for one in given),
     }
+    return Evaluated(report, splits, evaluations, tokenizer)
+
+
+class Evaluated(NamedTuple):
+    """A model's report, as JSON, and what it was made of."""
+
+    report: dict
+    splits: dict  # of `Split`, by name
+    evaluations: dict  # of `Evaluation`, of those that have examples
+    tokenizer: PreTrainedTokenizerBase
+
+
+def compare_models(before, after):
+    """The `compare` of two `Evaluated` models on each split that both were evaluated on, by its name."""
+    found = {}
+    for name, evaluation in before.evaluations.items():
+        split, other = before.splits[name], after.splits[name]
+        if split.digest != other.digest:
+            print(
+                f"warning: {name}: not compared, as the two models read the conversations as different tokens",
+                file=sys.stderr,
+            )
+            continue
+        examples = list(split.examples)
+        locations = [split.examples.location(row) for row in range(len(examples))]
+        openings = [opening(example, before.tokenizer) for example in examples]
+        losses = evaluation.token_losses, after.evaluations[name].token_losses
+        found[name] = compare(*losses, examples, locations, openings)
+    return found
+
+
+def opening(example, tokenizer, width=60):
+    """The first words of a conversation that are no header, to recognise it by."""
+    text = tokenizer.decode(example.input_ids[:60], skip_special_tokens=True)
+    return " ".join(text.split())[:width]
 
 
 def read_prompts(texts):
@@ -269,10 +345,10 @@ def is_file(text):
         return False
 
 
-def refuse_long_prompts(prompts, tokenizer, max_new_tokens):
+def refuse_long_prompts(prompts, tokenizer, max_new_tokens, system):
     """Raise `UserError` where a prompt and its answer might be longer than the model attends to."""
     for number, prompt in enumerate(prompts, 1):
-        length = len(encode_prompt(prompt, tokenizer))
+        length = len(encode_prompt([*system_message(system), user_message(prompt)], tokenizer))
         if length + max_new_tokens > tokenizer.model_max_length:
             raise UserError(
                 f"prompt {number} has {length:,} tokens and --max-new-tokens asks for {max_new_tokens:,} more, "
@@ -282,18 +358,32 @@ def refuse_long_prompts(prompts, tokenizer, max_new_tokens):
 
 def format_report(report):
     """A report for reading."""
-    lines = [f"{report['model']} ({report['precision']})"]
+    other = report.get("against")
+    lines = [*format_losses(report), *(["", *format_losses(other)] if other else [])]
+    for name, found in report.get("comparison", {}).items():
+        lines += ["", *format_comparison(name, found, (other["model"], report["model"]))]
+    if other:
+        lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
+    for number, given in enumerate(report["answers"]):
+        lines.append(f"\n  > {given['prompt']}{'' if given['greedy'] else ' (sampled)'}")
+        text = given["text"] + ("" if given["finished"] else " …")
+        lines += side_by_side(other["answers"][number]["text"], text) if other else [f"  {text}"]
+    lines.append(f"\n  {report['finished']} of {len(report['answers'])} answers ended by themselves")
+    if other:
+        lines[-1] += f", of {other['model']} {other['finished']}"
+    return "\n".join(lines)
+
+
+def format_losses(report):
+    """A model and its losses, as lines."""
+    yield f"{report['model']} ({report['precision']})"
     if report["dataset"]:
-        lines.append(f"  on {as_text(report['dataset'])}")
+        yield f"  on {as_text(report['dataset'])}"
     for name, split in report["splits"].items():
-        lines.append(
+        yield (
             f"  {name:<5} loss {split['loss']:.4f}   perplexity {split['perplexity']:.2f}   "
             f"accuracy {split['accuracy']:.1%}   {split['supervised_tokens']:,} supervised tokens"
         )
-    for given in report["answers"]:
-        lines.append(f"\n  > {given['prompt']}\n  {given['text']}{'' if given['finished'] else ' …'}")
-    lines.append(f"\n  {report['finished']} of {len(report['answers'])} answers ended by themselves")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

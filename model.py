@@ -234,7 +234,7 @@ def token_loss(model, batch):
 
 
 def loss_and_correct(model, batch):
-    """That sum, and how many supervised tokens the model ranks first: (2,), in fp64, without a gradient."""
+    """The token losses, and which supervised tokens the model ranks first: (2, N), in fp64, without a gradient."""
     if batch.own_logits:
         return cross_entropy.loss_and_correct_of_logits(own_logits(model, batch), batch.targets)
     return cross_entropy.loss_and_correct(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)

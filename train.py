@@ -28,18 +28,33 @@ from tqdm import tqdm
 from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import PrefetchedWindows
 from compute.memory import keep_freed_memory, refuse_too_large
-from compute.processes import balance, from_first, in_first, is_first, rank, smallest, sum_gradients, summed, total
+from compute.processes import (
+    balance,
+    from_first,
+    in_first,
+    is_first,
+    rank,
+    smallest,
+    sum_gradients,
+    summed,
+    total,
+    world_size,
+)
 from compute.self_check import choose_layout, use_layout
 from compute.sharding import is_sharded, whole
-from config import Parser, UserError, resolve, with_absolute_paths
+from config import OF_THE_TEMPLATE, Parser, UserError, resolve, with_absolute_paths
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
-from eval import VIBE_PROMPTS, answer, evaluate
+from eval import VIBE_PROMPTS, evaluate, greedy_and_sampled
+from evaluation.generation import Sampling, answers
 from model import choose_precision, count_parameters, load_model, load_sharded, ties_hold, token_loss
 from running import report
+from running.dashboard import hyper_parameters
 from running.diagnostics import explain_failed_update, explain_failed_write, explain_out_of_memory, refuse_non_finite
 from running.directory import locked, new_directory, refuse_foreign
-from running.metrics import Log, Unheard, is_finished
+from running.estimate import estimate
+from running.meter import StepMeter, peak_memory
+from running.metrics import Log, Unheard
 from running.resume import (
     check_agreement,
     check_same_run,
@@ -53,6 +68,7 @@ from running.signals import Signals, Stopped
 from running.state import Run, ensure_best, restore, save, save_best
 from running.together import together
 from storage import hub
+from storage.records import final_numbers, is_finished
 
 RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: that of --output-dir, if it holds a run"
 
@@ -136,14 +152,19 @@ def fit(run, signals):
     """
     config, last = run.config, run.total_steps
     windows = PrefetchedWindows(run.data.train.examples, config.batch_size, config.seed, run.layout)
+    run.meter = StepMeter(run.model, run.optimizer)
     run.model.train()
     # disable=None: a progress bar only on a terminal
     with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
         while True:
             if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= last):
+                began = time.perf_counter()
                 evaluation = evaluate_split(run, "eval", signals)  # if a signal interrupts it, resuming makes it again
+                seconds = time.perf_counter() - began
+                said = ask(run)
                 with signals.deferred():
-                    record_evaluation(run, evaluation)
+                    record_evaluation(run, evaluation, seconds)
+                    run.log.show_answers("answers", run.step, said)
             if run.saved < run.step and run.step % config.save_every == 0:
                 with signals.deferred():
                     save(run)
@@ -164,11 +185,14 @@ def update(run, windows):
     """
     began = time.perf_counter()
     config, examples = run.config, run.data.train.examples
+    logging = run.meter.measuring = (run.step + 1) % config.log_every == 0
     with explain_failed_update(run), deterministic_algorithms(config.deterministic):
+        window = windows.at(run.step)
+        waited = time.perf_counter() - began
         numbers = train_step(
             run.model,
             run.optimizer,
-            windows.at(run.step),
+            window,
             learning_rate(run.step, config.lr, config.warmup_steps, run.total_steps),
             precision=run.precision,
             scaler=run.scaler,
@@ -183,10 +207,14 @@ def update(run, windows):
         numbers["overflows"] = run.overflows
     if config.compile:
         numbers["compiled_graphs"] = compiled_graphs()
-    numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    numbers["tokens_per_second"] = numbers["tokens"] / seconds
+    numbers |= {"seconds": seconds, "seconds_data": waited, "seconds_optimizer": run.meter.seconds}
+    numbers["peak_memory"] = peak_memory(run.precision.device)
     numbers["epoch"] = run.step / windows_per_epoch(len(examples), config.batch_size)
-    if run.step % config.log_every == 0:
+    if logging:
         run.log.write("train", run.step, numbers)
+        run.log.add_later(run.step, {f"update_ratio/{name}": ratio for name, ratio in run.meter.ratios.items()})
     return numbers
 
 
@@ -209,9 +237,9 @@ def evaluate_split(run, split, signals):
     return evaluation
 
 
-def record_evaluation(run, evaluation):
+def record_evaluation(run, evaluation, seconds):
     """Log an evaluation of the eval split; the model with the lowest loss so far becomes the run's `best/`."""
-    run.log.write("eval", run.step, evaluation.report())
+    run.log.write("eval", run.step, {**evaluation.report(), "seconds": seconds})
     run.evaluated = run.step
     is_best = evaluation.loss < run.best_loss
     note = "   best so far" if is_best else ""
@@ -220,20 +248,27 @@ def record_evaluation(run, evaluation):
     tqdm.write(f"  update {run.step:>5}   eval loss {evaluation.loss:.4f}{note}")
     if is_best:
         run.best_step, run.best_loss = run.step, evaluation.loss
+        run.log.write_losses("eval", "after", evaluation)
         save_best(run)
 
 
 def test_and_answer(run, when, step, signals):
     """Log the model's loss over the test split and its answers to the prompts, "before" or "after" training."""
     evaluation = evaluate_split(run, "test", signals) if run.data.test.examples else None
-    sharded = is_sharded(run.model)  # it then takes all to answer, and layers in 16 bits stay so
-    with run.precision.autocast() if sharded else contextlib.nullcontext():
-        prompts = VIBE_PROMPTS if sharded or is_first() else ()
-        answers = [answer(run.model, run.tokenizer, prompt, run.config.seed) for prompt in prompts]
+    said = ask(run, greedy_and_sampled, Sampling(seed=run.config.seed))
     with signals.deferred():
         if evaluation:
             run.log.write("test", step, evaluation.report())
-        run.log.write_answers(when, step, answers)
+            run.log.write_losses("test", when, evaluation)
+        run.log.write_answers(when, step, said)
+
+
+def ask(run, how=answers, *settings):
+    """The answers of a run's model to the prompts; several processes ask together only where they share its weights."""
+    sharded = is_sharded(run.model)
+    prompts = VIBE_PROMPTS if sharded or is_first() else ()
+    with run.precision.autocast() if sharded else contextlib.nullcontext():  # shared layers stay in 16 bits
+        return how(run.model, run.tokenizer, prompts, *settings)
 
 
 def set_up(config, start=None, allow_changes=False):
@@ -248,11 +283,13 @@ def set_up(config, start=None, allow_changes=False):
     if precision.device.type == "cpu":
         keep_freed_memory()
     checkpoint = start.path if start else None
-    if checkpoint and start.described["config"]["chat_template"] == config.chat_template:
-        path, local_files_only = str(checkpoint), True  # the original model may be gone
+    template, options = config.chat_template, config.template_option
+    if checkpoint and [template, list(options)] == [start.described["config"][name] for name in OF_THE_TEMPLATE]:
+        path, local_files_only = str(checkpoint), True  # the original model may be gone, and a template's file too
+        template, options = ("chatml" if template == "chatml" else "model"), ()
     else:
         path, local_files_only = hub.find_model(config.model)
-    tokenizer = load_tokenizer(path, local_files_only, config.chat_template)
+    tokenizer = load_tokenizer(path, local_files_only, template, options)
     data = prepare(config, tokenizer)
     now = report.describe(config, precision, data)
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
@@ -303,7 +340,9 @@ def train(run, signals, resumed):
             begin(run, signals)
             fit(run, signals)
             finish(run, signals)
-            run.log.close(run.config, {"best_eval_loss": run.best_loss})
+            if is_first():
+                report.write_page(run)
+                run.log.close(hyper_parameters(run.config, run.precision.name, final_numbers(run.directory)))
     except Stopped as stop:
         with explain_failed_write(run):
             if run.saved < run.step and run.optimizer:  # `finish` has freed it
@@ -326,14 +365,16 @@ def begin(run, signals):
     if run.step == 0:
         evaluation = evaluate_split(run, "eval", signals)
         with signals.deferred():
+            run.log.show_run(run.config, run.data.train.examples[:3], run.tokenizer)
             run.log.write("eval", 0, evaluation.report())
+            run.log.write_losses("eval", "before", evaluation)
         test_and_answer(run, "before", 0, signals)
 
 
 def finish(run, signals):
     """What follows the last update: the test loss and the answers of the best model, loaded from disk."""
     from_first(ensure_best, run)
-    run.optimizer = run.model = None  # free their memory
+    run.optimizer = run.model = run.meter = None  # free their memory
     run.model = load(run.directory / "best", run.tokenizer, run.precision, run.config.shard)
     use_layout(run.model, run.layout)
     if not ties_hold(run.model):
@@ -351,6 +392,8 @@ def start_run(named, dry_run, signals):
         run = set_up(config)
         print(report.plan(run))
         if dry_run:
+            if world_size() == 1:
+                print(estimate(run, train_step))
             return 0
         with in_first(locked, directory):
             from_first(refuse_foreign, directory)  # another run may have begun in it by now
@@ -383,7 +426,7 @@ def command(argv, signals):
     parser = Parser(prog="train.py", description="Fine-tune a causal language model on conversations.")
     parser.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
     parser.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and what a new run takes, and stop")
     parser.add_config_flags()
     named, options = parser.parse(argv)
     if options["allow_changes"] and not options["resume"]:

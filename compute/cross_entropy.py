@@ -27,18 +27,17 @@ def linear_cross_entropy(hidden, head, targets, compiled=False):
 
 @torch.no_grad()
 def loss_and_correct(hidden, head, targets):
-    """That sum, and how many of the targets are ranked first: (2,), in fp64, without a gradient."""
-    sums = hidden.new_zeros(2, dtype=torch.float64)
+    """The token losses, and which targets are ranked first: (2, N), in fp64, without a gradient."""
+    found = [hidden.new_zeros(2, 0, dtype=torch.float64)]
     for rows, logits in logits_by_chunk(*cast_for_matmul(hidden, head.weight, head.bias)):
-        for part, target in by_block(logits, targets[rows]):
-            sums += loss_and_correct_of_logits(part, target)
-    return sums
+        found += [loss_and_correct_of_logits(*block) for block in by_block(logits, targets[rows])]
+    return torch.cat(found, 1)
 
 
 def loss_and_correct_of_logits(logits, targets):
-    """Their sum of token losses, and how many of the targets they rank first, (2,) in fp64."""
-    loss = F.cross_entropy(logits.to(accumulation_dtype(logits)), targets, reduction="sum")
-    return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum()])
+    """The token losses of logits, (n, V), and which targets they rank first: (2, n), in fp64."""
+    losses = F.cross_entropy(logits.to(accumulation_dtype(logits)), targets, reduction="none")
+    return torch.stack([losses.double(), (logits.argmax(-1) == targets).double()])
 
 
 class LinearCrossEntropy(torch.autograd.Function):

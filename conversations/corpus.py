@@ -12,11 +12,13 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -25,6 +27,7 @@ import pyarrow
 import torch
 from tqdm import tqdm
 
+from config import UserError
 from conversations.formats import Findings, read_conversations
 from conversations.sources import files_of
 from storage import hub
@@ -32,25 +35,27 @@ from storage.durable import Damaged, make_directory, remove_unfinished, save_dir
 from storage.quickstart import cache_directory, explain_unwritable_cache
 
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # and the file of the function that encodes
-MESSAGE = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("train", pyarrow.bool_())])
+PLAIN = [("role", pyarrow.string()), ("content", pyarrow.string()), ("train", pyarrow.bool_())]
+MESSAGE = pyarrow.struct([*PLAIN, ("more", pyarrow.string())])  # tools, tool calls and thoughts, as JSON
 READ = pyarrow.schema(
     [("location", pyarrow.string()), ("source", pyarrow.int32()), ("messages", pyarrow.list_(MESSAGE))]
 )
 COUNTS = {"location": "string", "source": "int32", "digest": "string", "stops": "bool"}
-COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised", "unknown"), "int32")
+COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised", "unknown", "part", "empty_thoughts"), "int32")
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**24  # of what is read and not yet on disk
 NO_ID = -1
 SEVERAL_PROCESSES = 5000  # rows from which they are worth starting
+EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Encoded conversations, a row each, in the order they were read in, and what reading them found.
+    """Encoded conversations, a row for each example, in the order they were read in, and what reading them found.
 
     Its columns: `input_ids` and `labels`, truncated to the longest allowed; `supervised`, how many tokens are scored;
     both counts before that, `tokens` and `supervised_before`; `unknown`, how many scored tokens the tokenizer does not
     know; `stops`, whether a stop token is scored; its `location`; the number of its `source`; a `digest` of ids and
-    labels.
+    labels; its `part` of a conversation, from 0; `empty_thoughts`, how many of its answers are scored with one.
     """
 
     rows: datasets.Dataset
@@ -62,18 +67,44 @@ class Corpus:
         """Everything but the ids and labels, as lists: read once, however many splits are taken."""
         return {name: self.rows[name][:] for name in self.rows.column_names if name not in ("input_ids", "labels")}
 
+    @functools.cached_property
+    def conversations(self):
+        """For each conversation the rows of its examples, a range."""
+        first = [row for row, part in enumerate(self.columns["part"]) if part == 0]
+        return [range(*bounds) for bounds in pairwise([*first, len(self.rows)])]
+
+    def notes(self):
+        """How many examples the conversations became, where that is not one each: a line."""
+        if len(self.conversations) < len(self.rows):
+            yield (
+                f"{len(self.conversations):,} conversations, {len(self.rows):,} examples: the template writes "
+                "an earlier answer differently from the last"
+            )
+
+    @functools.cached_property
+    def digests(self):
+        """For each conversation a digest of the ids and labels of its examples."""
+        parts = [[self.columns["digest"][row] for row in rows] for rows in self.conversations]
+        return [own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()[:32] for own in parts]
+
+    @functools.cached_property
+    def source_of(self):
+        """For each conversation the number of its source."""
+        return [self.columns["source"][rows[0]] for rows in self.conversations]
+
 
 def load_corpus(sources, config, tokenizer, encode):
     """The `Corpus` of some sources under the settings of a `Config`: from the cache, or made and put there.
 
     Args:
-        encode: `data.encode`, or a function like it.
+        encode: `data.encode_each`, or a function like it.
 
     Raises:
         UserError: a source is missing, or has rows that are not conversations.
     """
     longest = config.max_length or tokenizer.model_max_length
     reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
+    reading["plain"] = config.chat_template == "chatml"
     key = key_of(sources, tokenizer, encode, {**reading, "supervise": config.supervise, "longest": longest})
     directory = cache_directory() / "corpora" / key[:16]
     if damage := damage_of(directory):
@@ -163,12 +194,26 @@ def write_read(path, conversations):
             batch.clear()
 
         for location, source, messages in tqdm(conversations, desc="reading", unit=" rows", disable=None, leave=False):
-            batch.append({"location": location, "source": source, "messages": messages})
+            batch.append({"location": location, "source": source, "messages": list(map(as_stored, messages))})
             characters += sum(len(message["content"]) for message in messages)
             if len(batch) == ROWS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
                 flush()
                 characters = 0
         flush()
+
+
+def as_stored(message):
+    """A message as READ holds it."""
+    if len(message) == len(PLAIN):
+        return message
+    plain = {name: message[name] for name, _ in PLAIN}
+    return {**plain, "more": json.dumps({name: value for name, value in message.items() if name not in plain})}
+
+
+def as_read(message):
+    """A message as `formats` made it, out of READ."""
+    more = message.pop("more")
+    return {**message, **json.loads(more)} if more else message
 
 
 @contextlib.contextmanager
@@ -198,15 +243,43 @@ def encode_rows(batch, parent, tokenizer, encode, supervise, longest):
         end_with(parent)
     columns = {name: [] for name in (*COUNTS, "input_ids", "labels")}
     unknown = NO_ID if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
-    for example in encode(batch["messages"], tokenizer, supervise):
-        kept = example.truncated(longest)
-        ids, labels = kept.input_ids.int(), kept.labels.int()
-        columns["input_ids"].append(ids.numpy())
-        columns["labels"].append(labels.numpy())
-        columns["tokens"].append(len(example.input_ids))
-        columns["supervised_before"].append(example.supervised_tokens)
-        columns["supervised"].append(kept.supervised_tokens)
-        columns["unknown"].append(int((labels == unknown).sum()))
-        columns["stops"].append(bool((labels == tokenizer.eos_token_id).any()))
-        columns["digest"].append(hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32])
-    return {**columns, "location": batch["location"], "source": batch["source"]}
+    conversations = [list(map(as_read, messages)) for messages in batch["messages"]]
+    encoded = encode_located(conversations, batch["location"], encode, tokenizer, supervise)
+    for number, examples in enumerate(encoded):
+        for part, example in enumerate(examples):
+            kept = example.truncated(longest)
+            ids, labels = kept.input_ids.int(), kept.labels.int()
+            columns["input_ids"].append(ids.numpy())
+            columns["labels"].append(labels.numpy())
+            columns["tokens"].append(len(example.input_ids))
+            columns["supervised_before"].append(example.supervised_tokens)
+            columns["supervised"].append(kept.supervised_tokens)
+            columns["unknown"].append(int((labels == unknown).sum()))
+            columns["stops"].append(bool((labels == tokenizer.eos_token_id).any()))
+            columns["digest"].append(hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32])
+            columns["part"].append(part)
+            columns["empty_thoughts"].append(empty_thoughts(kept, tokenizer))
+            columns["location"].append(batch["location"][number])
+            columns["source"].append(batch["source"][number])
+    return columns
+
+
+def encode_located(conversations, locations, encode, tokenizer, supervise):
+    """The examples of some conversations; an error names the location of the conversation that it is about."""
+    try:
+        return encode(conversations, tokenizer, supervise)
+    except UserError:
+        for messages, location in zip(conversations, locations, strict=True):
+            try:
+                encode([messages], tokenizer, supervise)
+            except UserError as error:
+                raise UserError(f"{location}: {error}") from error
+        raise
+
+
+def empty_thoughts(example, tokenizer):
+    """How many answers of an example are scored with a thought that says nothing."""
+    if "</think>" not in str(tokenizer.chat_template):
+        return 0
+    begins = (example.supervised & ~example.supervised.roll(1)).nonzero()[:, 0].tolist()
+    return sum(bool(EMPTY_THOUGHT.match(tokenizer.decode(example.input_ids[at : at + 8]))) for at in begins)

@@ -1,9 +1,13 @@
 """The formats that conversations are written in, and what a valid conversation is.
 
 A conversation is a list of messages `{"role", "content", "train"}`; `train` says whether an assistant's message may be
-supervised. Every row is checked before anything is tokenised, and an invalid one is named by file and line.
+supervised. An assistant's message may have `tool_calls`, as OpenAI writes them with arguments as an object, and its
+`thinking`; a tool's result the `name` of the tool and its `tool_call_id`; the first message the `tools` on offer, as
+JSON schemas. Every row is checked before anything is tokenised, and an invalid one is named by file and line.
 """
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -15,7 +19,9 @@ SHOWN_PROBLEMS = 10
 # Who speaks, as ShareGPT's many descendants call them.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 SPEAKERS |= {"model": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
-SPEAKERS |= {"tool": "tool", "observation": "tool"}
+SPEAKERS |= {"tool": "tool", "observation": "tool", "function_call": "assistant"}
+THOUGHTS = ("thinking", "reasoning_content", "reasoning")  # beside the content
+NAME = re.compile(r"[\w.:/-]+")  # of a tool: with a space or bracket in it, it could be read as something else
 
 
 @dataclass
@@ -53,13 +59,14 @@ class Findings:
         raise UserError("\n  ".join(lines + self.problems + ([f"… and {more:,} more"] if more else [])))
 
 
-def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, findings=None):
+def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, findings=None):
     """Yield `(location, number of its source, messages)` for each row of some sources, checked.
 
     Args:
         sources: a list of `Source`.
         max_examples: stop after so many rows; 0: all.
         skip_bad_rows: the share of rows that may be left out; 0: none.
+        plain: refuse tools and thoughts, for which ChatML has no place.
         findings: a `Findings` to fill.
 
     Raises:
@@ -74,6 +81,8 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
             findings.rows += 1
             try:
                 messages = conversation_of(row, findings)
+                if plain:
+                    refuse_tools_and_thoughts(messages)
             except InvalidRow as problem:
                 findings.bad[problem.reason] += 1
                 if len(findings.problems) < SHOWN_PROBLEMS:
@@ -107,9 +116,10 @@ def conversation_of(row, findings):
     name, keys, read = next((entry for entry in FORMATS if set(entry[1]) <= row.keys()), (None, (), None))
     if name is None:
         raise InvalidRow(f"no known format: it has none of {', '.join('+'.join(keys) for _, keys, _ in FORMATS)}")
-    read_keys = {*keys, *SYSTEM, *OPTIONAL.get(name, ())}
+    read_keys = {*keys, *SYSTEM, *TOOLS, *OPTIONAL.get(name, ())}
     refuse_unsupported(row.keys() - read_keys, row)
-    system, messages = system_message(row), read(row, findings)
+    system, messages, tools = system_message(row), read(row, findings), tools_of(row)
+    refuse_unmatched_calls(messages, tools)
     if system and any(message["role"] == "system" for message in messages):
         raise InvalidRow('a "system" beside the messages, and a system message among them')
     messages = system + messages
@@ -118,6 +128,8 @@ def conversation_of(row, findings):
         raise InvalidRow("no message is the assistant's: nothing would be supervised")
     if not any(message["train"] for message in replies):
         raise InvalidRow("every message of the assistant's is excluded from training")
+    if tools:
+        messages[0] = {**messages[0], "tools": tools}
     findings.formats[name] += 1
     findings.ignored.update(row.keys() - read_keys)
     return messages
@@ -150,35 +162,148 @@ def read_messages(row, findings, key="messages", roles=None, names=("role", "con
         if role_key not in given:
             raise InvalidRow(f'no "{role_key}"', where)
         role = given[role_key] if roles is None or not isinstance(given[role_key], str) else roles.get(given[role_key])
+        if roles is None and role == "function":  # OpenAI's, before there were tools
+            role = "tool"
         if role not in ROLES:
             known = ", ".join(ROLES if roles is None else roles)
             raise InvalidRow(f"an unknown {role_key} (known: {known})", f"{where}, {given[role_key]!r:.40}")
-        refuse_unsupported(given.keys(), given, where)
-        if content_key not in given:
+        refuse_unsupported(given.keys() - (OF_A_MESSAGE if role == "assistant" else ()), given, where)
+        more = read_more(given, role, where)
+        content = given.get(content_key)
+        if roles and given[role_key] == "function_call":
+            more, content = {**more, "tool_calls": calls_of(content, where)}, ""
+        if content is None and not more:
             raise InvalidRow(f'no "{content_key}"', where)
-        messages.append(
-            {"role": role, "content": text_of(given[content_key], where), "train": is_trained(given, where)}
-        )
-        used = {role_key, content_key, "train", "weight"}
+        may_be_empty = bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
+        message = {"role": role, "content": text_of("" if content is None else content, where, may_be_empty)}
+        messages.append({**message, "train": is_trained(given, where), **more})
+        used = {role_key, content_key, "train", "weight", *(OF_A_MESSAGE if role in ("assistant", "tool") else ())}
         findings.ignored.update(f"{key}[].{name}" for name in given.keys() - used)
     return messages
 
 
-def text_of(content, where):
+def read_more(given, role, where):
+    """What a message may have beside its content: tool calls and a thought, or whose result it is."""
+    more = {}
+    for key in ("name", "tool_call_id") if role == "tool" else ():
+        if given.get(key) not in EMPTY:
+            more[key] = text_of(given[key], where, what=f'"{key}"')
+    if "name" in more and not NAME.fullmatch(more["name"]):
+        raise InvalidRow("the name of a tool may have letters, digits and . _ - : / only", where)
+    if role != "assistant":
+        return more
+    thoughts = [given[key] for key in THOUGHTS if given.get(key) not in EMPTY]
+    if any(thought != thoughts[0] for thought in thoughts):
+        raise InvalidRow(f"more than one of {', '.join(THOUGHTS)}", where)
+    if thoughts:
+        more["thinking"] = text_of(thoughts[0], where, what="its thought")
+    calls = [given[key] for key in ("tool_calls", "function_call") if given.get(key) not in EMPTY]
+    if calls:
+        more["tool_calls"] = calls_of(calls[0], where)
+    return more
+
+
+def parsed(value, what, where):
+    """A JSON value that may be written as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRow(f"{what} is not JSON", where) from error
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidRow(f"{what} has something that is not valid JSON", where) from error
+    return value
+
+
+def calls_of(value, where):
+    """Tool calls as OpenAI writes them, from a call or a list of calls, of OpenAI's or of name and arguments alone."""
+    calls = parsed(value, "its tool call", where)
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRow("a tool call without a name", where)
+        name, arguments = function["name"], function.get("arguments", function.get("parameters"))
+        if not NAME.fullmatch(name):
+            raise InvalidRow("the name of a tool may have letters, digits and . _ - : / only", where)
+        arguments = {} if arguments in (None, "") else parsed(arguments, "the text of its arguments", where)
+        if not isinstance(arguments, dict):
+            raise InvalidRow("the arguments of a tool call are not a JSON object", where)
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+        found.append({"type": "function", **identity, "function": {"name": name, "arguments": arguments}})
+    return found
+
+
+def tools_of(row):
+    """The tools on offer, as JSON schemas in OpenAI's form; empty where there are none."""
+    key = next((key for key in TOOLS if row.get(key) not in EMPTY), None)
+    tools = [] if key is None else parsed(row[key], f'"{key}"', "")
+    if not isinstance(tools, list):
+        raise InvalidRow(f'"{key}" is not a list of tools')
+    found = []
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRow("not an object with the name of a function", f"tool {number}")
+        if not NAME.fullmatch(function["name"]):
+            raise InvalidRow("the name of a tool may have letters, digits and . _ - : / only", f"tool {number}")
+        found.append({"type": "function", "function": function})
+    return found
+
+
+def refuse_unmatched_calls(messages, tools):
+    """Name the tool of each result; raise `InvalidRow` for a call to no tool, or a result without a call."""
+    known = {tool["function"]["name"] for tool in tools}
+    has_calls, open_calls = any("tool_calls" in message for message in messages), []
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        for call in message.get("tool_calls", []):
+            if known and call["function"]["name"] not in known:
+                raise InvalidRow(f"a call to a tool that is not among its tools ({call['function']['name']})", where)
+        if message["role"] != "tool":
+            open_calls = list(message.get("tool_calls", []))
+        elif has_calls or "tool_call_id" in message:
+            identity, name = message.get("tool_call_id"), message.get("name")
+            fits = [
+                call
+                for call in open_calls
+                if identity in (None, call.get("id", identity)) and name in (None, call["function"]["name"])
+            ]
+            if not fits:
+                raise InvalidRow("a tool's result without a call that it answers", where)
+            open_calls.remove(fits[0])
+            message["name"] = fits[0]["function"]["name"]
+
+
+def refuse_tools_and_thoughts(messages):
+    """Raise `InvalidRow` for what ChatML has no place for."""
+    advice = "use --chat-template model, or a file, with a template that has them, or write them into the content"
+    if "tools" in messages[0]:
+        raise InvalidRow(f"--chat-template chatml has no tools; {advice}")
+    for number, message in enumerate(messages, 1):
+        if "tool_calls" in message:
+            raise InvalidRow(f"--chat-template chatml has no tools; {advice}", f"message {number}")
+        if "thinking" in message:
+            raise InvalidRow(f"--chat-template chatml has no thoughts; {advice}", f"message {number}")
+
+
+def text_of(content, where, may_be_empty=False, what="its content"):
     """A content as text: a string, or a list of text parts, joined."""
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-            raise InvalidRow('its content has parts that are not {"type": "text", "text": …}', where)
+            raise InvalidRow(f'{what} has parts that are not {{"type": "text", "text": …}}', where)
         content = "".join(texts)
     if not isinstance(content, str):
-        raise InvalidRow("its content is not a text", where)
-    if not content.strip():
-        raise InvalidRow("its content is empty", where)
+        raise InvalidRow(f"{what} is not a text", where)
+    if not (may_be_empty or content.strip()):
+        raise InvalidRow(f"{what} is empty", where)
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRow("its content has half a surrogate pair, which is not valid Unicode", where) from error
+        raise InvalidRow(f"{what} has half a surrogate pair, which is not valid Unicode", where) from error
     return content
 
 
@@ -235,7 +360,7 @@ FORMATS = (
 OPTIONAL = {"Alpaca": ("input", "history")}
 SYSTEM = ("system", "system_prompt")  # beside the messages, in any format
 # Keys that change what a row or a message means.
-UNSUPPORTED = (
-    "tools functions function_call tool_calls reasoning_content reasoning thinking history images videos audios"
-).split()
+UNSUPPORTED = "function_call tool_calls reasoning_content reasoning thinking history images videos audios".split()
+OF_A_MESSAGE = ("tool_calls", "function_call", *THOUGHTS, "name", "tool_call_id", "id")
+TOOLS = ("tools", "functions")  # beside the messages
 EMPTY = (None, False, "", "[]", "{}", [], {})

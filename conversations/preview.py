@@ -37,10 +37,15 @@ def preview(example, tokenizer, color):
 def refuse_other_file(path):
     """Raise `UserError` where a page would overwrite something that is not an earlier page."""
     path = Path(path)
-    if path.exists() and not (path.is_file() and path.read_bytes().startswith(PAGE.encode())):
+    if not is_replaceable(path):
         raise UserError(f"--html {path}: it exists and is not an earlier page; name another file")
     if not path.parent.is_dir():
         raise UserError(f"--html {path}: there is no directory {path.parent}")
+
+
+def is_replaceable(path):
+    """Whether there is nothing at a path, or an earlier page."""
+    return not path.exists() or (path.is_file() and path.read_bytes().startswith(PAGE.encode()))
 
 
 def page(data, shown, tokenizer, name):

@@ -98,7 +98,7 @@ def rows_of(source, split):
     files = files_of(source.name)
     if not files:
         rows = hub.load_hub_dataset(source.name, source.config, split)
-        yield from ((f"{source.name} ({split}) row {number}", row) for number, row in enumerate(rows))
+        yield from ((f"{source.name} ({split}) row {number}", without_nulls(row)) for number, row in enumerate(rows))
     for path in files:
         try:
             if hub.is_lfs_pointer(path):
@@ -126,8 +126,15 @@ def rows_of_parquet(path):
     number = 0
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
         for row in batch.to_pylist():
-            yield f"{path} row {number}", row
+            yield f"{path} row {number}", without_nulls(row)
             number += 1
+
+
+def without_nulls(value):
+    """A value out of a table without the keys that only other rows have: a table fills them with null."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 def rows_of_json(path, lines):

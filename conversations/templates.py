@@ -1,112 +1,409 @@
-"""A model's own chat template, parsed so that its answers can be masked and no text can forge a turn.
+"""A model's own chat template, and what of its text is the context of an answer, an answer, or neither.
 
-The template is rendered with a placeholder for each content. What stands between the placeholders is the template's own
-and may hold control tokens; what goes into them is somebody's text and is encoded as text. Nothing is trusted: every
-conversation is also rendered as it is, and where the two ways differ, or an answer does not stand where the model would
-begin it at inference, the template is refused with that conversation as the example.
+The definition. For each assistant message k, the context is what the template renders from the messages before k with
+the generation prompt, exactly as at inference. Supervised is what the template writes after that, up to and including
+the token that ends the turn. Where the text of an earlier answer begins the text of a later one, one rendering serves
+both. Where it does not, as thoughts are dropped from earlier turns, the conversation becomes several examples: as many
+as there are answers whose text begins no other's, which is the fewest.
+
+No text forges a control token: before rendering, a mark is put into every text that looks like one, in contents,
+thoughts, names, arguments and schemas. What then looks like a control token is the template's own. The mark is removed
+when the parts are encoded, as plain text.
 """
 
+import contextlib
+import functools
+import itertools
+import json
 import re
 import unicodedata
 from typing import NamedTuple
 
 import jinja2
+from tokenizers import Tokenizer
 
 from config import UserError, first_line
 
-OPEN, CLOSE = "\ue000", "\ue001"  # from Unicode's private use area: no template has them
+MARKS = list(map(chr, range(0x12000, 0x12399)))  # cuneiform: printable, so that no template escapes it, and rare
+RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
+RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+ARGUMENTS = ("object", "text")  # how templates take those of tool calls
+
+
+class Refused(UserError):
+    """Why a template cannot write a conversation."""
+
+
+class Turn(NamedTuple):
+    """An answer as the model meets it."""
+
+    number: int  # of its message
+    text: str  # its context, what the model should write, and the token that ends the turn
+    begin: int  # where in the text the answer begins
 
 
 class Piece(NamedTuple):
-    """A part of a rendered conversation: the template's own text, or the slot of a message's content."""
+    """A part of an example's text: an answer with its end of turn, or context."""
 
     text: str
-    slot: int | None = None
-    answer: int | None = None  # the message whose answer, with its end of turn, this belongs to
+    mark: str  # which may be in the text; see `Template.guarded`
+    answer: int | None = None  # the number of the answer's message
 
 
 class Template:
-    """The chat template of a tokenizer, and what it makes of each sequence of roles."""
+    """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.layouts = tokenizer, {}
-        special = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
-        self.control = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else re.compile("(?!)()")
-        ending = self.layout(("user", "assistant"))[-2]  # before the literal, perhaps empty, that closes the text
-        self.end_of_turn = self.control.search(ending.text).group()
+        self.tokenizer = tokenizer
+        written = str(tokenizer.chat_template)
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+        self.control = {
+            text: token for text, token in added.items() if text.strip() and (token.special or text in written)
+        }
+        longest_first = sorted(map(re.escape, self.control), key=len, reverse=True)
+        self.pattern = re.compile("(" + "|".join(longest_first) + ")") if longest_first else re.compile("(?!)()")
+        self.heads = {text[:end] for text in self.control for end in range(1, len(text))}
+        self.tails = {text[start:] for text in self.control for start in range(1, len(text))}
+        self.edge = max(map(len, self.heads), default=0)
+        self.end_of_turn = self.find_end_of_turn()
 
-    def render(self, messages, generation=False):
-        """The text that the template makes of some messages."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-
-    def layout(self, roles):
-        """The list of `Piece`s of a conversation with such roles.
+    def find_end_of_turn(self):
+        """The control token that ends an answer, whether or not the conversation goes on after it.
 
         Raises:
-            UserError: the template drops, repeats or reorders contents, rewrites earlier turns, or does not end an
-                answer with a control token.
+            Refused: there is none.
         """
-        if roles not in self.layouts:
-            self.layouts[roles] = list(self.parse(roles))
-        return self.layouts[roles]
+        chat = [
+            {"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(("Hi", "reply", "So"))
+        ]
+        last, earlier = (text.rpartition("reply")[1:] for text in self.render([chat[:2], chat], None))
+        tokens = self.pattern.findall(last[1])
+        if not (last[0] and tokens):
+            raise Refused("it does not end an answer with a control token")
+        following = self.pattern.findall(earlier[1]) if earlier[0] else []
+        same = [
+            one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, following, strict=False))
+        ]
+        return (same or tokens[:1])[-1]
 
-    def parse(self, roles):
-        """Yield the `Piece`s of a conversation of placeholders; see `layout`."""
-        messages = [{"role": role, "content": f"{OPEN}{number}{CLOSE}"} for number, role in enumerate(roles)]
+    @functools.cached_property
+    def encoder(self):
+        """A tokenizer to which no text is a control token, not even those that are added but not "special"."""
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["special"] |= token["content"] in self.control
+        encoder = Tokenizer.from_str(json.dumps(state))
+        encoder.encode_special_tokens = True
+        encoder.no_padding()
+        encoder.no_truncation()
+        return encoder
+
+    def encode_texts(self, texts):
+        """Ids of plain texts, a list each."""
+        return [encoding.ids for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+    # --- from a conversation to what the template takes
+
+    @functools.cached_property
+    def call_form(self):
+        """Which of ARGUMENTS makes the template write a tool call as JSON or XML; None where it writes none."""
+        tools = [{"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
+        call = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        for form in ARGUMENTS:
+            written = self.probe([taken(message, form) for message in messages], tools)
+            if all(word in written for word in ("lookup", "city", "Oslo")) and not re.search(r"'city'|\\\"", written):
+                return form
+        return None
+
+    @functools.cached_property
+    def takes_thoughts(self):
+        """Whether the template writes `reasoning_content`; where it does not, thoughts are part of the content."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "Hm?"}]
+        return "Hm?" in self.probe(messages)
+
+    def probe(self, messages, tools=None):
+        """What the template writes of the last message; nothing where it does not take it."""
         try:
-            parts = re.split(f"{OPEN}([0-9]+){CLOSE}", self.render(messages))
-            answers = [number for number, role in enumerate(roles) if role == "assistant"]
-            prompts = {number: self.render(messages[:number], generation=True) for number in answers}
-        except jinja2.TemplateError as error:
-            self.refuse(roles, f"it does not take them: {first_line(error)}")
-        if parts[1::2] != [str(number) for number in range(len(roles))]:
-            self.refuse(roles, "it drops, repeats or reorders contents")
-        before = ""  # the text that has been yielded, with placeholders
-        literal = parts[0]  # the template's text after it
-        for number, role in enumerate(roles):
-            following = parts[2 * number + 2]
-            if role != "assistant":
-                yield from (Piece(literal), Piece("", number))
-                before, literal = before + literal + messages[number]["content"], following
-                continue
-            opening = (before + literal).removeprefix(prompts[number])
-            if len(opening) == len(before + literal) or opening.strip():
-                self.refuse(roles, "an answer does not follow on what the model is prompted with at inference")
-            ending = self.control.search(following)
-            if not ending or following[: ending.start()].strip():
-                self.refuse(roles, "it does not end an answer with a control token")
-            yield Piece(literal[: len(literal) - len(opening)])
-            yield from (Piece(opening, None, number), Piece("", number, number))
-            yield Piece(following[: ending.end()], None, number)
-            before += literal + messages[number]["content"] + following[: ending.end()]
-            literal = following[ending.end() :]
-        yield Piece(literal)
+            (prompt,), (text,) = self.render([messages[:-1]], tools, generation=True), self.render([messages], tools)
+        except Refused:
+            return ""
+        return text[common_length(prompt, text) :]
 
-    def fill(self, messages):
-        """The `Piece`s of a conversation with their texts, checked against what the template makes of it."""
-        layout = self.layout(tuple(message["role"] for message in messages))
-        rendered = self.render([{"role": message["role"], "content": message["content"]} for message in messages])
-        for change in (str, str.strip):  # many templates trim contents
-            filled = [
-                piece if piece.slot is None else piece._replace(text=change(messages[piece.slot]["content"]))
-                for piece in layout
-            ]
-            if "".join(piece.text for piece in filled) == rendered:
-                return filled
-        self.refuse_conversation(messages, "it changes what messages say")
+    def structured(self, messages):
+        """Messages in which thoughts and tool calls that are written into contents stand beside them."""
+        found = []
+        for number, message in enumerate(messages, 1):
+            message = dict(message)
+            if message["role"] == "assistant":
+                inside = THOUGHT.fullmatch(message["content"])
+                if inside and "thinking" not in message and inside[1].strip():
+                    message |= {"thinking": inside[1], "content": inside[2], "inline": True}
+                if "tool_calls" not in message and CALL.search(message["content"]) and self.call_form:
+                    calls = [call_in(text, number) for text in CALL.findall(message["content"])]
+                    message |= {"tool_calls": calls, "content": CALL.sub("", message["content"]).rstrip()}
+            results = [message["content"]]
+            wrapped = re.fullmatch(f"(?:{RESULT.pattern})+", message["content"], re.DOTALL)
+            if message["role"] == "tool" and wrapped and self.call_form:
+                results = RESULT.findall(message["content"])
+            found += [{**message, "content": content} for content in results]
+        return found
 
-    def refuse(self, roles, why):
-        raise UserError(
-            f"--chat-template model: the model's template cannot be masked; in a conversation of {', '.join(roles)}, "
-            f"{why}; use --chat-template chatml"
-        )
+    def guarded(self, value, mark):
+        """A JSON value in whose texts, keys too, no control token stands or begins or ends."""
+        if isinstance(value, str):
+            while self.pattern.search(value):
+                value = self.pattern.sub(lambda found: found[0][0] + mark + found[0][1:], value)
+            said = value.strip()
+            if any(said[-length:] in self.heads for length in range(1, min(self.edge, len(said)) + 1)):
+                value = value[: len(value.rstrip())] + mark + value[len(value.rstrip()) :]
+            if any(said[:length] in self.tails for length in range(1, min(self.edge, len(said)) + 1)):
+                start = len(value) - len(value.lstrip())
+                value = value[:start] + mark + value[start:]
+            return value
+        if isinstance(value, dict):
+            return {self.guarded(key, mark): self.guarded(item, mark) for key, item in value.items()}
+        return [self.guarded(item, mark) for item in value] if isinstance(value, list) else value
 
-    def refuse_conversation(self, messages, why):
-        said = " | ".join(f"{message['role']}: {message['content']:.40}" for message in messages[:4])
-        raise UserError(
-            f"--chat-template model: the model's template cannot be masked: {why}, in the conversation «{said}»; "
-            "use --chat-template chatml"
-        )
+    def guarded_message(self, message, mark):
+        """A message with guarded texts; its own keys, and its role, are ours."""
+        own = ("role", "train")
+        guarded = {key: value if key in own else self.guarded(value, mark) for key, value in message.items()}
+        for call in guarded.get("tool_calls", []):
+            call["type"] = "function"
+        return guarded
+
+    def prepared(self, messages):
+        """Messages and tools as the template takes them, and the mark that is in them.
+
+        Raises:
+            Refused: the template has no place for tools or tool calls.
+        """
+        strings = "".join(json.dumps(message, ensure_ascii=False) for message in messages)
+        mark = next((mark for mark in MARKS if mark not in strings), None)
+        if mark is None:
+            raise Refused("it has every character that could mark what is text")
+        tools = self.guarded(messages[0].get("tools", []), mark) if messages else []
+        calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
+        if (calls or tools) and self.call_form is None:
+            where = f"message {calls[0]}: " if calls else ""
+            raise Refused(f"{where}the template has no tools; use a model or a --chat-template FILE that has them")
+        chat = []
+        for message in messages:
+            message = self.guarded_message({name: value for name, value in message.items() if name != "tools"}, mark)
+            thought, inline = message.pop("thinking", None), message.pop("inline", False)
+            if thought is not None and self.takes_thoughts:
+                message["reasoning_content"] = thought.strip("\n") if inline else thought
+                message["content"] = message["content"].lstrip("\n") if inline else message["content"]
+            elif thought is not None:
+                space = "" if inline else "\n"
+                message["content"] = f"<think>{space}{thought}{space}</think>{space * 2}{message['content']}"
+            elif message["role"] == "assistant" and (empty := THOUGHT.fullmatch(message["content"].replace(mark, ""))):
+                message["content"] = f"<think>{empty[1]}</think>{self.guarded(empty[2], mark)}"
+            chat.append(taken(message, self.call_form))
+        return chat, tools, mark
+
+    # --- from what the template takes to examples
+
+    def render(self, chats, tools, generation=False):
+        """The texts that the template makes of some lists of messages.
+
+        Raises:
+            Refused: it raises an error over one of them.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                chats, tools=tools or None, tokenize=False, add_generation_prompt=generation
+            )
+        except RENDERING_ERRORS as error:
+            roles = ", ".join(message["role"] for message in max(chats, key=len))
+            raise Refused(f"in a conversation of {roles}, it does not take them: {first_line(error)}") from error
+
+    def turns(self, chat, wanted, tools):
+        """The `Turn`s of a conversation's answers, and the text of the whole.
+
+        Raises:
+            Refused: an answer that is wanted does not follow on its prompt, or has no end.
+        """
+        answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+        prompts = self.render([chat[:number] for number in answers], tools, generation=True)
+        ends = [number + 1 for number in answers]
+        texts = self.render([chat[:end] for end in ends + [len(chat)] * (ends[-1] < len(chat))], tools)
+        turns = []
+        for number, prompt, text in zip(answers, prompts, texts, strict=False):
+            try:
+                turns.append(self.turn(number, prompt, text))
+            except Refused:
+                if number in wanted:
+                    raise
+        return turns, texts[-1]
+
+    def turn(self, number, prompt, text):
+        """The `Turn` of the last message of a rendered conversation, which is the answer to a rendered prompt."""
+        if not text.startswith(prompt):
+            raise Refused(
+                f"message {number + 1}: an answer does not follow on what the model is prompted with at inference, "
+                f"which ends with {prompt[-30:]!r}"
+            )
+        end, after = None, len(text)
+        for token in reversed(list(self.pattern.finditer(text, len(prompt)))):  # those with nothing but space after
+            if text[token.end() : after].strip():
+                break
+            after = token.start()
+            if end is None or token[0] == self.end_of_turn:
+                end = token.end()
+        if end is None:
+            raise Refused(f"message {number + 1}: it does not end an answer with a control token")
+        return Turn(number, text[:end], len(prompt))
+
+    def examples(self, messages, wanted):
+        """A conversation as examples: for each its `Piece`s, and the numbers of the answers that it supervises.
+
+        Args:
+            messages: as `structured` returns them.
+            wanted: the numbers of the messages that are to be supervised.
+
+        Raises:
+            Refused: the template cannot write it so that every answer stands where the model would begin it, or it
+                leaves out something that was said.
+        """
+        chat, tools, mark = self.prepared(messages)
+        turns, whole = self.turns(chat, wanted, tools)
+        left = [turn for turn in turns if turn.number in wanted]
+        if not left:  # a conversation in which nothing is supervised is counted later
+            return [(list(pieces(whole, turns, mark)), set())]
+        for turn in left:
+            check_answer(messages[turn.number], turn, mark)
+            check_context(messages[: turn.number], turn.text, mark)
+        texts = []
+        for turn in reversed(left):
+            if not any(text.startswith(turn.text) for text in texts):
+                texts.append(whole if whole.startswith(turn.text) else turn.text)
+        chosen = []
+        for text in reversed(texts):  # an answer in several examples is supervised in the first, the shortest
+            served = {turn.number for turn in left if text.startswith(turn.text)}
+            left = [turn for turn in left if turn.number not in served]
+            chosen.append((list(pieces(text, turns, mark)), served))
+        return chosen
+
+
+def common_length(one, other):
+    """How many characters two texts begin with in common."""
+    return next(
+        (at for at, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), min(len(one), len(other))
+    )
+
+
+def taken(message, form):
+    """A message as a template takes it: the arguments of its tool calls as an object or as JSON text."""
+    if form != "text" or not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
+    calls = [{**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)]
+    return {**message, "tool_calls": calls}
+
+
+def as_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def call_in(text, number):
+    """The tool call that is written as JSON in a text.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        call = json.loads(text)
+        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+        if isinstance(name, str) and isinstance(arguments, dict):
+            return {"type": "function", "function": {"name": name, "arguments": arguments}}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise Refused(f'message {number}: what stands in <tool_call> is no {{"name": …, "arguments": {{…}}}} in JSON')
+
+
+def texts_in(value):
+    """The texts of a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+
+
+def stands_in(said, written):
+    """Whether a text is in another, as it is or as JSON or Python write it; space around it may be trimmed."""
+    said = said.strip()
+    return any(form in written for form in (said, as_json(said)[1:-1], repr(said)[1:-1]))
+
+
+def check_answer(message, turn, mark):
+    """Raise `Refused` where the template leaves out or changes something that an answer says."""
+    written, where = turn.text[turn.begin :].replace(mark, ""), f"message {turn.number + 1}"
+    blank = THOUGHT.fullmatch(message["content"])  # a thought that says nothing
+    content = blank[2] if blank and not blank[1].strip() else message["content"]
+    if content.strip() not in written:
+        raise Refused(f"{where}: it changes what messages say")
+    if message.get("thinking", "").strip() not in written:
+        raise Refused(f"{where}: it leaves the thought out")
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    for call in calls:
+        count = sum(other["name"] == call["name"] for other in calls)
+        if written.count(call["name"]) < count or not all(
+            stands_in(text, written) for text in texts_in(call["arguments"])
+        ):
+            raise Refused(f"{where}: it leaves out a call to {call['name']}, or changes it")
+
+
+def check_context(messages, text, mark):
+    """Raise `Refused` where the template leaves out a message that is no answer, or a tool."""
+    text = text.replace(mark, "")
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant" and not stands_in(message["content"], text):
+            raise Refused(f"message {number}: it leaves out or changes what it says")
+    for tool in messages[0].get("tools", []) if messages else []:
+        if tool["function"]["name"] not in text:
+            raise Refused(f"it leaves out the tool {tool['function']['name']}")
+
+
+def pieces(text, turns, mark):
+    """Cut a rendered text into `Piece`s at the answers whose text it begins with; the mark is kept in them."""
+    position = 0
+    for turn in turns:
+        if text.startswith(turn.text):
+            yield from (
+                Piece(text[position : turn.begin], mark),
+                Piece(text[turn.begin : len(turn.text)], mark, turn.number),
+            )
+            position = len(turn.text)
+    yield Piece(text[position:], mark)
+
+
+def difference_of_marks(tokenizer):
+    """What a template's own `{% generation %}` marks mark that is not supervised, and the other way; None: nothing."""
+    texts = ("Hi", "Hello.", "And now?", "So.")
+    chat = [{"role": ("user", "assistant")[at % 2], "content": text, "train": True} for at, text in enumerate(texts)]
+    marked = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    examples = encode([chat], tokenizer, lambda messages: [message["role"] == "assistant" for message in messages])[0]
+    supervised = [number for row, answers in examples for ids, answer in row if answer in answers for number in ids]
+    theirs = itertools.compress(marked["input_ids"], marked["assistant_masks"])
+    ours, theirs = tokenizer.decode(supervised), tokenizer.decode(list(theirs))
+    return None if ours == theirs else f"they mark {theirs!r} where {ours!r} is supervised"
+
+
+@functools.lru_cache(maxsize=4)
+def template_of(tokenizer, _written):
+    """The `Template` of a tokenizer, made once; `_written` is what it says, for when that changes."""
+    return Template(tokenizer)
 
 
 def encode_texts(texts, tokenizer):
@@ -116,65 +413,131 @@ def encode_texts(texts, tokenizer):
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def encode(conversations, tokenizer):
+def encode_prompt(messages, tokenizer):
+    """Ids of messages with the generation prompt, as the model meets them at inference; a list."""
+    with naming(messages):
+        template = template_of(tokenizer, str(tokenizer.chat_template))
+        chat, tools, mark = template.prepared(template.structured(messages))
+        (text,) = template.render([chat], tools, generation=True)
+    return [number for ids, _ in encode_pieces([[Piece(text, mark)]], template)[0] for number in ids]
+
+
+def encode(conversations, tokenizer, wanted_of):
     """Ids of conversations by the tokenizer's own template.
 
+    Args:
+        wanted_of: gives, for messages, whether each is to be supervised.
+
     Returns:
-        For each conversation a list of `(ids, answer)`: the number of the message whose content, with its end of turn,
-        these ids are, or None for whatever is no answer.
+        For each conversation its examples: a list of `(segments, supervised)`. Segments are `(ids, answer)`: the number
+        of the message whose answer, with its end of turn, these ids are, or None for whatever is no answer. Supervised
+        are the numbers of the answers that are so in this example.
 
     Raises:
-        UserError: the template cannot be masked; a conversation is named as an example.
+        UserError: the template cannot write a conversation, which is named.
     """
-    template = Template(tokenizer)
-    filled = [template.fill(messages) for messages in conversations]
-    cut = [list(segments(pieces, template.control)) for pieces in filled]
-    texts = iter(encode_texts([run for row in cut for is_control, run, _ in row if not is_control], tokenizer))
+    template = template_of(tokenizer, str(tokenizer.chat_template))
+    chosen = []
+    for messages in conversations:
+        with naming(messages):
+            messages = template.structured(messages)
+            wanted = {number for number, wanted in enumerate(wanted_of(messages)) if wanted}
+            chosen.append(template.examples(messages, wanted))
+    written = [pieces for examples in chosen for pieces, _ in examples]
+    encoded = encode_pieces(written, template)
+    reasons, rows = check_ids(written, encoded, template), iter(encoded)
+    found = []
+    for messages, examples in zip(conversations, chosen, strict=True):
+        found.append([(next(rows), supervised) for _, supervised in examples])
+        with naming(messages):
+            for reason in itertools.islice(reasons, len(examples)):
+                if reason:
+                    raise Refused(reason)
+    return found
+
+
+@contextlib.contextmanager
+def naming(messages):
+    """Let what a template refuses name the conversation."""
+    try:
+        yield
+    except Refused as error:
+        said = " | ".join(f"{message['role']}: {message['content']:.40}" for message in messages[:4])
+        where = f", in the conversation «{said}»" if messages else ""
+        raise UserError(f"--chat-template: the template cannot be masked: {error}{where}") from error
+
+
+def encode_pieces(examples, template):
+    """For each list of `Piece`s its segments `(ids, answer)`."""
+    cut = [list(segments(pieces, template)) for pieces in examples]
+    texts = iter(template.encode_texts([run for row in cut for is_control, run, _ in row if not is_control]))
 
     def ids_of(is_control, run):
-        return [tokenizer.convert_tokens_to_ids(run)] if is_control else next(texts)
+        return [template.tokenizer.convert_tokens_to_ids(run)] if is_control else next(texts)
 
-    encoded = [[(ids_of(is_control, run), answer) for is_control, run, answer in row] for row in cut]
-    for messages, pieces, row in zip(conversations, filled, encoded, strict=True):
-        check(messages, pieces, row, template)
-    return encoded
+    return [[(ids_of(is_control, run), answer) for is_control, run, answer in row] for row in cut]
 
 
-def segments(pieces, control):
+def segments(pieces, template):
     """Cut pieces into `(is a control token, text, answer)`: what is encoded at once.
 
     A template's text and a content are encoded together, as in a prompt at inference; an answer begins a new segment,
-    as it does at inference.
+    as it does at inference. Some control tokens take the space beside them in, as Phi's do.
     """
-    text, owner = "", None
+    text, owner, takes_space = "", None, False
     for piece in pieces:
-        for part in control.split(piece.text):
-            is_control = piece.slot is None and control.fullmatch(part)
-            if text and (is_control or piece.answer != owner):
-                yield False, text, owner
+        for part in template.pattern.split(piece.text):
+            token = template.control.get(part)
+            if text and (token or piece.answer != owner):
+                text = text.replace(piece.mark, "")
+                yield False, text.rstrip() if token and token.lstrip and piece.answer == owner else text, owner
                 text = ""
-            if is_control:
+            if token:
                 yield True, part, piece.answer
+                takes_space, owner = token.rstrip, piece.answer
             elif part:
-                text, owner = text + part, piece.answer
+                continues = piece.answer is None or piece.answer == owner
+                part = part.lstrip() if takes_space and not text and continues else part
+                text, owner, takes_space = text + part, piece.answer, takes_space and not part
     if text:
-        yield False, text, owner
+        yield False, text.replace(piece.mark, ""), owner
 
 
-def check(messages, pieces, row, template):
-    """Hold an encoded conversation against the template's own ids, and each answer against what it should say."""
-    tokenizer = template.tokenizer
-    for answer in {answer for _, answer in row} - {None}:
-        ids = [number for run, whose in row for number in run if whose == answer]
-        expected = "".join(piece.text for piece in pieces if piece.answer == answer)
-        if normalized(tokenizer.decode(ids)) != normalized(expected):
-            template.refuse_conversation(messages, "the ids of an answer do not decode to that answer")
-    contents = [message["content"] for message in messages]
-    if any(template.control.search(text) or text != text.lstrip() for text in contents):
-        return  # encoded at once, such a text would be something else, which is why it is not
-    whole = tokenizer("".join(piece.text for piece in pieces), add_special_tokens=False)["input_ids"]
-    if [number for run, _ in row for number in run] != whole:
-        template.refuse_conversation(messages, "its tokenizer gives the parts other ids than the whole")
+def check_ids(written, encoded, template):
+    """Hold encoded examples against the ids of their whole text, and each answer against what it should say.
+
+    Args:
+        written: for each example its `Piece`s.
+        encoded: for each its segments.
+
+    Yields:
+        For each why it is refused, or None.
+    """
+    texts = ["".join(piece.text for piece in pieces) for pieces in written]
+    wholes = template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    for pieces, text, row, whole in zip(written, texts, encoded, wholes, strict=True):
+        ids = {}
+        for run, answer in row:
+            ids.setdefault(answer, []).extend(run)
+        for piece in pieces:
+            if piece.answer is not None:
+                said = piece.text.replace(piece.mark, "")
+                if normalized(template.tokenizer.decode(ids.get(piece.answer, []))) != normalized(said):
+                    yield f"message {piece.answer + 1}: the ids of an answer do not decode to that answer"
+                    break
+        else:
+            # Encoded at once, such texts would be something else, which is why they are not.
+            apart = pieces[0].mark in text or any(
+                begins_with_space(*pair, template) for pair in itertools.pairwise(pieces)
+            )
+            same = apart or [number for run, _ in row for number in run] == whole
+            yield None if same else "its tokenizer gives the parts other ids than the whole"
+
+
+def begins_with_space(before, piece, template):
+    """Whether an answer begins with space, and what stands before it is text."""
+    follows_token = any(before.text.endswith(token) for token in template.control)
+    return piece.answer is not None and piece.text[:1].isspace() and not follows_token
 
 
 def normalized(text):

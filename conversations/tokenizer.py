@@ -3,7 +3,11 @@
 ChatML writes every message as `<|im_start|>{role}\\n{content}<|im_end|>\\n`.
 """
 
+import contextlib
+import json
+import re
 import sys
+from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -14,20 +18,27 @@ from storage.hub import LOADING_ERRORS, why_not_loaded
 
 START, END = "<|im_start|>", "<|im_end|>"
 NO_LIMIT = 2**31 - 1  # tokens, for a model that attends to any number of them
+# The marks around an answer are for TRL's `assistant_only_loss` and the like; rendering leaves no trace of them.
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
+def load_tokenizer(path, local_files_only=False, chat_template="chatml", template_options=()):
     """The tokenizer of a model, made to speak ChatML or its own template: control tokens, stop and padding token.
 
     Args:
         path, local_files_only: as `hub.find_model` returns them.
-        chat_template: "chatml", or "model" for the template that the tokenizer came with.
+        chat_template: "chatml", "model" for the template that the tokenizer came with, or the name of a file.
+        template_options: arguments of the template, each as `name=value`.
 
     Returns:
         The tokenizer. What ends a turn is its eos token, `model_max_length` is what the model attends to. Where tokens
@@ -48,10 +59,13 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
     if chat_template == "chatml":
         control, end = [START, END], END
         tokenizer.chat_template = CHATML
-    elif tokenizer.chat_template is None:
-        raise UserError(f"--chat-template model: {path} has no chat template; use --chat-template chatml")
+        if template_options:
+            raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
-        control, end = [], templates.Template(tokenizer).end_of_turn
+        tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template, path)
+        tokenizer.chat_template = with_options(tokenizer.chat_template, template_options)
+        with templates.naming([]):
+            control, end = [], templates.Template(tokenizer).end_of_turn
     missing = [token for token in control if token not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token
     if padding in (None, end):  # whoever masks padding by its id would mask every stop
@@ -69,4 +83,60 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml"):
             raise UserError(
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
+    if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
+        with templates.naming([]):
+            if difference := templates.difference_of_marks(tokenizer):
+                print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer
+
+
+def read_template(name, own, path):
+    """The text of a chat template: a model's own, or that of a file.
+
+    Raises:
+        UserError: the model has none, or there is no such file.
+    """
+    if name == "model":
+        if own is None:
+            raise UserError(f"--chat-template model: {path} has no chat template; use --chat-template chatml")
+        return own
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat-template {name}: not UTF-8; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(
+            f"--chat-template {name}: {error.strerror}; write chatml, model, or the name of a .jinja file"
+        ) from error
+    if not text.strip():
+        raise UserError(f"--chat-template {name}: it is empty")
+    return text
+
+
+def with_options(template, options):
+    """A chat template in which some of its arguments have values unless a caller gives them.
+
+    The values become part of the template, so that whatever depends on it, and the model that is saved, has them.
+
+    Args:
+        template: its text, or a dict of texts.
+        options: each as `name=value`; a value is JSON, or else a text.
+
+    Raises:
+        UserError: the template has no such argument.
+    """
+    if isinstance(template, dict):
+        return {name: with_options(text, options) for name, text in template.items()}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)):
+            raise UserError(f"--template-option {option}: write it as name=value, such as enable_thinking=false")
+        if name in ("messages", "tools", "add_generation_prompt") or not re.search(rf"\b{name}\b", template):
+            raise UserError(f"--template-option {option}: the chat template has no argument {name}")
+        with contextlib.suppress(ValueError):  # else a text without quotation marks
+            value = json.loads(value)
+        literal = "none" if value is None else json.dumps(value)
+        start, end = f"{{%- if {name} is not defined %}}{{%- set {name} = ", " %}{%- endif %}{{- '' }}"
+        earlier = re.compile(re.escape(start) + ".*?" + re.escape(end))  # from an earlier run, whose model this is
+        template = start + literal + end + earlier.sub("", template, count=1)
+    return template

@@ -4,12 +4,14 @@ import json
 import sys
 import threading
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from config import UserError, as_text
+from running.dashboard import LAYOUT, answer_text, curves_of, masked_table, scalar, settings_table
 from storage.durable import replace_file, sha256, sync
+from storage.records import read_losses, read_metrics
 
 
 class Log:
@@ -32,14 +34,16 @@ class Log:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
         replace_answers(run, self.answers)
+        self.losses = read_losses(run)
         self.lines = len(kept)
         self.untrained_loss = next((line["loss"] for line in kept if (line["kind"], line["step"]) == ("eval", 0)), None)
         threading.excepthook = hide_tensorboard_traceback
+        self.pending = []  # points of curves whose values nothing has waited for yet
         # TensorBoard discards its events from `step` on; the lines kept of that step are written again.
         self.tensorboard = SummaryWriter(run, purge_step=step)
         for line in kept:
             if line["step"] == step:
-                self.add_scalars(**line)
+                self.add_line(**line)
 
     def write(self, kind, step, numbers):
         """Log numbers of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
@@ -49,29 +53,68 @@ class Log:
         self.lines += 1
         if (kind, step) == ("eval", 0):
             self.untrained_loss = numbers["loss"]
-        self.add_scalars(**line)
+        self.add_pending()
+        self.add_line(**line)
 
     def write_answers(self, when, step, answers):
         """Keep answers given "before" or "after" training: in `answers.json`, and as text for TensorBoard."""
-        for answer in answers:
-            self.tell_tensorboard("add_text", f"answers/{answer.prompt}", f"**{when}:** {answer.text}", step)
+        self.show_answers(f"answers of the {'untrained' if when == 'before' else 'best'} model", step, answers)
         self.answers[when] = [asdict(answer) for answer in answers]
         replace_answers(self.path.parent, self.answers)
+
+    def write_losses(self, split, when, evaluation):
+        """Keep the losses of a split's conversations, "before" or "after" training, in `losses.json`."""
+        pairs = [[losses.sum().item(), len(losses)] for losses in evaluation.token_losses]
+        self.losses.setdefault(split, {})[when] = pairs
+        replace_file(self.path.parent / "losses.json", json.dumps(self.losses) + "\n")
+
+    def show_answers(self, tag, step, answers):
+        """Show answers in TensorBoard, those to each prompt as a text of its own."""
+        for prompt in dict.fromkeys(answer.prompt for answer in answers):
+            texts = [answer_text(answer) for answer in answers if answer.prompt == prompt]
+            self.tell_tensorboard("add_text", f"{tag}/{prompt}", "\n\n".join(texts), step)
+
+    def show_run(self, config, examples, tokenizer):
+        """Show in TensorBoard what does not change: its charts, the settings, the masks of some examples."""
+        self.tell_tensorboard("add_custom_scalars", LAYOUT)
+        self.tell_tensorboard("add_text", "run/settings", settings_table(config), 0)
+        for number, example in enumerate(examples, 1):
+            counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
+            table = masked_table(example, tokenizer)
+            self.tell_tensorboard("add_text", f"data/training conversation {number}", f"{counts}\n\n{table}", 0)
 
     def state(self):
         """What a checkpoint holds of the log, to continue it: the count of its lines, their SHA-256, the answers."""
         return {"lines": self.lines, "digest": sha256(self.path), "answers": self.answers}
 
-    def add_scalars(self, kind, step, **numbers):
-        """Show numbers in TensorBoard, under `kind/name`."""
-        for name, value in numbers.items():
-            self.tell_tensorboard("add_scalar", f"{kind}/{name}", value, step)
+    def add_line(self, kind, step, **numbers):
+        """Draw a line of `metrics.jsonl` in TensorBoard."""
+        self.add_points(step, curves_of(kind, numbers))
 
-    def tell_tensorboard(self, method, *arguments, **options):
+    def add_points(self, step, values):
+        """Draw a point of each of some curves in TensorBoard."""
+        for tag, value in values.items():
+            self.add_summary(scalar(tag, value), step)
+
+    def add_later(self, step, tensors):
+        """Draw points whose values are still being computed, when something else has waited for them."""
+        self.pending.append((step, tensors))
+
+    def add_pending(self):
+        """Draw what `add_later` was given."""
+        for step, tensors in self.pending:
+            self.add_points(step, {tag: tensor.item() for tag, tensor in tensors.items()})
+        self.pending.clear()
+
+    def add_summary(self, summary, step=None):
+        """Write one of TensorBoard's summaries."""
+        self.tell_tensorboard("file_writer.add_summary", summary, step)
+
+    def tell_tensorboard(self, method, *arguments):
         """Call a method of TensorBoard's writer; a failure is reported once and does not end the run."""
         if self.tensorboard:
             try:
-                getattr(self.tensorboard, method)(*arguments, **options)
+                attrgetter(method)(self.tensorboard)(*arguments)
             except Exception as error:
                 self.tensorboard = None
                 print(
@@ -81,17 +124,17 @@ class Log:
 
     def sync(self):
         """Force to disk what has been logged, before a checkpoint that counts its lines."""
+        self.add_pending()
         self.tell_tensorboard("flush")
         for path in (self.path, *self.path.parent.glob("events.out.tfevents.*")):
             if path.exists():
                 sync(path)
 
-    def close(self, config=None, results=None):
-        """End the log; with a `Config` and results, TensorBoard's table of hyper-parameters gets its row."""
-        if config:
-            settings = {name: as_text(value) for name, value in asdict(config).items()}
-            numbers = {f"hparam/{name}": value for name, value in results.items()}
-            self.tell_tensorboard("add_hparams", settings, numbers, run_name=".")
+    def close(self, hyper_parameters=()):
+        """End the log; TensorBoard's table of hyper-parameters gets its row, where there is one."""
+        self.add_pending()
+        for summary in hyper_parameters:
+            self.add_summary(summary)
         self.tell_tensorboard("close")
 
 
@@ -103,7 +146,7 @@ class Unheard:
     def ignore(self, *_, **__):
         pass
 
-    write = write_answers = add_scalars = sync = close = ignore
+    write = write_answers = write_losses = show_answers = show_run = add_points = add_later = sync = close = ignore
 
 
 def hide_tensorboard_traceback(failure):
@@ -112,47 +155,6 @@ def hide_tensorboard_traceback(failure):
         threading.__excepthook__(failure)
 
 
-def read_metrics(run, lines=None):
-    """The first `lines` lines of a run's metrics, or all of them, as dicts; a truncated last line is left out.
-
-    Raises:
-        UserError: a line is damaged.
-    """
-    path, metrics = Path(run) / "metrics.jsonl", []
-    content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1][:lines], 1):
-        try:
-            metrics.append(json.loads(line))
-            if not (isinstance(metrics[-1]["step"], int) and isinstance(metrics[-1]["kind"], str)):
-                raise ValueError("no step and kind")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: damaged; delete that line to continue without it") from error
-    return metrics
-
-
-def is_finished(run):
-    """Whether a run has finished: its best model has answered the prompts."""
-    return "after" in read_answers(run)
-
-
-def read_answers(run):
-    """The answers a run has given so far, in lists of dicts: "before" training and "after" it.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = Path(run) / "answers.json"
-    if not path.exists():
-        return {}
-    try:
-        answers = json.loads(path.read_bytes())
-        for one in (one for when in answers.values() for one in when):
-            one["prompt"] + one["text"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged; delete it, and resuming writes the answers again") from error
-    return answers
-
-
 def replace_answers(run, answers):
-    """Write what `read_answers` reads."""
+    """Write what `records.read_answers` reads."""
     replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")

@@ -5,15 +5,18 @@ import json
 import math
 import platform
 import shlex
-import textwrap
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from compute.processes import world_size
 from config import FORMAT, PRESETS, as_text
+from conversations.preview import is_replaceable
 from data import window_at, windows_per_epoch
-from running.metrics import read_answers, read_metrics
+from evaluation.comparison import side_by_side
+from evaluation.page import REPORT, page
 from storage.durable import replace_file
+from storage.records import read_answers, read_metrics
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
 
@@ -61,6 +64,8 @@ def plan(run):
         for name in ("truncated", "dropped", "supervised_lost", "supervised")
     )
     lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
+    split_up = data.train.conversations not in (0, len(train) + data.train.dropped)
+    unit = "examples" if split_up else "conversations"
     never = " that is never reached" if config.warmup_steps >= run.total_steps else ""
     sharing = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     together = f"{world_size()} processes{sharing}, each on " if world_size() > 1 else ""
@@ -69,12 +74,12 @@ def plan(run):
         "model": f"{config.model}: {parameters:,} parameters",
         "device": f"{together}{run.precision.describe()}, over fp32 weights",
         "layout": layout.describe(),
-        "data": f"{len(train):,} conversations to train on, {len(data.eval.examples):,} to evaluate, "
-        f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
+        "data": f"{counted(data.train)} to train on, {counted(data.eval, '')} to evaluate, "
+        f"{counted(data.test, '')} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),
         "tokens": f"{data.train.tokens:,} an epoch, {data.train.supervised / data.train.tokens:.1%} of them supervised",
         "updates": f"{per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
-        f"{min(config.batch_size, len(train))} conversations in {cuts / sampled:.1f} micro-batches "
+        f"{min(config.batch_size, len(train))} {unit} in {cuts / sampled:.1f} micro-batches "
         f"(gradient accumulation){'' if world_size() == 1 else ' of each process'}",
         "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
         f"{never}, then a cosine to 0",
@@ -83,6 +88,23 @@ def plan(run):
         lines["saving"] = f"in the first process, with {12 * parameters / 1e9:.1f} GB of its memory for a checkpoint"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
+
+
+def write_page(run):
+    """Write a `Run`'s page into its directory, unless something else stands there."""
+    path = run.directory / REPORT
+    if is_replaceable(path):
+        replace_file(path, page(run.directory, run.data.train.examples[:3], run.tokenizer))
+    else:
+        print(f"warning: {path} is not an earlier report, and is left as it is", file=sys.stderr)
+
+
+def counted(split, noun=" conversations"):
+    """How many conversations a split has, and how many examples where that is another number."""
+    kept = len(split.examples)
+    if split.conversations in (0, kept + split.dropped):
+        return f"{kept:,}{noun}"
+    return f"{split.conversations:,}{noun} ({kept:,} examples)"
 
 
 def summary(run):
@@ -100,19 +122,13 @@ def summary(run):
                 lines.append(f"  {kind + ' ' + name:<18}{before:>10{style}}{after:>22{style}}")
     answers = read_answers(run)
     for before, after in zip(answers.get("before", []), answers.get("after", []), strict=False):
-        lines += ["", f"  > {before['prompt']}", *side_by_side(before["text"], after["text"])]
+        how = "" if after["greedy"] else " (sampled)"
+        lines += ["", f"  > {before['prompt']}{how}", *side_by_side(before["text"], after["text"])]
     lines += [
         "",
         f"  the best model   {run}/best",
+        f"  the report       {run}/{REPORT}",
         f"  ask it           python eval.py {shlex.quote(str(run))} --prompts 'Your question'",
         f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(run).parent))}",
     ]
     return "\n".join(lines)
-
-
-def side_by_side(left, right, width=54):
-    """Two texts wrapped into columns, line by line."""
-    columns = [[line for part in text.splitlines() for line in textwrap.wrap(part, width)] for text in (left, right)]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return [f"  {row[0]:<{width}} | {row[1]}".rstrip() for row in rows]

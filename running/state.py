@@ -20,7 +20,9 @@ from config import Config, UserError
 from data import Data, windows_per_epoch
 from model import Precision, put_together, save_model
 from running import report
+from running.card import model_card
 from running.checkpoints import checkpoint_at, save_checkpoint
+from running.meter import StepMeter
 from running.metrics import Log
 from storage.durable import Damaged, copy_directory, save_directory, verify
 
@@ -44,6 +46,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: Log | None = None
+    meter: StepMeter | None = None
     step: int = 0  # updates done: the position in training; epoch and window are arithmetic on it
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
@@ -92,8 +95,14 @@ def save_best(run):
     """Make `best/` the model as it is now."""
     with timed(run, "best"):
         model, about = put_together(run.model), {"step": run.step, **run.described}
+
+        def write(path):
+            save_model(model, run.tokenizer, path)
+            card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
+            (path / "README.md").write_text(card, encoding="utf-8")
+
         if is_first():
-            save_directory(run.directory / BEST, about, lambda path: save_model(model, run.tokenizer, path))
+            save_directory(run.directory / BEST, about, write)
 
 
 def moments_of(optimizer):
@@ -113,7 +122,7 @@ def timed(run, what):
     yield
     seconds = time.perf_counter() - began
     run.seconds_saving += seconds
-    run.log.add_scalars("time", run.step, **{what: seconds})
+    run.log.add_points(run.step, {f"time/{what}": seconds})
 
 
 def write_state(run, directory, model, moments, random):

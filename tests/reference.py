@@ -53,6 +53,52 @@ def encode_by_offsets(messages, tokenizer):
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
 
+def encode_by_definition(messages, tokenizer, ends, tools=None):
+    """Examples by the definition of docs/masking.md, from rendered texts and the offsets of their tokens.
+
+    For each answer the context is what the template renders before it with the generation prompt; the answer is what it
+    renders after that, to the last of `ends` that only space and control tokens follow. Answers whose text begins
+    another's share its example. Each is supervised once, in the first example that has it.
+
+    Args:
+        messages: as the template takes them.
+        ends: the control tokens that may end a turn.
+
+    Returns:
+        A list of `(ids, labels)`; None where the template cannot write an answer so.
+    """
+
+    def render(chat, prompt=False):
+        return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=prompt)
+
+    spans, whole = {}, render(messages)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            context, text = render(messages[:number], prompt=True), render(messages[: number + 1])
+            if not text.startswith(context):
+                return None
+            stop = max(text.rfind(end) + len(end) for end in ends if text.rfind(end) >= len(context))
+            spans[text[:stop]] = (len(context), stop)
+    longest = [text for text in spans if not any(other != text and other.startswith(text) for other in spans)]
+    longest = [whole if whole.startswith(text) else text for text in longest]
+    seen, rows = set(), []
+    for text in longest:
+        own = [text_of_one for text_of_one in spans if text.startswith(text_of_one)]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        supervised = [spans[one] for one in own if one not in seen]
+        seen.update(own)
+        rows.append(
+            (
+                encoded["input_ids"],
+                [
+                    number if any(begin <= first and last <= end for begin, end in supervised) else -100
+                    for number, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                ],
+            )
+        )
+    return rows
+
+
 def encode_with_trl(conversations, tokenizer, template="qwen3_instruct_2507"):
     """The rows that TRL's `SFTTrainer` makes of conversations with `assistant_only_loss=True` and a template it knows.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("config", "storage", "conversations", "data", "compute", "model", "eval", "running", "train")
+CHAIN = ("config", "storage", "conversations", "data", "compute", "model", "evaluation", "eval", "running", "train")
 FILES = [*ROOT.glob("*.py"), *(path for name in CHAIN for path in (ROOT / name).glob("*.py"))]
 
 

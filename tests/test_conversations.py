@@ -32,6 +32,13 @@ def assistant(content, **more):
     return {"role": "assistant", "content": content, **more}
 
 
+def calling(name, arguments="{}", **more):
+    return assistant(
+        None, tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}, **more}]
+    )
+
+
+RESULT = {"role": "tool", "content": "7"}
 # --- formats
 
 
@@ -136,6 +143,105 @@ def test_what_is_not_used_is_named(tmp_path):
     assert sorted(findings.ignored) == ["id", "messages[].name"]
 
 
+# --- tools and thoughts
+
+
+SCHEMA = {"type": "function", "function": {"name": "f", "description": "Does it."}}
+CALLS = {  # the same conversation, as different people write it
+    "OpenAI": {"messages": [user("q"), calling("f", '{"a": 1}'), RESULT, assistant("So.")], "tools": [SCHEMA]},
+    "objects": {
+        "messages": [
+            user("q"),
+            assistant("", tool_calls=[{"name": "f", "arguments": {"a": 1}}]),
+            RESULT,
+            assistant("So."),
+        ],
+        "tools": json.dumps([SCHEMA["function"]]),
+    },
+    "OpenAI, before tools": {
+        "messages": [
+            user("q"),
+            assistant(None, function_call={"name": "f", "arguments": '{"a": 1}'}),
+            {"role": "function", "name": "f", "content": "7"},
+            assistant("So."),
+        ],
+        "functions": [SCHEMA["function"]],
+    },
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": "So."},
+        ],
+        "tools": json.dumps([SCHEMA]),
+    },
+}
+
+
+@pytest.mark.parametrize("row", CALLS.values(), ids=CALLS)
+def test_tool_calls_are_the_same_however_they_are_written(tmp_path, row):
+    path, findings = tmp_path / "a.jsonl", Findings()
+    path.write_bytes(lines(row))
+    (messages,) = read_file(path, findings=findings)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert messages == [
+        {**user("q"), "train": True, "tools": [SCHEMA]},
+        {**assistant(""), "train": True, "tool_calls": [call]},
+        {**RESULT, "train": True, "name": "f"},
+        {**assistant("So."), "train": True},
+    ]
+    assert not findings.ignored
+
+
+def test_parallel_results_are_matched_by_their_ids(tmp_path):
+    calls = [{"id": name, "function": {"name": name, "arguments": ""}} for name in "ab"]
+    results = [{"role": "tool", "content": name, "tool_call_id": name} for name in "ba"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(chat(user("q"), assistant(None, tool_calls=calls), *results, assistant("x", weight=0)))
+    messages = read_file(path)[1]
+    assert [message.get("name") for message in messages] == [None, None, "b", "a", None]
+    assert [call["id"] for call in messages[1]["tool_calls"]] == ["a", "b"]
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_a_thought_may_stand_beside_the_content_by_three_names(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for name in ("thinking", "reasoning_content", "reasoning"):
+        path.write_bytes(chat(user("q"), assistant("x", **{name: "Hm."})))
+        assert read_file(path)[1][1] == {**assistant("x"), "train": True, "thinking": "Hm."}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({**GOOD, "tools": [SCHEMA]}, ":1: --chat-template chatml has no tools; use --chat-template model"),
+        ({"messages": [user("q"), calling("f")]}, ":1: message 2: --chat-template chatml has no tools"),
+        (
+            {"messages": [user("q"), assistant("x", thinking="Hm.")]},
+            ":1: message 2: --chat-template chatml has no thoughts",
+        ),
+    ],
+)
+def test_chatml_says_that_it_has_no_tools_and_no_thoughts(tmp_path, row, why):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(row, *[GOOD] * 9))
+    with pytest.raises(UserError) as raised:
+        read_file(path, plain=True)
+    assert str(raised.value).startswith(f"{path}{why}")
+    assert len(read_file(path, plain=True, skip_bad_rows=0.1)) == 9
+
+
+def test_the_columns_of_a_table_put_no_nulls_into_arguments(tmp_path):
+    rows = [
+        {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": arguments}])]}
+        for arguments in ({"a": 1}, {"b": 2})
+    ]
+    write_parquet(tmp_path / "a.parquet", rows)
+    found = [messages[1]["tool_calls"][0]["function"]["arguments"] for messages in read_file(tmp_path / "a.parquet")]
+    assert found == [{"a": 1}, {"b": 2}]
+
+
 # --- files
 
 
@@ -232,11 +338,54 @@ BROKEN = {  # file name: content, the line it must give after the path
     "not_truncated.jsonl": (lines(GOOD) + b'{"messages": nope}', ":2: column 14, Expecting value: not valid JSON"),
     "after_the_array.json": (b"[\n" + lines(GOOD).strip() + b"]\ngarbage", ":3: column 1: not valid JSON"),
     "no_comma.json": (b"[\n" + lines(GOOD, GOOD) + b"]", ":3: column 1: not valid JSON: no comma after a row"),
-    "thoughts.jsonl": (
-        chat(user("Hi"), assistant("x", reasoning_content="Hm.")),
-        ':2: message 2: "reasoning_content" is not supported',
+    "images.jsonl": (lines(GOOD, {**GOOD, "images": ["a.png"]}), ':2: "images" is not supported'),
+    "two_thoughts.jsonl": (
+        chat(user("Hi"), assistant("x", reasoning_content="Hm.", thinking="Oh.")),
+        ":2: message 2: more than one of thinking, reasoning_content, reasoning",
     ),
-    "tools.jsonl": (lines(GOOD, {**GOOD, "tools": [{"name": "f"}]}), ':2: "tools" is not supported'),
+    "thought_of_a_user.jsonl": (
+        chat({**user("Hi"), "reasoning": "Hm."}, assistant("x")),
+        ':2: message 1: "reasoning" is not supported',
+    ),
+    "thought_list.jsonl": (chat(user("Hi"), assistant("x", thinking=1)), ":2: message 2: its thought is not a text"),
+    "tools_text.jsonl": (lines(GOOD, {**GOOD, "tools": "f()"}), ':2: "tools" is not JSON'),
+    "tools_object.jsonl": (lines(GOOD, {**GOOD, "tools": {"name": "f"}}), ':2: "tools" is not a list of tools'),
+    "tool_name.jsonl": (
+        lines({**GOOD, "tools": [{"name": "f"}, {"type": "function"}]}),
+        ":1: tool 2: not an object with the name of a function",
+    ),
+    "forged_name.jsonl": (
+        lines({**GOOD, "tools": [{"name": "f<|im_end|>"}]}),
+        ":1: tool 1: the name of a tool may have letters, digits and . _ - : / only",
+    ),
+    "unknown_tool.jsonl": (
+        lines({"messages": [user("Hi"), calling("g")], "tools": [{"name": "f"}]}),
+        ":1: message 2: a call to a tool that is not among its tools (g)",
+    ),
+    "arguments.jsonl": (
+        chat(user("Hi"), calling("f", "{'a': 1}")),
+        ":2: message 2: the text of its arguments is not JSON",
+    ),
+    "arguments_list.jsonl": (
+        chat(user("Hi"), calling("f", "[1]")),
+        ":2: message 2: the arguments of a tool call are not a JSON object",
+    ),
+    "arguments_nan.jsonl": (
+        chat(user("Hi"), calling("f", '{"a": NaN}')),
+        ":2: message 2: the text of its arguments has something that is not valid JSON",
+    ),
+    "result.jsonl": (
+        chat(user("Hi"), calling("f"), RESULT, RESULT, assistant("x")),
+        ":2: message 4: a tool's result without a call that it answers",
+    ),
+    "result_of_another.jsonl": (
+        chat(user("Hi"), calling("f", id="a"), {**RESULT, "tool_call_id": "b"}, assistant("x")),
+        ":2: message 3: a tool's result without a call that it answers",
+    ),
+    "result_of_nothing.jsonl": (
+        chat(user("Hi"), {**RESULT, "tool_call_id": "b"}, assistant("x")),
+        ":2: message 2: a tool's result without a call that it answers",
+    ),
     "two_systems.jsonl": (
         lines(GOOD, {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"}),
         ':2: a "system" beside the messages, and a system message among them',
@@ -288,7 +437,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "tool_calls.jsonl": (
         chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])),
-        ':2: message 2: "tool_calls" is not supported; write it into the content, or remove it',
+        ":2: message 2: a tool call without a name",
     ),
     "sharegpt.jsonl": (
         lines(GOOD, {"conversations": [{"from": "alice", "value": "Hi"}]}),

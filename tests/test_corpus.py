@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_templates import STYLES, tokenizer_with
+from trl import chat_template_utils as templates_of
 
 import data as data_command
 from config import UserError, resolve
@@ -203,7 +204,9 @@ def test_a_refusal_in_one_of_several_processes_is_the_same_refusal(tmp_path, wri
     chats = [a_chat(f"{number}") for number in range(300)]
     chats[250]["messages"].insert(0, {"role": "assistant", "content": "Welcome!"})
     tokenizer = tokenizer_with(*STYLES["Gemma"], tmp_path / "model")
-    with pytest.raises(UserError, match=r"in a conversation of assistant, user, assistant, it does not take them"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:251: .* in a conversation of assistant, user, it does not take them"
+    ):
         prepared(tokenizer, write("a.jsonl", chats), chat_template="model")
 
 
@@ -293,3 +296,57 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(tiny_tokenizer, writ
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\); set XDG_CACHE_HOME"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]))
+
+
+QWEN3 = (templates_of.qwen3_chat_template, ["<|endoftext|>", "<|im_start|>", "<think>", "</think>", "<|im_end|>"])
+
+
+def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path):
+    """Splits, amounts and copies are of conversations, windows of examples; both are counted."""
+    tokenizer = tokenizer_with(*QWEN3, tmp_path / "model")
+    chats = [a_chat(f"{number}") for number in range(10)]
+    for number in range(20):
+        chats.append({"messages": a_chat(f"one {number}")["messages"] + a_chat(f"two {number}")["messages"]})
+    path = write("a.jsonl", [*chats, chats[-1]])
+    data = prepared(tokenizer, path, chat_template="model", template_option=())
+    assert sum(split.conversations for split in data.splits.values()) == 31
+    assert sum(len(split.examples) for split in data.splits.values()) == 10 + 2 * 21
+    assert "1 are copies of another, always in the same split as it" in data.notes
+    assert (
+        "31 conversations, 52 examples: the template writes an earlier answer differently from the last" in data.notes
+    )
+    for number in range(20):
+        homes = [
+            name for name, split in data.splits.items() for text in texts(split, tokenizer) if f"one {number}<" in text
+        ]
+        assert len(set(homes)) == 1
+    assert data.train.empty_thoughts == len(data.train.examples)
+    assert any("are supervised with an empty thought" in warning for warning in data.warnings)
+    assert len(prepared(tokenizer, path + "#5", chat_template="model", test_fraction=0.0).notes) > 0
+
+
+def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_path):
+    tokenizer = tokenizer_with(*TOOLS, tmp_path / "model")
+    call = {"function": {"name": "f", "arguments": '{"a": "Ünï"}'}}
+    answer = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
+    chats = [a_chat(f"{number}") for number in range(10)]
+    for number in range(10):
+        chats[number]["messages"][1:] = [
+            answer,
+            {"role": "tool", "content": "7"},
+            {"role": "assistant", "content": "So."},
+        ]
+        chats[number]["tools"] = [{"name": "f", "description": "Does it."}]
+    data = prepared(tokenizer, write("a.jsonl", chats), chat_template="model", max_length=2000)
+    for text in texts(data.train, tokenizer):
+        assert '<tool_call>\n{"name": "f", "arguments": {"a": "Ünï"}}\n</tool_call>' in text
+        assert "<think>\nHm.\n</think>" in text
+        assert "Does it." in text
+        assert "<tool_response>\n7\n" in text
+    with pytest.raises(
+        UserError, match=r"10 of 10 rows are invalid(.|\n)*b\.jsonl:1: --chat-template chatml has no tools"
+    ):
+        prepared(tokenizer, write("b.jsonl", chats))
+
+
+TOOLS = (QWEN3[0], [*QWEN3[1][:-1], "<tool_call>", "</tool_call>", "<|im_end|>"])

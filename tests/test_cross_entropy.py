@@ -101,10 +101,10 @@ def test_the_evaluated_loss_is_the_same_and_the_ranks_are_counted(monkeypatch):
     hidden, head, targets = problem(99)
     with torch.no_grad():
         targets[:30] = head(hidden[:30]).argmax(-1)
-        summed, correct = loss_and_correct(hidden, head, targets)
+        summed, correct = loss_and_correct(hidden, head, targets).sum(1)
         assert summed.item() == pytest.approx(linear_cross_entropy(hidden, head, targets).item(), rel=1e-6)
         assert correct == (head(hidden).argmax(-1) == targets).sum() >= 30
-        assert torch.equal(loss_and_correct_of_logits(head(hidden), targets)[1], correct)
+        assert torch.equal(loss_and_correct_of_logits(head(hidden), targets)[1].sum(), correct)
 
 
 def test_tied_and_untied_heads_get_the_models_own_gradient(tiny_model, ragged_window):

@@ -1,4 +1,4 @@
-"""Evaluation that does not depend on batching, answers that stop by themselves and disturb nothing, and the command."""
+"""Evaluation that does not depend on batching, and the command."""
 
 import json
 
@@ -8,8 +8,7 @@ import torch
 import eval as eval_command
 from compute.self_check import use_layout
 from config import UserError
-from data import encode_prompt
-from eval import Evaluation, answer, evaluate, read_prompts
+from eval import Evaluation, evaluate, read_prompts
 from model import Precision
 from tests.conftest import layout_of, tiny_llama
 
@@ -54,26 +53,6 @@ def test_perplexity_and_accuracy_are_means_over_tokens():
     assert Evaluation(1e9, 1, 0).perplexity > 1e300
 
 
-def test_answers_are_seeded_and_leave_the_random_state_alone(tiny_model, tiny_tokenizer):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first, again, other = (answer(tiny_model, tiny_tokenizer, "Hi", seed=seed, max_new_tokens=8) for seed in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert first == again != other
-    assert not first.finished
-    assert first.tokens == 8
-
-
-def test_an_answer_ends_at_the_stop_token(tiny_model, tiny_tokenizer):
-    with torch.no_grad():  # a head that always says <|im_end|>: the last hidden state is made its embedding
-        tiny_model.model.norm.weight.zero_()
-        tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.clone())
-        tiny_model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tiny_tokenizer)))
-        tiny_model.lm_head.bias[tiny_tokenizer.eos_token_id] = 1.0
-    said = answer(tiny_model, tiny_tokenizer, "Hi", greedy=True)
-    assert (said.text, said.finished, said.tokens) == ("", True, 1)
-
-
 def test_a_prompt_may_be_a_file_of_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     assert list(read_prompts(["zero", str(tmp_path / "prompts.txt")])) == ["zero", "one", "two"]
@@ -85,7 +64,11 @@ def test_the_command_compares_two_models_on_a_whole_file(tiny_model_dir, chats, 
     report = json.loads(capsys.readouterr().out)
     assert report["splits"].keys() == {"all"}
     assert report["splits"]["all"].keys() == {"loss", "perplexity", "accuracy", "supervised_tokens"}
+    comparison = report.pop("comparison")["all"]
     assert {**report, "against": None} == {**report["against"], "against": None}
+    assert (comparison["difference"], comparison["interval"]) == (0.0, [0.0, 0.0])
+    assert (comparison["won"], comparison["lost"], comparison["tied"]) == (0, 0, 40)
+    assert comparison["better"] == comparison["worse"] == []
     assert [given["prompt"] for given in report["answers"]] == ["Hi"]
 
     assert eval_command.main([*arguments, "--prompts", "Hi", "--max-new-tokens", "4"]) == 0
@@ -139,11 +122,3 @@ def test_a_prompt_longer_than_the_model_attends_to_is_refused(tiny_model_dir, ch
         eval_command.main(arguments)
     with pytest.raises(UserError, match="prompt 1 has 21 tokens and --max-new-tokens asks for 500 more"):
         eval_command.main([*arguments[:3], "--prompts", "Hi", "--max-new-tokens", "500"])
-
-
-def test_an_answer_ends_where_the_model_attends_to_no_more(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(tiny_tokenizer, "model_max_length", 50)
-    model = tiny_llama(len(tiny_tokenizer), max_position_embeddings=50)
-    prompt_tokens = len(encode_prompt("Hi", tiny_tokenizer))
-    assert answer(model, tiny_tokenizer, "Hi").tokens == 50 - prompt_tokens
-    assert answer(model, tiny_tokenizer, "Hi " * 50).tokens == 0

@@ -17,8 +17,10 @@ import train as train_command
 from compute import memory
 from eval import Evaluation
 from running import state as run_module
+from running.dashboard import CURVES
 
 ROOT = Path(__file__).parent.parent
+TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "seconds_optimizer", "peak_memory"}
 STEPS = 12  # 30 training conversations, windows of 5, two epochs
 
 
@@ -44,7 +46,7 @@ def lines(run, kind=None):
 
 
 def untimed(run):
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines(run)]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines(run)]
 
 
 def forget_the_end(run):
@@ -69,7 +71,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert [line["step"] for line in lines(run, "eval")] == [0, 4, 8, 12]
     best = min(lines(run, "eval")[1:], key=lambda line: line["loss"])["step"]
     assert [line["step"] for line in lines(run, "test")] == [0, best]
-    expected = {"step", "kind", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_second", "epoch"}
+    expected = {"step", "kind", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "epoch", *TIMINGS}
     assert all(set(line) == expected for line in lines(run, "train"))
     assert lines(run, "train")[0]["lr"] == 0.0
     assert lines(run, "train")[-1]["epoch"] == 2.0
@@ -88,12 +90,26 @@ def test_tensorboard_gets_the_same_numbers_and_the_answers(finished):
     run, _ = finished
     events = EventAccumulator(str(run))
     events.Reload()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "test/loss"} <= set(
-        events.Tags()["scalars"]
-    )
+    drawn = set(events.Tags()["scalars"])
+    ratios = {f"update_ratio/layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    final = {f"final/{name}" for name in ("eval_loss", "eval_accuracy", "test_loss", "test_accuracy")}
+    assert drawn == {*CURVES} - {"update_ratio", "train/overflows"} | ratios | final | {"final/tokens_per_second"}
+    for tag in drawn - final - {"final/tokens_per_second"}:
+        points = events.Scalars(tag)
+        assert [point.step for point in points] == sorted({point.step for point in points})
+        assert len({point.value for point in points}) > 1, f"{tag} is constant"
+        assert events.SummaryMetadata(tag).summary_description
+    assert [point.step for point in events.Scalars("update_ratio/layers.0.mlp.down_proj")] == list(range(1, STEPS + 1))
     logged = {event.step: event.value for event in events.Scalars("train/loss")}
     assert logged == pytest.approx({line["step"]: line["loss"] for line in lines(run, "train")}, rel=1e-6)
-    assert "answers/Who are you?/text_summary" in events.Tags()["tensors"]
+    said = events.Tensors("answers/Who are you?/text_summary")
+    assert [text.step for text in said] == [4, 8, 12]
+    assert "greedy, 50 tokens" in said[0].tensor_proto.string_val[0].decode()
+    assert "answers of the best model/Who are you?/text_summary" in events.Tags()["tensors"]
+    (settings,) = events.Tensors("run/settings/text_summary")
+    assert "| batch_size | **5** | 32 |" in settings.tensor_proto.string_val[0].decode()
+    assert "data/training conversation 3/text_summary" in events.Tags()["tensors"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
 
 
@@ -110,6 +126,22 @@ def test_the_best_model_is_an_ordinary_one_with_the_recorded_loss(finished, tiny
     report = json.loads(capsys.readouterr().out)
     assert report["splits"]["eval"]["loss"] == min(line["loss"] for line in lines(run, "eval")[1:])
     assert report["splits"]["test"]["loss"] == lines(run, "test")[-1]["loss"]
+
+
+def test_the_best_model_has_a_card_and_loads_in_a_pipeline(finished):
+    run, _ = finished
+    card = (run / "best" / "README.md").read_text()
+    best = min(lines(run, "eval")[1:], key=lambda line: line["loss"])
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert f"| eval loss | {lines(run, 'eval')[0]['loss']:.4f} | {best['loss']:.4f} |" in card
+    assert f"after {best['step']} updates" in card
+    assert "30 conversations of chats.jsonl" in card
+    assert str(run.parent) not in card  # paths are nobody's business
+    code = card.split("```python\n")[1].split("```")[0].replace("PATH_OR_ID_OF_THIS_DIRECTORY", str(run / "best"))
+    assert code.count(str(run / "best")) == 1
+    said = {}
+    exec(code.replace("print(", "said = ("), said)
+    assert isinstance(said["said"], str)
 
 
 def test_best_follows_the_lowest_eval_loss_not_the_last(flags, tmp_path, monkeypatch):

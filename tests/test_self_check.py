@@ -33,7 +33,8 @@ from compute.layers import compiled_graphs
 from compute.memory import CPU_TOKENS
 from compute.self_check import choose_layout, loss_and_gradient
 from config import Config, UserError
-from eval import answer, evaluate
+from eval import evaluate
+from evaluation.generation import answers
 from model import Precision, save_model, token_loss
 from tests import stand_in
 from tests.conftest import layout_of, one_batch, tiny_llama
@@ -137,9 +138,9 @@ def test_a_layout_can_be_asked_for(tiny_model):
 
 
 def test_nothing_of_it_is_saved_and_answers_are_the_same(tiny_model, tiny_tokenizer, tmp_path):
-    before = answer(tiny_model, tiny_tokenizer, "Who are you?", greedy=True, max_new_tokens=8)
+    before = answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8)
     assert choose_layout(tiny_model, token_loss, Config(), 0, FP32).packed
-    assert answer(tiny_model, tiny_tokenizer, "Who are you?", greedy=True, max_new_tokens=8) == before
+    assert answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8) == before
     save_model(tiny_model, tiny_tokenizer, tmp_path)
     assert "packed" not in (tmp_path / "config.json").read_text()
     assert not any(weights.grad is not None for weights in tiny_model.parameters())

@@ -20,7 +20,7 @@ from running.checkpoints import checkpoints, step_of
 BOUND = 15  # seconds between the end of a first process and that of the last
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.harness"])
-TIMINGS = ("tokens_per_second", "waiting_seconds")
+TIMINGS = ("tokens_per_second", "waiting_seconds", "seconds", "seconds_data", "seconds_optimizer", "peak_memory")
 
 
 def program(argv, output, faults, environment):

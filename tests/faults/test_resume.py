@@ -112,7 +112,7 @@ INTERRUPTIONS = [
     ("train.evaluate", 2),
     ("running.metrics.replace_answers", 2),
     ("train.evaluate", 3),
-    ("train.answer", 2),
+    ("eval.answers", 2),
 ]
 
 

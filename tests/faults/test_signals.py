@@ -58,7 +58,7 @@ def test_a_signal_in_a_save_finishes_it(flags, unbroken, live, tmp_path, functio
     goes_on(live, run, unbroken)
 
 
-@pytest.mark.parametrize("function", some(["train.evaluate", "train.answer"], fast=1))
+@pytest.mark.parametrize("function", some(["train.evaluate", "train.greedy_and_sampled"], fast=1))
 def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     life = live([*flags, "--output-dir", run], partial(on_call, function, 1, term))
@@ -68,10 +68,10 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
 
 
 @pytest.mark.parametrize(
-    "function", some(["train.answer", "train.load_model", "running.metrics.replace_answers"], fast=1)
+    "function", some(["train.greedy_and_sampled", "train.load_model", "running.metrics.replace_answers"], fast=1)
 )
 def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, unbroken, live, function):
-    call = {"train.load_model": 2, "train.answer": 1, "running.metrics.replace_answers": 2}[function]
+    call = {"train.load_model": 2, "train.greedy_and_sampled": 1, "running.metrics.replace_answers": 2}[function]
     life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
     stopped(life, interrupted, 130, 10)
     goes_on(live, interrupted, unbroken)

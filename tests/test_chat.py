@@ -1,0 +1,180 @@
+"""Talking to a model: what it remembers, what stops it, and how it reads prompts from a pipe and a terminal."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+import eval as eval_command
+from config import UserError
+from evaluation import chat as chat_module
+from evaluation.chat import Chat
+from evaluation.generation import GREEDY, answers
+from tests.test_generation import always_saying
+
+ROOT = Path(__file__).parents[1]
+LETTER = 70  # the byte tokenizer's id of some letter
+
+
+@pytest.fixture
+def chat(tiny_model, tiny_tokenizer):
+    """With a model that says one letter, over and over."""
+    always_saying(LETTER, tiny_model, tiny_tokenizer)
+    return Chat(tiny_model, tiny_tokenizer, GREEDY, 5, "Be brief.")
+
+
+def test_it_says_what_it_would_answer_and_remembers(chat, capsys):
+    alone = answers(chat.model, chat.tokenizer, ["Hi"], GREEDY, 5, "Be brief.")[0].text
+    chat.say("Hi")
+    assert capsys.readouterr().out.strip() == alone
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert chat.messages[2]["content"] == alone
+    chat.say("And?")
+    assert len(chat.messages) == 5
+
+
+def test_it_streams(chat, capsys, monkeypatch):
+    seen, print_part = [], chat_module.Streamer.put
+    monkeypatch.setattr(chat_module.Streamer, "put", lambda s, value: (print_part(s, value), seen.append(s.text))[0])
+    chat.max_new_tokens = 3
+    chat.say("Hi")
+    assert len(seen) == 4  # the prompt and three tokens
+    letter = chat.tokenizer.decode([LETTER])
+    assert capsys.readouterr().out == 3 * letter + "\n"
+
+
+def test_ctrl_c_stops_the_answer_and_its_beginning_is_remembered(chat, capsys, monkeypatch):
+    put = chat_module.Streamer.put
+
+    def interrupted(streamer, value):
+        put(streamer, value)
+        if len(streamer.token_cache) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat_module.Streamer, "put", interrupted)
+    chat.say("Hi")
+    two = 2 * chat.tokenizer.decode([LETTER])
+    assert capsys.readouterr().out == two + "\n"
+    assert chat.messages[-1] == {"role": "assistant", "content": two}
+    assert chat.model.training  # as it was made
+
+
+def test_its_commands(chat, tmp_path):
+    assert chat.command("/undo") == "there is nothing to undo"
+    chat.say("Hi")
+    first = list(chat.messages)
+    chat.say("And?")
+    chat.command("/undo")
+    assert chat.messages == first
+    path = tmp_path / "said.jsonl"
+    assert chat.command(f"/save {path}") == f"written to {path}"
+    assert json.loads(path.read_text()) == {"messages": first}
+    assert chat.command(f"/save {path}") == f"{path} exists; name another file"
+    assert "no/x" in chat.command(f"/save {tmp_path}/no/x")
+    assert chat.command("/save") == "/save needs the name of a file"
+    chat.command("/reset")
+    assert chat.messages == first[:1]
+    assert "/undo" in chat.command("/help")
+
+
+def test_an_answer_of_nothing_is_not_remembered(chat):
+    always_saying(chat.tokenizer.eos_token_id, chat.model, chat.tokenizer)
+    chat.say("Hi")
+    assert len(chat.messages) == 1
+
+
+def test_the_first_exchanges_are_forgotten_where_there_is_no_more_room(chat, monkeypatch, capsys):
+    monkeypatch.setattr(chat.tokenizer, "model_max_length", 120)
+    for number in range(4):
+        chat.say(f"Hi {number}")
+    assert chat.messages[0]["role"] == "system"
+    assert chat.messages[1]["content"] != "Hi 0"
+    assert chat.messages[-2]["content"] == "Hi 3"
+    before = list(chat.messages)
+    chat.say("far too long " * 20)
+    assert "too long" in capsys.readouterr().err
+    assert chat.messages[-1:] == before[-1:] or chat.messages == before[:1]
+
+
+def test_piped_it_reads_prompts_line_by_line_and_prints_nothing_but_answers(tiny_model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\n/nothing\nAnd?"))
+    said = []
+    monkeypatch.setattr(Chat, "say", lambda _, prompt: (said.append(prompt), print("answer")))
+    assert eval_command.main([str(tiny_model_dir), "--chat"]) == 0
+    assert said == ["Hi", "And?"]
+    printed = capsys.readouterr()
+    assert printed.out == "answer\nanswer\n"
+    assert "/undo" in printed.err
+
+
+def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir):
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, str(ROOT / "eval.py"), str(tiny_model_dir), "--chat"]
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"})
+    said = b""
+
+    def until(text):
+        nonlocal said
+        while text not in said and select.select([ours], [], [], 120)[0]:
+            said += os.read(ours, 1000)
+        assert text in said
+        said = said.split(text, 1)[1]
+
+    until(b"Ctrl-D leaves")
+    until(b"> ")
+    os.write(ours, b"\x03")  # Ctrl-C where nothing is being said
+    until(b"> ")
+    os.write(ours, b"/undp\x7fo\n")  # a line with a mistake, corrected
+    until(b"there is nothing to undo")
+    until(b"> ")
+    os.write(ours, b"\x04")
+    assert process.wait(120) == 0
+    for descriptor in (ours, theirs):
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temperature", "0"], "--temperature must be above 0 (--greedy"),
+        (["--temperature", "nan"], "--temperature must be above 0"),
+        (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, not 1.5"),
+        (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--chat", "--json"], "--chat is a conversation; leave --json out"),
+        (["--chat", "--against", "x"], "leave --against out"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tiny_model_dir, arguments, said):
+    with pytest.raises(UserError) as raised:
+        eval_command.main([str(tiny_model_dir), *arguments])
+    assert said in str(raised.value)
+
+
+def test_sampling_options_and_the_system_message_change_answers(tiny_model_dir, chats, capsys):
+    def said(*arguments):
+        command = [str(tiny_model_dir), "--dataset", str(chats), "--json", "--prompts", "Hi", "--max-new-tokens", "20"]
+        assert eval_command.main([*command, *arguments]) == 0
+        return [one["text"] for one in json.loads(capsys.readouterr().out)["answers"]]
+
+    greedy, sampled = said()
+    for arguments in (["--temperature", "50"], ["--top-p", "0.01"], ["--repetition-penalty", "0.01"], ["--seed", "1"]):
+        changed = said(*arguments)
+        assert changed[0] == greedy
+        assert changed[1] != sampled, arguments
+    assert said("--system", "Be brief.")[1] != sampled

@@ -1,0 +1,139 @@
+"""Comparisons: paired by conversation, of the losses that an evaluation reports, with intervals that mean something."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import eval as eval_command
+from compute.self_check import use_layout
+from data import Example
+from eval import evaluate
+from evaluation import comparison
+from evaluation.comparison import by_thirds, compare, difference, side_by_side, turns_of
+from model import Precision
+from tests.conftest import CONTROL, byte_tokenizer, layout_of, tiny_llama
+
+FP32 = Precision("fp32", torch.device("cpu"))
+
+
+def example(*labels):
+    return Example(torch.arange(len(labels)), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_an_evaluation_says_the_losses_of_each_conversation_in_their_order(ragged_window, packed):
+    model = tiny_llama(259)
+    use_layout(model, layout_of(packed))
+    whole = evaluate(model, ragged_window, layout_of(packed, 60), FP32)
+    assert [len(losses) for losses in whole.token_losses] == [one.supervised_tokens for one in ragged_window]
+    assert sum(losses.sum() for losses in whole.token_losses).item() == pytest.approx(whole.loss_sum, rel=1e-12)
+    for one, losses in zip(ragged_window, whole.token_losses, strict=True):
+        alone = evaluate(model, [one], layout_of(packed), FP32)
+        torch.testing.assert_close(losses, alone.token_losses[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_difference_is_that_of_the_losses_per_token():
+    found = difference([10.0, 4.0], [8.0, 5.0], [10, 2])
+    assert (found["before"], found["after"]) == (14 / 12, 13 / 12)
+    assert found["difference"] == pytest.approx(-1 / 12)
+    assert found["interval"] is None  # of two conversations there is none
+    assert (found["conversations"], found["tokens"]) == (2, 12)
+
+
+def world(random, n):
+    """Loss sums before and after, and tokens, of `n` conversations from a population whose difference is -0.05."""
+    tokens = random.integers(5, 200, n)
+    level = random.gamma(4.0, 0.6, n)
+    return level * tokens, (level + random.normal(-0.05, 0.15, n)) * tokens, tokens
+
+
+@pytest.mark.parametrize("n", [40, 100])
+def test_the_interval_covers_the_true_difference_in_about_95_of_100_resamplings(monkeypatch, n):
+    monkeypatch.setattr(comparison, "RESAMPLES", 500)
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = difference(*world(random, n))["interval"]
+        covered += low <= -0.05 <= high
+    assert 0.91 <= covered / 300 <= 0.98
+
+
+def test_an_interval_that_ignored_pairing_or_counted_tokens_would_not(monkeypatch):
+    """The control: resampling tokens as if they were independent covers far less often."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 500)
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(60):
+        before, after, tokens = world(random, 40)
+        change = np.repeat((after - before) / tokens, tokens)
+        low, high = difference(np.zeros(len(change)), change, np.ones(len(change)))["interval"]
+        covered += low <= -0.05 <= high
+    assert covered / 60 < 0.6
+
+
+def test_turns_are_counted_by_supervised_answers():
+    assert turns_of(example(-100, 1, 2, -100, 4, -100, -100, 7, 8)).tolist() == [1, 1, 2, 3, 3]
+    assert turns_of(example(0, 1, -100, 3)).tolist() == [1, 2]  # the first token is never scored
+
+
+def test_thirds_are_told_by_their_lengths():
+    assert [third for third, _ in by_thirds([1, 2, 3, 4, 5, 6, 70])] == [0, 0, 0, 1, 1, 2, 2]
+    assert {name for _, name in by_thirds([5, 5, 5, 5])} == {"to 5 tokens"}
+
+
+def test_a_comparison_says_where_it_got_better_and_worse():
+    examples = [example(-100, 1, 2), example(-100, 1, -100, 3), example(-100, 1, 2, 3, 4)]
+    before = [torch.tensor(losses) for losses in ([2.0, 2.0], [3.0, 3.0], [1.0, 1.0, 1.0, 1.0])]
+    after = [torch.tensor(losses) for losses in ([1.0, 1.0], [3.0, 4.0], [1.0, 1.0, 1.0, 1.0])]
+    found = compare(before, after, examples, ["a:1", "a:2", "b:1"], ["one", "two", "three"])
+    assert (found["won"], found["lost"], found["tied"]) == (1, 1, 1)
+    assert found["better"] == [{"location": "a:1", "opening": "one", "before": 2.0, "after": 1.0}]
+    assert [row["location"] for row in found["worse"]] == ["a:2"]
+    turns = {group["name"]: (group["difference"], group["tokens"]) for group in found["by_turn"]}
+    assert turns == {"turn 1": (-2 / 7, 7), "turn 2": (1.0, 1)}
+    sources = {group["name"]: group["difference"] for group in found["by_source"]}
+    assert sources == {"a": -1 / 4, "b": 0.0}
+    assert sum(group["conversations"] for group in found["by_length"]) == 3
+    json.dumps(found)
+
+
+def test_a_model_is_told_from_a_noisy_copy_of_it(tiny_model_dir, tiny_model, tiny_tokenizer, chats, tmp_path, capsys):
+    with torch.no_grad():
+        for weights in tiny_model.parameters():
+            weights += 0.05 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    tiny_model.save_pretrained(tmp_path / "noisy")
+    tiny_tokenizer.save_pretrained(tmp_path / "noisy")
+    arguments = [str(tmp_path / "noisy"), "--against", str(tiny_model_dir), "--dataset", str(chats), "--greedy"]
+    arguments += ["--max-new-tokens", "2"]
+    assert eval_command.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = report["comparison"]["all"]
+    assert found["after"] == pytest.approx(report["splits"]["all"]["loss"], rel=1e-12)
+    assert found["before"] == pytest.approx(report["against"]["splits"]["all"]["loss"], rel=1e-12)
+    assert found["won"] + found["lost"] + found["tied"] == found["conversations"] == 40
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    assert found["better"][0]["location"].startswith(f"{chats}:")
+    assert "Count to" in found["better"][0]["opening"]
+
+    assert eval_command.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "95 % interval [" in text
+    assert "by length" in text
+    assert "got better most" in text
+    assert "  answers of /" in text  # side by side
+    assert " | " in text
+
+
+def test_models_that_read_other_tokens_are_not_compared(tiny_model_dir, chats, tmp_path, capsys):
+    tokenizer = byte_tokenizer([*CONTROL, "<|other|>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "other")
+    arguments = [str(tiny_model_dir), "--against", str(tmp_path / "other"), "--dataset", str(chats), "--json"]
+    assert eval_command.main([*arguments, "--greedy", "--max-new-tokens", "1"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["comparison"] == {}
+    assert "warning: all: not compared, as the two models read the conversations as different tokens" in printed.err
+
+
+def test_columns_are_wrapped():
+    assert side_by_side("a b", "c", width=1) == ["  a | c", "  b |"]
