@@ -100,20 +100,17 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
             micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
         scaler.scale(micro_loss_sum / supervised).backward()
         loss_sum += micro_loss_sum.detach()
-    meanwhile()
     waited = sum_gradients(model)  # over all processes
     scaler.unscale_(optimizer)
-    grad_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)).item()  # the only wait for a GPU
-    loss = summed(loss_sum).item() / supervised
-    overflow = not math.isfinite(grad_norm)
-    if overflow and not (math.isfinite(loss) and scaler.get_scale() > 1):  # only fp16 has a scale to lower
-        optimizer.zero_grad()
-        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: not finite, so the update was not applied")
-    scaler.step(optimizer)  # skips an overflowed gradient
-    scaler.update()  # and lowers the scale for the next try
+    grad_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
+    apply_if_finite(optimizer, scaler, grad_norm)
     optimizer.zero_grad()
-    if overflow:
-        return None
+    meanwhile()
+    loss, grad_norm = summed(loss_sum).item() / supervised, grad_norm.item()  # the only wait for a GPU
+    if not math.isfinite(grad_norm):
+        if math.isfinite(loss) and scaler.get_scale() > 1:  # only fp16 has a scale to lower
+            return None
+        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: not finite, so the update was not applied")
     return {
         "loss": loss,
         "grad_norm": grad_norm,  # before clipping
@@ -122,6 +119,21 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
         "supervised_tokens": supervised,
         **balance(own_tokens, waited),
     }
+
+
+def apply_if_finite(optimizer, scaler, grad_norm):
+    """Step, unless the norm of the gradient is not finite; a fused optimizer finds that out without a wait for the GPU.
+
+    A scaler, of fp16, lowers its scale where the gradient overflowed.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):  # as torch's fused optimizers do
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()
 
 
 def learning_rate(step, peak, warmup_steps, total_steps):

@@ -1,5 +1,6 @@
 """The law for several processes: whoever computes a window, the update is the same."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,7 +16,7 @@ from compute.self_check import use_layout
 from compute.sharding import fill, put_apart, shard, whole
 from data import IGNORE, Example
 from eval import evaluate
-from model import Precision, put_together, ties_hold, without_weights
+from model import Precision, put_together, ties_hold, token_loss, without_weights
 from tests.company import Company
 from tests.conftest import layout_of, tiny_llama
 from tests.faults.harness import some
@@ -97,6 +98,23 @@ def updates(case):
     put_apart(model)
     weights = torch.cat([whole(weights.detach()).flatten().cpu() for weights in model.parameters()])
     return numbers, evaluations, weights, compiled_graphs()
+
+
+def survives_nan(shard):
+    """Whether an update whose gradient is not finite leaves this process' weights and moments as they were."""
+    model = tiny_llama(259, tie_word_embeddings=False)
+    model = divided(model, shard, torch.float32) if shard > 1 else model
+    optimizer, precision = train.make_optimizer(model.train(), weight_decay=0.1), Precision("fp32", CPU)
+    own = [getattr(weights, "_local_tensor", weights) for weights in model.parameters()]
+    layout, before = layout_of(True, 64, False), [weights.detach().clone() for weights in own]
+    settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
+    use_layout(model, layout)
+    with pytest.MonkeyPatch.context() as patch:  # in one process alone
+        patch.setattr(train, "token_loss", lambda *each: token_loss(*each) * (math.nan if rank() == 1 else 1.0))
+        with pytest.raises(FloatingPointError):
+            train.train_step(model, optimizer, list(layout.share(windows(259)[0])), 1e-3, **settings)
+    same = all(map(torch.equal, own, before))
+    return same and not any(whole(value).any() for of in optimizer.state.values() for value in of.values())
 
 
 @pytest.fixture(scope="session")
@@ -312,3 +330,8 @@ def test_sums_are_over_all_and_integers_stay_exact(companies):
     assert type(first[0]) is int
     assert (first[2], second[2]) == (True, False)
     assert first[3] == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_an_update_that_is_not_finite_in_one_process_is_applied_in_none(companies, shard):
+    assert companies(2).call(survives_nan, shard) == [True, True]

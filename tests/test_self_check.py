@@ -195,8 +195,8 @@ def test_what_compiles_to_nothing_is_refused(monkeypatch):
     choose_layout(tiny_llama(259), token_loss, replace(both, layout="padded"), 0, FP32)
 
 
-def test_one_update_reads_two_numbers_from_the_device(monkeypatch, ragged_window):
-    """The gradient's norm and the loss; nothing else that the CPU would wait for a GPU for."""
+def test_one_update_reads_two_numbers_from_the_device_when_all_of_it_is_submitted(monkeypatch, ragged_window):
+    """The loss and the gradient's norm; nothing else that the CPU would wait for a GPU for."""
     stand_in.flash_attention(monkeypatch)
     model, precision = tiny_llama(259, hidden_size=64), Precision("bf16", CPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=80), 0, precision)
@@ -205,6 +205,8 @@ def test_one_update_reads_two_numbers_from_the_device(monkeypatch, ragged_window
     assert len(window) == 3
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
+    settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
     with stand_in.Reads() as reads:
-        train_step(model, optimizer, window, 1e-4, precision=precision, scaler=scaler, max_grad_norm=1.0)
-    assert reads.found == ["aten._local_scalar_dense"] * 2
+        optimizer.register_step_post_hook(lambda *_: reads.found.append("optimizer"))
+        train_step(model, optimizer, window, 1e-4, **settings, meanwhile=lambda: reads.found.append("meanwhile"))
+    assert reads.found == ["optimizer", "meanwhile", *["aten._local_scalar_dense"] * 2]
