@@ -136,7 +136,7 @@ class Template:
     def structured(self, messages):
         """Messages in which thoughts and tool calls that are written into contents stand beside them.
 
-        Results that are written so are taken apart only where the calls were written so: else they are what a tool said.
+        Results written so are taken apart only where the calls were written so: else they are what a tool said.
         """
         found, written_calls = [], 0
         for number, message in enumerate(messages, 1):
