@@ -11,7 +11,7 @@ test: $(VENV)/dev.installed
 
 # The oldest supported torch and transformers, in an environment of their own; torch comes with CUDA's libraries, 5 GB.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
 
 .venv-oldest/installed: requirements-oldest.txt requirements-quickstart.txt
 	python3 -m venv .venv-oldest

@@ -13,6 +13,7 @@ from compute import cross_entropy
 from compute.processes import from_first, is_first, local_rank, local_world_size, world_size
 from compute.sharding import fill, is_sharded, put_apart, refuse_shard, shard, whole_in_first
 from config import UserError, first_line
+from conversations.templates import stop_ids
 from storage import hub
 from storage.hub import LOADING_ERRORS
 
@@ -185,7 +186,10 @@ def load_model(path, tokenizer, device, local_files_only=False):
     # Where the padding token was the stop token, its embedding would get no gradient; real padding gets none anyway.
     model.get_input_embeddings().padding_idx = None
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    stops = stop_ids(tokenizer)
+    model.generation_config = GenerationConfig(
+        eos_token_id=stops if len(stops) > 1 else stops[0], pad_token_id=tokenizer.pad_token_id
+    )
     return model.to(device)
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from config import UserError
 from conversations.formats import Findings, read_conversations
 from conversations.sources import files_of
+from conversations.templates import stop_ids
 from storage import hub
 from storage.durable import Damaged, make_directory, remove_unfinished, save_directory, sha256, verify
 from storage.quickstart import cache_directory, explain_unwritable_cache
@@ -40,8 +41,9 @@ MESSAGE = pyarrow.struct([*PLAIN, ("more", pyarrow.string())])  # tools, tool ca
 READ = pyarrow.schema(
     [("location", pyarrow.string()), ("source", pyarrow.int32()), ("messages", pyarrow.list_(MESSAGE))]
 )
-COUNTS = {"location": "string", "source": "int32", "digest": "string", "stops": "bool"}
+COUNTS = {"location": "string", "source": "int32", "digest": "string", "stops": "bool", "refused": "string"}
 COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised", "unknown", "part", "empty_thoughts"), "int32")
+NOTHING = dict.fromkeys(COUNTS, 0) | {"stops": False, "digest": "", "refused": "", "input_ids": [], "labels": []}
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**24  # of what is read and not yet on disk
 NO_ID = -1
 SEVERAL_PROCESSES = 5000  # rows from which they are worth starting
@@ -166,6 +168,7 @@ def make_corpus(directory, sources, reading, tokenizer, encode, supervise, longe
                     "encode": encode,
                     "supervise": supervise,
                     "longest": longest,
+                    "skip": bool(reading["skip_bad_rows"]),
                 },
                 batched=True,
                 batch_size=100,
@@ -179,7 +182,7 @@ def make_corpus(directory, sources, reading, tokenizer, encode, supervise, longe
                 cache_file_name=str(Path(scratch) / "encoded.arrow"),
                 desc="encoding",
             )
-        encoded.save_to_disk(directory / "rows")
+        leave_out_refused(encoded, findings, reading["skip_bad_rows"]).save_to_disk(directory / "rows")
         del encoded, rows  # their files are mapped
     (directory / "findings.json").write_text(json.dumps(vars(findings), ensure_ascii=False), encoding="utf-8")
 
@@ -237,44 +240,75 @@ def end_with(parent):
         os._exit(1)
 
 
-def encode_rows(batch, parent, tokenizer, encode, supervise, longest):
-    """Encode a batch of rows as read: columns in, columns out."""
+def encode_rows(batch, parent, tokenizer, encode, supervise, longest, skip):
+    """Encode a batch of rows as read: columns in, columns out; `refused` says why a conversation has no examples."""
     if os.getpid() != parent:
         end_with(parent)
-    columns = {name: [] for name in (*COUNTS, "input_ids", "labels")}
-    unknown = NO_ID if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     conversations = [list(map(as_read, messages)) for messages in batch["messages"]]
-    encoded = encode_located(conversations, batch["location"], encode, tokenizer, supervise)
-    for number, examples in enumerate(encoded):
-        for part, example in enumerate(examples):
-            kept = example.truncated(longest)
-            ids, labels = kept.input_ids.int(), kept.labels.int()
-            columns["input_ids"].append(ids.numpy())
-            columns["labels"].append(labels.numpy())
-            columns["tokens"].append(len(example.input_ids))
-            columns["supervised_before"].append(example.supervised_tokens)
-            columns["supervised"].append(kept.supervised_tokens)
-            columns["unknown"].append(int((labels == unknown).sum()))
-            columns["stops"].append(bool((labels == tokenizer.eos_token_id).any()))
-            columns["digest"].append(hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32])
-            columns["part"].append(part)
-            columns["empty_thoughts"].append(empty_thoughts(kept, tokenizer))
-            columns["location"].append(batch["location"][number])
-            columns["source"].append(batch["source"][number])
-    return columns
+    encoded = encode_located(conversations, batch["location"], encode, tokenizer, supervise, skip)
+    rows = []
+    for location, source, examples in zip(batch["location"], batch["source"], encoded, strict=True):
+        origin = {"location": location, "source": source}
+        if isinstance(examples, UserError):
+            rows.append(NOTHING | origin | {"refused": str(examples)})
+        else:
+            rows += [row_of(each, part, tokenizer, longest) | origin for part, each in enumerate(examples)]
+    return {name: [row[name] for row in rows] for name in NOTHING}
 
 
-def encode_located(conversations, locations, encode, tokenizer, supervise):
-    """The examples of some conversations; an error names the location of the conversation that it is about."""
+def row_of(example, part, tokenizer, longest):
+    """The columns of an example, which is a part of its conversation."""
+    unknown = NO_ID if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
+    kept = example.truncated(longest)
+    ids, labels = kept.input_ids.int(), kept.labels.int()
+    return NOTHING | {
+        "input_ids": ids.numpy(),
+        "labels": labels.numpy(),
+        "tokens": len(example.input_ids),
+        "supervised_before": example.supervised_tokens,
+        "supervised": kept.supervised_tokens,
+        "unknown": int((labels == unknown).sum()),
+        "stops": bool(torch.isin(labels, torch.tensor(stop_ids(tokenizer))).any()),
+        "digest": hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32],
+        "part": part,
+        "empty_thoughts": empty_thoughts(kept, tokenizer),
+    }
+
+
+def encode_located(conversations, locations, encode, tokenizer, supervise, skip):
+    """The examples of some conversations; an error names the location of the conversation that it is about.
+
+    Args:
+        skip: let the error stand for the examples of that conversation.
+    """
     try:
         return encode(conversations, tokenizer, supervise)
     except UserError:
+        found = []
         for messages, location in zip(conversations, locations, strict=True):
             try:
-                encode([messages], tokenizer, supervise)
+                found += encode([messages], tokenizer, supervise)
             except UserError as error:
-                raise UserError(f"{location}: {error}") from error
-        raise
+                found.append(UserError(f"{location}: {error}"))
+                if not skip:
+                    raise found[-1] from error
+        return found
+
+
+def leave_out_refused(encoded, findings, skip_bad_rows):
+    """The rows whose conversations the template could write; the others are counted among the bad ones.
+
+    Raises:
+        UserError: they are more than the share that may be left out, or all.
+    """
+    reasons = encoded["refused"][:]
+    for reason in filter(None, reasons):
+        findings.refuse("the template cannot write it", reason)
+    findings.check(skip_bad_rows)
+    if not any(reason == "" for reason in reasons):
+        raise UserError(f"the template can write none of the conversations: {reasons[0]}")
+    kept = [row for row, reason in enumerate(reasons) if not reason]
+    return (encoded if len(kept) == len(reasons) else encoded.select(kept)).remove_columns("refused")
 
 
 def empty_thoughts(example, tokenizer):

@@ -44,6 +44,12 @@ class Findings:
             reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.bad.most_common())
             yield f"{self.bad.total():,} rows left out ({reasons})"
 
+    def refuse(self, reason, problem):
+        """Count a row that is left out for a reason; the problem says what it is, and where."""
+        self.bad[reason] += 1
+        if len(self.problems) < SHOWN_PROBLEMS:
+            self.problems.append(problem)
+
     def check(self, skip_bad_rows):
         """Raise `UserError` if more rows are invalid than the share that may be left out."""
         count = self.bad.total()
@@ -84,9 +90,7 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
                 if plain:
                     refuse_tools_and_thoughts(messages)
             except InvalidRow as problem:
-                findings.bad[problem.reason] += 1
-                if len(findings.problems) < SHOWN_PROBLEMS:
-                    findings.problems.append(f"{location}: {problem}")
+                findings.refuse(problem.reason, f"{location}: {problem}")
             else:
                 yield location, number, messages
     findings.check(skip_bad_rows)

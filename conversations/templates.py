@@ -31,6 +31,11 @@ CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 ARGUMENTS = ("object", "text")  # how templates take those of tool calls
 
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL_PROBE = [{"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": PARAMETERS}}]
+CALLED = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
+CALL_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]
+
 
 class Refused(UserError):
     """Why a template cannot write a conversation."""
@@ -109,15 +114,23 @@ class Template:
     @functools.cached_property
     def call_form(self):
         """Which of ARGUMENTS makes the template write a tool call as JSON or XML; None where it writes none."""
-        tools = [{"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": {
-            "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
-        call = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         for form in ARGUMENTS:
-            written = self.probe([taken(message, form) for message in messages], tools)
+            written = self.probe([taken(message, form) for message in CALL_PROBE], TOOL_PROBE)
             if all(word in written for word in ("lookup", "city", "Oslo")) and not re.search(r"'city'|\\\"", written):
                 return form
         return None
+
+    @functools.cached_property
+    def stops(self):
+        """The control tokens that end an answer: a text, and a call of a tool, after which the tool is next."""
+        if self.call_form is None:
+            return [self.end_of_turn]
+        chat = [taken(message, self.call_form) for message in CALL_PROBE]
+        (prompt,), (text,) = self.render([chat[:-1]], TOOL_PROBE, generation=True), self.render([chat], TOOL_PROBE)
+        try:
+            return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(self.turn(1, prompt, text).text)[-1]]))
+        except Refused:  # as the first conversation with a call will be
+            return [self.end_of_turn]
 
     @functools.cached_property
     def takes_thoughts(self):
@@ -411,6 +424,12 @@ def difference_of_marks(tokenizer):
 def template_of(tokenizer, _written):
     """The `Template` of a tokenizer, made once; `_written` is what it says, for when that changes."""
     return Template(tokenizer)
+
+
+def stop_ids(tokenizer):
+    """The ids at which an answer ends: the first is that of the tokenizer's stop token."""
+    stops = template_of(tokenizer, str(tokenizer.chat_template)).stops
+    return list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(stops)]))
 
 
 def encode_texts(texts, tokenizer):

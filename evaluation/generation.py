@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 
 from compute.attention import PACKED
 from compute.layers import in_eval_mode
+from conversations.templates import stop_ids
 from data import encode_prompt
 
 BATCH_TOKENS = 16_384  # prompts, padding and new tokens together: what the cache of keys and values holds at once
@@ -62,11 +63,12 @@ def answers(model, tokenizer, prompts, sampling=GREEDY, max_new_tokens=50, syste
         seeds = [seed_of(sampling.seed, encoded[number]) for number in batch]
         new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens, seeds)
         said |= zip(batch, new, strict=True)
+    stops = torch.tensor(stop_ids(tokenizer))
     return [
         Answer(
             prompt,
             tokenizer.decode(said[number], skip_special_tokens=True).strip(),
-            tokenizer.eos_token_id in said[number][-1:],
+            bool(torch.isin(said[number][-1:], stops).any()),
             len(said[number]),
             sampling.greedy,
         )
@@ -119,7 +121,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
     settings = GenerationConfig(
         do_sample=False,  # `chosen_by` samples, so that each prompt has a generator of its own
         max_new_tokens=min(max_new_tokens, tokenizer.model_max_length - length),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     devices = [model.device] if model.device.type == "cuda" else []
@@ -139,7 +141,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
             streamer=streamer,
         ).cpu()
     said = out[:, length:]
-    ends = [(row == tokenizer.eos_token_id).nonzero()[:1, 0] for row in said]
+    ends = [torch.isin(row, torch.tensor(stop_ids(tokenizer))).nonzero()[:1, 0] for row in said]
     return [row[: end.item() + 1] if len(end) else row for row, end in zip(said, ends, strict=True)]
 
 
