@@ -43,7 +43,9 @@ READ = pyarrow.schema(
 )
 COUNTS = {"location": "string", "source": "int32", "digest": "string", "stops": "bool", "refused": "string"}
 COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised", "unknown", "part", "empty_thoughts"), "int32")
-NOTHING = dict.fromkeys(COUNTS, 0) | {"stops": False, "digest": "", "refused": "", "input_ids": [], "labels": []}
+NO_IDS = torch.zeros(0, dtype=torch.int32).numpy()
+NOTHING = dict.fromkeys(COUNTS, 0) | {"stops": False, "digest": "", "refused": ""}
+NOTHING |= dict.fromkeys(("input_ids", "labels"), NO_IDS)
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**24  # of what is read and not yet on disk
 NO_ID = -1
 SEVERAL_PROCESSES = 5000  # rows from which they are worth starting
@@ -299,14 +301,12 @@ def leave_out_refused(encoded, findings, skip_bad_rows):
     """The rows whose conversations the template could write; the others are counted among the bad ones.
 
     Raises:
-        UserError: they are more than the share that may be left out, or all.
+        UserError: with the others they are more than the share that may be left out.
     """
     reasons = encoded["refused"][:]
     for reason in filter(None, reasons):
         findings.refuse("the template cannot write it", reason)
     findings.check(skip_bad_rows)
-    if not any(reason == "" for reason in reasons):
-        raise UserError(f"the template can write none of the conversations: {reasons[0]}")
     kept = [row for row, reason in enumerate(reasons) if not reason]
     return (encoded if len(kept) == len(reasons) else encoded.select(kept)).remove_columns("refused")
 

@@ -349,4 +349,18 @@ def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_pat
         prepared(tokenizer, write("b.jsonl", chats))
 
 
+def test_rows_that_a_template_refuses_can_be_left_out(write, tmp_path):
+    tokenizer = tokenizer_with(*TOOLS, tmp_path / "model")
+    chats = [a_chat(f"{number}") for number in range(28)]
+    chats[3:3], chats[9:9] = [a_chat("a", "<tool_call>{</tool_call>")], [a_chat("b", "<tool_call>[]</tool_call>")]
+    path = write("a.jsonl", chats)
+    with pytest.raises(UserError, match=r"a\.jsonl:4: --chat-template: .* message 2: what stands in <tool_call>"):
+        prepared(tokenizer, path, chat_template="model")
+    with pytest.raises(UserError, match=r"2 of 30 rows are invalid; more than --skip-bad-rows 0\.05(.|\n)*a\.jsonl:10"):
+        prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.05)
+    data = prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.1)
+    assert sum(len(split.examples) for split in data.splits.values()) == 28
+    assert "2 rows left out (2 × the template cannot write it)" in data.notes
+
+
 TOOLS = (QWEN3[0], [*QWEN3[1][:-1], "<tool_call>", "</tool_call>", "<|im_end|>"])

@@ -153,6 +153,15 @@ def test_each_template_is_exact_or_split_or_refused_with_its_reason(name, kind, 
     assert rows == reference.encode_by_definition(as_taken(CHATS[kind], tokenizer), tokenizer, TABLE[name][0], tools)
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_an_answer_stops_at_each_token_that_ends_one(name):
+    ends, *row = TABLE[name]
+    if ends and not all(isinstance(found, str) for found in row[:3]):
+        tokenizer = tokenizer_of(name)
+        has_tools = not isinstance(row[3], str)
+        assert templates.Template(tokenizer).stops == (ends if has_tools else ends[:1])
+
+
 def supervised_texts(rows, tokenizer):
     return [tokenizer.decode([label for label in labels if label != IGNORE]) for _, labels in rows]
 
