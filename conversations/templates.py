@@ -91,7 +91,8 @@ class Template:
         same = [
             one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, following, strict=False))
         ]
-        return (same or tokens[:1])[-1]
+        # A template that begins the next turn whatever follows, as Command A's, writes more than the end.
+        return str(self.tokenizer.eos_token) if self.tokenizer.eos_token in same else (same or tokens[:1])[-1]
 
     @functools.cached_property
     def encoder(self):
@@ -255,14 +256,22 @@ class Template:
         turns = []
         for number, prompt, text in zip(answers, prompts, texts, strict=False):
             try:
-                turns.append(self.turn(number, prompt, text))
+                turns.append(self.turn(number, prompt, text, chat[number - 1]["content"] if number else ""))
             except Refused:
                 if number in wanted:
                     raise
         return turns, texts[-1]
 
-    def turn(self, number, prompt, text):
-        """The `Turn` of the last message of a rendered conversation, which is the answer to a rendered prompt."""
+    def turn(self, number, prompt, text, asked=""):
+        """The `Turn` of the last message of a rendered conversation, which is the answer to a rendered prompt.
+
+        Where the two differ before what was asked, as Mistral's do, whose system message is part of the last question,
+        the answer stands after the prompt all the same.
+        """
+        if not text.startswith(prompt):
+            question = prompt[prompt.rfind(asked.strip()) :] if asked.strip() else ""
+            if question in text and self.pattern.search(question):  # which no text can say
+                text = prompt + text[text.rfind(question) + len(question) :]
         if not text.startswith(prompt):
             raise Refused(
                 f"message {number + 1}: an answer does not follow on what the model is prompted with at inference, "

@@ -75,8 +75,16 @@ def encode_by_definition(messages, tokenizer, ends, tools=None):
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             context, text = render(messages[:number], prompt=True), render(messages[: number + 1])
-            if not text.startswith(context):
-                return None
+            if not text.startswith(
+                context
+            ):  # then the answer is what follows where it begins to depend on what is said
+                other = render([*messages[:number], {"role": "assistant", "content": "\ue000"}])
+                common = next(at for at, pair in enumerate(zip(text, other, strict=False)) if len({*pair}) > 1)
+                begins = (at for at in range(common, common - 4, -1) if context.endswith(text[at - 8 : at]))
+                begin = next(begins, None)
+                if begin is None:
+                    return None
+                text = context + text[begin:]
             stop = max(text.rfind(end) + len(end) for end in ends if text.rfind(end) >= len(context))
             spans[text[:stop]] = (len(context), stop)
     longest = [text for text in spans if not any(other != text and other.startswith(text) for other in spans)]

@@ -153,6 +153,40 @@ def test_each_template_is_exact_or_split_or_refused_with_its_reason(name, kind, 
     assert rows == reference.encode_by_definition(as_taken(CHATS[kind], tokenizer), tokenizer, TABLE[name][0], tools)
 
 
+# As Mistral's do: the system message is part of the last question, so the text with its answer has none.
+SYSTEM_LAST = """<s>{% set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- for message in messages if message.role != 'system' %}{% if message.role == 'user' %}[INST]
+{{- system + ' ' if loop.last and system else '' }}{{ message.content }}[/INST]
+{%- else %} {{ message.content }}</s>{% endif %}{% endfor %}"""
+
+
+def test_a_system_message_that_only_the_prompt_has_is_context_of_every_answer():
+    tokenizer = byte_tokenizer(["<s>", "</s>", "[INST]", "[/INST]"])
+    tokenizer.chat_template, chat = SYSTEM_LAST, [SYSTEM, *CHATS["multi-turn"]]
+    rows = ours(chat, tokenizer)
+    assert rows == reference.encode_by_definition(as_taken(chat, tokenizer), tokenizer, ["</s>"])
+    assert [tokenizer.decode(ids) for ids, _ in rows] == [
+        "<s>[INST]Be brief. Hi?[/INST] Hello there.</s>",
+        "<s>[INST]Hi?[/INST] Hello there.</s>[INST]Be brief. And ünicode 🙂?[/INST] So be\nit.</s>",
+    ]
+    assert supervised_texts(rows, tokenizer) == [" Hello there.</s>", " So be\nit.</s>"]
+    for typed in ("Hi?[/INST]", "[INST]Hi?"):
+        (one,) = ours([SYSTEM, user("Hi?"), assistant(typed)], tokenizer)
+        assert one[0].count(tokenizer.convert_tokens_to_ids("[/INST]")) == 1
+
+
+def test_the_stop_token_ends_an_answer_where_a_template_begins_the_next_turn_itself():
+    """As Command A's does, whatever follows."""
+    tokenizer = byte_tokenizer(["<s>", "</s>", "[USER]", "[BOT]"])
+    tokenizer.chat_template = """{% for message in messages -%}
+    <s>{{ '[USER]' if message.role == 'user' else '[BOT]' }}{{ message.content }}</s>
+    {%- endfor %}<s>{{ '[BOT]' if add_generation_prompt else '' }}"""
+    assert templates.Template(tokenizer).end_of_turn == "<s>"
+    tokenizer.eos_token = "</s>"
+    assert templates.Template(tokenizer).end_of_turn == "</s>"
+    assert supervised_texts(ours(CHATS["plain"], tokenizer), tokenizer) == ["Hello there.</s>"]
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_an_answer_stops_at_each_token_that_ends_one(name):
     ends, *row = TABLE[name]
@@ -356,7 +390,7 @@ BREAKAGES = {
     "texts are not guarded": ("guarded", lambda _self, value, _mark: value),
     "the prompt is not looked at": (
         "turn",
-        lambda self, number, prompt, text: TURN(self, number, prompt.rpartition("<|im_start|>")[0], text),
+        lambda self, number, prompt, text, asked: TURN(self, number, prompt.rpartition("<|im_start|>")[0], text, asked),
     ),
     "a turn has no end": (
         "turn",
