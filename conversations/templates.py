@@ -135,8 +135,8 @@ class Template:
 
     @functools.cached_property
     def takes_thoughts(self):
-        """Whether the template writes `reasoning_content`; where it does not, thoughts are part of the content."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "Hm?"}]
+        """Whether the template writes thoughts that stand beside contents; where not, they are part of the content."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **thought_of("Hm?")}]
         return "Hm?" in self.probe(messages)
 
     def probe(self, messages, tools=None):
@@ -217,7 +217,7 @@ class Template:
             message = self.guarded_message({name: value for name, value in message.items() if name != "tools"}, mark)
             thought, inline = message.pop("thinking", None), message.pop("inline", False)
             if thought is not None and self.takes_thoughts:
-                message["reasoning_content"] = thought.strip("\n") if inline else thought
+                message |= thought_of(thought.strip("\n") if inline else thought)
                 message["content"] = message["content"].lstrip("\n") if inline else message["content"]
             elif thought is not None:
                 space = "" if inline else "\n"
@@ -334,6 +334,11 @@ def taken(message, form):
     texts = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
     calls = [{**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)]
     return {**message, "tool_calls": calls}
+
+
+def thought_of(text):
+    """A thought as templates take it: most read the first name; gpt-oss's and LFM2's the second."""
+    return {"reasoning_content": text, "thinking": text}
 
 
 def as_json(value):

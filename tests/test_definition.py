@@ -125,7 +125,7 @@ def as_taken(chat, tokenizer):
         message = {name: value for name, value in message.items() if name not in ("train", "tools")}
         thought = message.pop("thinking", None)
         if thought and reads:
-            message["reasoning_content"] = thought
+            message["reasoning_content"] = message["thinking"] = thought
         elif thought:
             message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
         taken.append(message)

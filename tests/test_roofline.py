@@ -1,6 +1,7 @@
 """The prediction of a GPU's speed counts what it says that it counts."""
 
 import pytest
+import torch
 
 from benchmarks import roofline
 from benchmarks.roofline import fused, kernels_of_an_update, predict, seconds
@@ -24,6 +25,7 @@ def test_a_kernel_takes_the_longest_of_its_bytes_its_flops_and_its_launch():
     assert seconds([by_bytes, by_flops], 1e9, 1e9, 5.0) == 10.0
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 counts no FLOPs of attention")
 def test_an_update_has_the_flops_of_its_products(monkeypatch):
     monkeypatch.setitem(roofline.SMOLLM2, "num_hidden_layers", 2)
     kernels, parameters = kernels_of_an_update(tokens=2048, length=512, supervised=0.5)

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: the files they leave, the best checkpoint, resuming, stopping."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -81,7 +82,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert described["config"]["lr"] == 1e-2
     assert described["data"]["train"] == 30
     assert len(described["data"]["fingerprint"]) == 64
-    assert described["versions"]["torch"] == torch.__version__
+    assert described["versions"]["torch"] == importlib.metadata.version("torch")
     assert f"best, update {best}" in printed
     assert f"tensorboard --logdir {run.parent}\n" in printed + "\n"
 
