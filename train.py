@@ -295,13 +295,7 @@ def set_up(config, start=None, allow_changes=False):
     if precision.device.type == "cpu":
         keep_freed_memory()
     checkpoint = start.path if start else None
-    template, options = config.chat_template, config.template_option
-    if checkpoint and [template, list(options)] == [start.described["config"][name] for name in OF_THE_TEMPLATE]:
-        path, local_files_only = str(checkpoint), True  # the original model may be gone, and a template's file too
-        template, options = ("chatml" if template == "chatml" else "model"), ()
-    else:
-        path, local_files_only = hub.find_model(config.model)
-    tokenizer = load_tokenizer(path, local_files_only, template, options)
+    path, local_files_only, tokenizer = tokenizer_of(config, start)
     data = prepare(config, tokenizer)
     now = report.describe(config, precision, data)
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
@@ -330,6 +324,18 @@ def set_up(config, start=None, allow_changes=False):
     if changed:
         run.changes.append({"step": run.step, "changed": changed})
     return run
+
+
+def tokenizer_of(config, start):
+    """Where a run's tokenizer is, and its untrained model; whether on this machine alone; and the tokenizer."""
+    template, options = config.chat_template, config.template_option
+    recorded = start and start.path and [start.described["config"][name] for name in OF_THE_TEMPLATE]
+    if recorded == [template, list(options)]:
+        path, local_files_only = str(start.path), True  # the original model may be gone, and a template's file too
+        template, options = ("chatml" if template == "chatml" else "model"), ()
+    else:
+        path, local_files_only = hub.find_model(config.model)
+    return path, local_files_only, load_tokenizer(path, local_files_only, template, options)
 
 
 def load(path, tokenizer, precision, shard, local_files_only=False):
