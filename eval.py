@@ -21,19 +21,22 @@ from compute.layers import in_eval_mode
 from compute.memory import is_out_of_memory
 from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
-from config import OF_THE_DATASET, Parser, UserError, as_text, flag_name, read_record, resolve, with_tuples
+from config import FREE_TO_CHANGE, OF_THE_DATASET, Parser, UserError, flag_name, read_record, resolve, with_tuples
 from conversations.preview import refuse_other_file
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
 from evaluation.chat import Chat, run_chat
-from evaluation.comparison import compare, format_comparison, side_by_side
+from evaluation.forgetting import PLAIN_TEXT, WINDOW, read_text, windows
 from evaluation.generation import GREEDY, Sampling, answers, system_message, user_message
+from evaluation.instructions import INSTRUCTIONS, check_answers, read_instructions
 from evaluation.page import page
+from evaluation.report import compare_models, format_report, over_runs
 from model import choose_precision, load_model, loss_and_correct, token_loss
 from storage import hub
 from storage.durable import Damaged, replace_file, verify
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
+QUICK_PROMPTS = 24  # with instructions, in the quick suite
 
 
 @dataclass(frozen=True)
@@ -107,65 +110,80 @@ def greedy_and_sampled(model, tokenizer, prompts, sampling, max_new_tokens=50, s
 
 
 def main(argv):
-    """`python eval.py RUN_OR_MODEL`: losses over its held-out splits, and answers."""
-    parser = Parser(
-        prog="eval.py", description="Loss, perplexity, accuracy and answers of a run's best model, or of any."
-    )
-    parser.add_argument("model_or_run", metavar="RUN_OR_MODEL", help="a run directory, a model directory or a Hub id")
-    parser.add_argument("--against", metavar="RUN_OR_MODEL", help="a second model or run, evaluated on the same data")
-    parser.add_argument(
-        "--prompts", nargs="+", metavar="TEXT", help="prompts, or files with a prompt on each line (default: two)"
-    )
-    parser.add_argument("--greedy", action="store_true", help="only answers of the likeliest tokens, no sampled ones")
-    parser.add_argument("--chat", action="store_true", help="talk to the model; piped, read prompts line by line")
-    parser.add_argument("--system", metavar="TEXT", help="system message before prompts and chats")
-    for name, what in (
-        ("temperature", "of sampled answers"),
-        ("top_p", "sample from the likeliest tokens with this sum of probabilities"),
-        ("repetition_penalty", "above 1: makes tokens that were said less likely"),
-    ):
-        default = getattr(Sampling, name)
-        help = f"{what} ({default:g})"
-        parser.add_argument(flag_name(name), type=float, default=default, metavar="X", help=help)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500)")
-    parser.add_argument("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
-    named, options = parser.parse(argv)
+    """`python eval.py RUN_OR_MODEL`: losses over its held-out splits, answers, and what else the flags ask for."""
+    named, options = command_line().parse(argv)
     hub.quiet_libraries()
     check(options)
-    model, run, config = settings_of(options["model_or_run"], named)
+    evaluated = [settings_of(name, named) for name in options["models_or_runs"]]
+    model, run, config = evaluated[0]
     if options["html"]:
         if run is None or "dataset" in named:
             raise UserError("--html is about a run and its own dataset; name a run, and leave --dataset out")
         refuse_other_file(options["html"])
     if options["chat"]:
         return chat(model, config, options)
-    models = [model, *(model_of(other)[0] for other in [options["against"]] if other)]
+    against = model_of(options["against"])[0] if options["against"] else None
+    warn_of_other_settings(evaluated)
     try:
-        evaluated = [evaluate_model(each, config, "dataset" in named, options) for each in models]
+        reports = [report_on(*each, against, "dataset" in named, options) for each in evaluated]
     except UserError as error:
         raise UserError(str(error).removeprefix("--model ")) from error  # which is no flag of this command
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory; use a lower --micro-batch-tokens or --max-length") from error
-    report = evaluated[0].report
-    if options["against"]:
-        report |= {"against": evaluated[1].report, "comparison": compare_models(*evaluated[::-1])}
-    if options["html"]:
-        shown = evaluated[0].splits["train"].examples[:3] if evaluated[0].splits else []
-        names = (models[-1], model)
-        replace_file(options["html"], page(run, shown, evaluated[0].tokenizer, report.get("comparison"), names))
+    report = reports[0] if len(reports) == 1 else {"runs": reports, "over_runs": over_runs(reports)}
     print(json.dumps(report) if options["json"] else format_report(report))
     return 0
 
 
+def command_line():
+    """The parser of the command's flags."""
+    parser = Parser(
+        prog="eval.py", description="Loss, perplexity, accuracy and answers of a run's best model, or of any."
+    )
+    add = parser.add_argument
+    help = "a run directory, a model directory or a Hub id; several runs: also their mean and spread"
+    add("models_or_runs", nargs="+", metavar="RUN_OR_MODEL", help=help)
+    add("--against", metavar="RUN_OR_MODEL", help="a second model or run, evaluated on the same data")
+    help = "quick: loss of the test split, of plain text, 24 prompts with instructions; full: all there is"
+    add("--suite", choices=("quick", "full"), help=help)
+    add("--text", metavar="FILE", help="loss on a text file: does the model forget? (in a suite: one of our own)")
+    help = "prompts with instructions that a program checks, in IFEval's form (in a suite: 24 of our own)"
+    add("--instructions", metavar="FILE", help=help)
+    help = "prompts, or files with a prompt on each line (default: two; in --suite quick none)"
+    add("--prompts", nargs="+", metavar="TEXT", help=help)
+    add("--greedy", action="store_true", help="only answers of the likeliest tokens, no sampled ones")
+    add("--chat", action="store_true", help="talk to the model; piped, read prompts line by line")
+    add("--system", metavar="TEXT", help="system message before prompts and chats")
+    for name, what in (
+        ("temperature", "of sampled answers"),
+        ("top_p", "sample from the likeliest tokens with this sum of probabilities"),
+        ("repetition_penalty", "above 1: makes tokens that were said less likely"),
+    ):
+        default = getattr(Sampling, name)
+        add(flag_name(name), type=float, default=default, metavar="X", help=f"{what} ({default:g})")
+    help = "length limit of an answer (50; in a chat 500; to instructions 1,280, in --suite quick 128)"
+    add("--max-new-tokens", type=int, metavar="N", help=help)
+    add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
+    add("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
+    return parser
+
+
 def check(options):
     """Raise `UserError` where an option of the command breaks its rule, and give those that depend their values."""
+    for name in ("against", "suite", "text", "instructions", "prompts", "html", "json"):
+        if options["chat"] and options[name]:
+            raise UserError(f"--chat is a conversation; leave {flag_name(name)} out")
     options["system"] = options["system"] or ""
+    quick = options["suite"] == "quick"
+    options["instruction_tokens"] = options["max_new_tokens"] or (128 if quick else 1280)
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = 500 if options["chat"] else 50
+    if options["suite"]:
+        options["text"] = options["text"] or str(PLAIN_TEXT)
+        options["instructions"] = options["instructions"] or str(INSTRUCTIONS)
     for name, valid, rule in (
         ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
         ("temperature", 0 < options["temperature"] < math.inf, "above 0 (--greedy: the likeliest token every time)"),
@@ -174,9 +192,10 @@ def check(options):
     ):
         if not valid:
             raise UserError(f"{flag_name(name)} must be {rule}, not {options[name]}")
-    for name in ("against", "prompts", "html", "json"):
-        if options["chat"] and options[name]:
-            raise UserError(f"--chat is a conversation; leave {flag_name(name)} out")
+    several = len(options["models_or_runs"]) > 1
+    for name in ("chat", "html"):
+        if options[name] and several:
+            raise UserError(f"{flag_name(name)} is about one run; name one")
 
 
 def sampling_of(options, seed):
@@ -227,6 +246,32 @@ def model_of(name):
     return str(run / "best"), run
 
 
+def warn_of_other_settings(evaluated):
+    """Warn where runs differ in more than their seed: their spread is then not that of seeds.
+
+    Args:
+        evaluated: what `settings_of` gave for each.
+    """
+    configs = [asdict(config) for _, run, config in evaluated if run]
+    for name in configs[0] if configs else ():
+        if name not in ("seed", "model", *FREE_TO_CHANGE) and len({config[name] for config in configs}) > 1:
+            print(f"warning: the runs differ in {flag_name(name)} too, not only in their seed", file=sys.stderr)
+
+
+def report_on(model, run, config, against, whole_dataset, options):
+    """The report about one model, and about another that it is compared with (`against`, None: none), as a dict."""
+    names = [model, *([against] if against else [])]
+    evaluated = [evaluate_model(name, config, whole_dataset, options) for name in names]
+    report = evaluated[0].report
+    if against:
+        report |= {"against": evaluated[1].report, **compare_models(*evaluated[::-1])}
+    if options["html"]:
+        shown = evaluated[0].splits["train"].examples[:3] if evaluated[0].splits else []
+        html = page(run, shown, evaluated[0].tokenizer, report.get("comparison"), (names[-1], model))
+        replace_file(options["html"], html)
+    return report
+
+
 def evaluate_model(model_name, config, whole_dataset, options):
     """Everything the command says of one model, as an `Evaluated`.
 
@@ -239,47 +284,73 @@ def evaluate_model(model_name, config, whole_dataset, options):
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
-    prompts = list(read_prompts(options["prompts"] or VIBE_PROMPTS))
+    prompts = list(read_prompts(options["prompts"] or ([] if options["suite"] == "quick" else VIBE_PROMPTS)))
     refuse_long_prompts(prompts, tokenizer, options["max_new_tokens"], options["system"])
-    try:
-        if whole_dataset:
-            splits = {"all": prepare_for_evaluation(config, tokenizer)}
-        else:
-            splits = prepare(config, tokenizer).splits
-    except UserError as error:
-        if whole_dataset or not options["prompts"]:
-            raise
-        print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
-        splits = {}
+    ids = read_text(options["text"], tokenizer) if options["text"] else None
+    rows = read_instructions(options["instructions"]) if options["instructions"] else []
+    splits = read_splits(config, tokenizer, whole_dataset, options)
     model = load_model(path, tokenizer, precision.device, local_files_only)
+    window = min(WINDOW, tokenizer.model_max_length, config.max_length or WINDOW)
+    lengths = [split.longest for split in splits.values()] + ([] if ids is None else [window])
+    config = replace(config, compile=False)
     layout = choose_layout(
-        model,
-        token_loss,
-        replace(config, compile=False),
-        tokenizer.pad_token_id,
-        precision,
-        longest=max((split.longest for split in splits.values()), default=1024),
-        training=False,
+        model, token_loss, config, tokenizer.pad_token_id, precision, longest=max(lengths, default=1024), training=False
     )
-    evaluations = {
-        name: evaluate(model, split.examples, layout, precision)
-        for name, split in splits.items()
-        if split.examples and name != "train"
-    }
-    how = sampling_of(options, config.seed), options["max_new_tokens"], options["system"]
-    if options["greedy"]:
-        given = answers(model, tokenizer, prompts, GREEDY, *how[1:])
-    else:
-        given = greedy_and_sampled(model, tokenizer, prompts, *how)
+    judged = judged_splits(splits, options)
+    evaluations = {name: evaluate(model, split.examples, layout, precision) for name, split in judged.items()}
     report = {
         "model": model_name,
         "precision": precision.name,
         "dataset": list(config.dataset) if evaluations else [],
         "splits": {name: evaluation.report() for name, evaluation in evaluations.items()},
-        "answers": [asdict(one) for one in given],
-        "finished": sum(one.finished for one in given),
     }
-    return Evaluated(report, splits, evaluations, tokenizer)
+    text = None
+    if ids is not None:
+        text = evaluate(model, windows(ids, window), layout, precision)
+        report["text"] = {"file": options["text"], **text.report()}
+    report |= answer(model, tokenizer, prompts, rows, config, options)
+    return Evaluated(report, splits, evaluations, tokenizer, ids, text)
+
+
+def answer(model, tokenizer, prompts, rows, config, options):
+    """The parts of a model's report that are answers: to prompts, and to those with instructions."""
+    how = sampling_of(options, config.seed), options["max_new_tokens"], options["system"]
+    if options["greedy"]:
+        given = answers(model, tokenizer, prompts, GREEDY, *how[1:])
+    else:
+        given = greedy_and_sampled(model, tokenizer, prompts, *how)
+    report = {"answers": [asdict(one) for one in given], "finished": sum(one.finished for one in given)}
+    if rows:
+        rows = rows[:QUICK_PROMPTS] if options["suite"] == "quick" else rows
+        limit, system = options["instruction_tokens"], options["system"]
+        said = answers(model, tokenizer, [row["prompt"] for row in rows], GREEDY, limit, system)
+        found = check_answers(rows, [one.text for one in said])
+        found["rows"] = [row | asdict(one) for row, one in zip(found["rows"], said, strict=True)]
+        report["instructions"] = {"file": options["instructions"], "max_new_tokens": limit, **found}
+    return report
+
+
+def read_splits(config, tokenizer, whole_dataset, options):
+    """The dataset's splits by name; none where it is missing and something else is asked of the model.
+
+    Raises:
+        UserError: the dataset cannot be read.
+    """
+    try:
+        if whole_dataset:
+            return {"all": prepare_for_evaluation(config, tokenizer)}
+        return prepare(config, tokenizer).splits
+    except UserError as error:
+        if whole_dataset or not (options["prompts"] or options["text"] or options["instructions"]):
+            raise
+        print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
+        return {}
+
+
+def judged_splits(splits, options):
+    """The splits whose loss is reported: in the quick suite only the one that chose nothing, where there is one."""
+    judged = {name: split for name, split in splits.items() if split.examples and name != "train"}
+    return {"test": judged["test"]} if options["suite"] == "quick" and "test" in judged else judged
 
 
 class Evaluated(NamedTuple):
@@ -289,31 +360,8 @@ class Evaluated(NamedTuple):
     splits: dict  # of `Split`, by name
     evaluations: dict  # of `Evaluation`, of those that have examples
     tokenizer: PreTrainedTokenizerBase
-
-
-def compare_models(before, after):
-    """The `compare` of two `Evaluated` models on each split that both were evaluated on, by its name."""
-    found = {}
-    for name, evaluation in before.evaluations.items():
-        split, other = before.splits[name], after.splits[name]
-        if split.digest != other.digest:
-            print(
-                f"warning: {name}: not compared, as the two models read the conversations as different tokens",
-                file=sys.stderr,
-            )
-            continue
-        examples = list(split.examples)
-        locations = [split.examples.location(row) for row in range(len(examples))]
-        openings = [opening(example, before.tokenizer) for example in examples]
-        losses = evaluation.token_losses, after.evaluations[name].token_losses
-        found[name] = compare(*losses, examples, locations, openings)
-    return found
-
-
-def opening(example, tokenizer, width=60):
-    """The first words of a conversation that are no header, to recognise it by."""
-    text = tokenizer.decode(example.input_ids[:60], skip_special_tokens=True)
-    return " ".join(text.split())[:width]
+    text_ids: torch.Tensor | None  # (T,) of the text on which forgetting is measured
+    text: Evaluation | None
 
 
 def read_prompts(texts):
@@ -354,36 +402,6 @@ def refuse_long_prompts(prompts, tokenizer, max_new_tokens, system):
                 f"prompt {number} has {length:,} tokens and --max-new-tokens asks for {max_new_tokens:,} more, "
                 f"but the model attends to {tokenizer.model_max_length:,}; shorten one of them"
             )
-
-
-def format_report(report):
-    """A report for reading."""
-    other = report.get("against")
-    lines = [*format_losses(report), *(["", *format_losses(other)] if other else [])]
-    for name, found in report.get("comparison", {}).items():
-        lines += ["", *format_comparison(name, found, (other["model"], report["model"]))]
-    if other:
-        lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
-    for number, given in enumerate(report["answers"]):
-        lines.append(f"\n  > {given['prompt']}{'' if given['greedy'] else ' (sampled)'}")
-        text = given["text"] + ("" if given["finished"] else " …")
-        lines += side_by_side(other["answers"][number]["text"], text) if other else [f"  {text}"]
-    lines.append(f"\n  {report['finished']} of {len(report['answers'])} answers ended by themselves")
-    if other:
-        lines[-1] += f", of {other['model']} {other['finished']}"
-    return "\n".join(lines)
-
-
-def format_losses(report):
-    """A model and its losses, as lines."""
-    yield f"{report['model']} ({report['precision']})"
-    if report["dataset"]:
-        yield f"  on {as_text(report['dataset'])}"
-    for name, split in report["splits"].items():
-        yield (
-            f"  {name:<5} loss {split['loss']:.4f}   perplexity {split['perplexity']:.2f}   "
-            f"accuracy {split['accuracy']:.1%}   {split['supervised_tokens']:,} supervised tokens"
-        )
 
 
 if __name__ == "__main__":

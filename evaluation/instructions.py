@@ -9,9 +9,12 @@ import importlib.util
 import inspect
 import json
 import re
+from pathlib import Path
 
 from config import UserError
+from evaluation.comparison import difference
 
+INSTRUCTIONS = Path(__file__).parents[1] / "examples" / "instructions.jsonl"
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 RELATIONS = ("at least", "less than")
 ABBREVIATIONS = "mr mrs ms dr prof st vs etc e.g i.e inc ltd jr sr".split()
@@ -209,6 +212,8 @@ def language_of(text):
 
 # --- a file of prompts, and the answers to it
 
+READINGS, LEVELS = ("strict", "loose"), ("prompts", "instructions")
+
 
 def read_instructions(path):
     """The rows of a .jsonl file of prompts with instructions, in IFEval's form, as dicts.
@@ -318,9 +323,6 @@ def check_answers(rows, answers):
     }
 
 
-READINGS, LEVELS = ("strict", "loose"), ("prompts", "instructions")
-
-
 def counts(judged, reading, level):
     """For each prompt how much was followed, and of how much: of itself, or of its instructions. Two lists."""
     pairs = []
@@ -332,6 +334,24 @@ def counts(judged, reading, level):
             whole = len(known) == len(verdicts)
             pairs.append((int(whole and all(known)), int(whole)))
     return tuple(map(list, zip(*pairs, strict=True)))
+
+
+def following(before, after):
+    """The `difference` of two models' shares, over prompts: `[reading][level]`; above 0 where it got better.
+
+    Args:
+        before, after: the "rows" of what `check_answers` found of each.
+    """
+    found = {reading: {} for reading in READINGS}
+    for reading in READINGS:
+        for level in LEVELS:
+            (old, total), (new, _) = (counts(rows, reading, level) for rows in (before, after))
+            if sum(total):
+                kept = [row for row, of in enumerate(total) if of]
+                columns = [[values[row] for row in kept] for values in (old, new, total)]
+                found[reading][level] = difference(*columns)
+                found[reading][level]["prompts"] = found[reading][level].pop("conversations")
+    return found
 
 
 def share(followed, total):
