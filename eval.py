@@ -114,6 +114,8 @@ def main(argv):
     named, options = command_line().parse(argv)
     hub.quiet_libraries()
     check(options)
+    if options["push_to_hub"]:
+        return push(options["models_or_runs"][0], options["push_to_hub"])
     evaluated = [settings_of(name, named) for name in options["models_or_runs"]]
     model, run, config = evaluated[0]
     if options["html"]:
@@ -167,15 +169,17 @@ def command_line():
     add("--max-new-tokens", type=int, metavar="N", help=help)
     add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     add("--json", action="store_true", help="one JSON object instead of text")
+    add("--push-to-hub", metavar="ID", help="upload the run's best model to the Hub, to a private repository")
     parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
     return parser
 
 
 def check(options):
     """Raise `UserError` where an option of the command breaks its rule, and give those that depend their values."""
-    for name in ("against", "suite", "text", "instructions", "prompts", "html", "json"):
-        if options["chat"] and options[name]:
-            raise UserError(f"--chat is a conversation; leave {flag_name(name)} out")
+    for action, what in (("chat", "is a conversation"), ("push_to_hub", "only uploads")):
+        for name in ("chat", "against", "suite", "text", "instructions", "prompts", "html", "json"):
+            if options[action] and options[name] and name != action:
+                raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     options["system"] = options["system"] or ""
     quick = options["suite"] == "quick"
     options["instruction_tokens"] = options["max_new_tokens"] or (128 if quick else 1280)
@@ -193,7 +197,7 @@ def check(options):
         if not valid:
             raise UserError(f"{flag_name(name)} must be {rule}, not {options[name]}")
     several = len(options["models_or_runs"]) > 1
-    for name in ("chat", "html"):
+    for name in ("chat", "html", "push_to_hub"):
         if options[name] and several:
             raise UserError(f"{flag_name(name)} is about one run; name one")
 
@@ -201,6 +205,27 @@ def check(options):
 def sampling_of(options, seed):
     """The `Sampling` that the options ask for."""
     return Sampling(options["temperature"], options["top_p"], options["repetition_penalty"], seed)
+
+
+def push(name, repository):
+    """Upload a run's best model to a repository on the Hub. Returns the exit status.
+
+    Raises:
+        UserError: there is no such run or its best model is damaged; the rest as `hub.push` does.
+    """
+    best = Path(name).expanduser() / "best"
+    if not (best.parent / "metrics.jsonl").exists():
+        raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
+    if not best.is_dir():
+        raise UserError(f"{name}: this run has no best model yet; its first evaluation writes one")
+    try:
+        verify(best)
+    except Damaged as why:
+        raise UserError(f"{why}; not uploaded") from why
+    address, private = hub.push(best, repository)
+    who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
+    print(f"uploaded to {address}: {who}")
+    return 0
 
 
 def chat(model_name, config, options):

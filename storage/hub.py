@@ -13,12 +13,13 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import get_session, httpx
 from safetensors import SafetensorError
 
 from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
+from storage.durable import MANIFEST
 from storage.quickstart import quickstart_model
 
 ASK_SECONDS = 3
@@ -166,6 +167,31 @@ def is_cached(kind, name, configuration=None):
         else ["model.safetensors"]
     )
     return all(index.with_name(file).exists() for file in weights)
+
+
+def push(directory, name):
+    """Upload a model's directory to a repository on the Hub, which is private where this call makes it.
+
+    The manifest of its files stays here, as it is of use to this program only.
+
+    Returns:
+        The repository's address, and whether it is private: one that was there stays as it was.
+
+    Raises:
+        UserError: nobody is logged in, the Hub does not answer, or it refuses.
+    """
+    if get_token() is None:
+        raise UserError(f"--push-to-hub {name}: not logged in; run: hf auth login (or set HF_TOKEN)")
+    if hub_silence() is not None:
+        silence = first_line(hub_silence())
+        raise UserError(f"--push-to-hub {name}: the Hub does not answer ({silence}); check the network")
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=address.repo_id, folder_path=directory, ignore_patterns=MANIFEST)
+        return str(address), api.repo_info(address.repo_id).private
+    except LOADING_ERRORS as error:
+        raise UserError(f"--push-to-hub {name}: the Hub refuses ({' '.join(str(error).split())})") from error
 
 
 @contextlib.contextmanager

