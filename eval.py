@@ -279,7 +279,8 @@ def warn_of_other_settings(evaluated):
     """
     configs = [asdict(config) for _, run, config in evaluated if run]
     for name in configs[0] if configs else ():
-        if name not in ("seed", "model", *FREE_TO_CHANGE) and len({config[name] for config in configs}) > 1:
+        free = ("seed", "chat_template", *FREE_TO_CHANGE)  # a template is each run's own copy
+        if name not in free and len({config[name] for config in configs}) > 1:
             print(f"warning: the runs differ in {flag_name(name)} too, not only in their seed", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import eval as eval_command
 from compute.self_check import use_layout
-from config import UserError
+from config import Config, UserError
 from eval import evaluate
 from evaluation.forgetting import BLOCK, PLAIN_TEXT, forgetting, read_text, windows
 from evaluation.instructions import following
@@ -228,6 +228,15 @@ def test_a_measure_that_one_run_lacks_has_no_mean():
     assert over_runs([one, {"splits": {"test": {"loss": 2.0}}}]) == {
         "test loss": {"values": [1.0, 2.0], "mean": 1.5, "std": pytest.approx(0.5**0.5), "difference": None}
     }
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_told(capsys):
+    runs = [("best", "run", Config(seed=seed, device="cpu", output_dir=str(seed))) for seed in (1, 2)]
+    eval_command.warn_of_other_settings([*runs, ("model", None, Config(lr=1.0))])  # a model is no run
+    assert capsys.readouterr().err == ""
+    eval_command.warn_of_other_settings([*runs, ("best", "run", Config(lr=1.0, model="other"))])
+    said = [f"warning: the runs differ in {flag} too, not only in their seed" for flag in ("--model", "--lr")]
+    assert capsys.readouterr().err.splitlines() == said
 
 
 @pytest.mark.parametrize("flag", [["--chat"], ["--html", "page.html"]])
