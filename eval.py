@@ -246,7 +246,12 @@ def settings_of(model_or_run, named):
     recorded = with_tuples(read_record(run)["config"])
     if recorded["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
         recorded |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
-    if "dataset" in named:
+    if "dataset" not in named:
+        for name in ("seed", "eval_fraction", "test_fraction"):
+            if named.get(name, recorded[name]) != recorded[name]:
+                what = "gives other splits than the run's, which may have learned what it is evaluated on"
+                print(f"warning: {flag_name(name)} {named[name]} {what}", file=sys.stderr)
+    else:
         recorded = {name: value for name, value in recorded.items() if name not in OF_THE_DATASET}
     return model, run, resolve({**recorded, **named}, recorded["preset"])
 

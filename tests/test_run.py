@@ -217,6 +217,14 @@ def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags
     assert seen == {"update": [False, False, True, True], "answer": [False] * 6}
 
 
+def test_other_splits_than_the_runs_are_warned_of(finished, capsys):
+    run, _ = finished
+    assert not eval_command.main([str(run), "--seed", "7", "--eval-fraction", "0.2", "--prompts", "Hi"])
+    err = capsys.readouterr().err
+    assert "warning: --seed 7 gives other splits than the run's" in err
+    assert "--eval-fraction" not in err  # as the run's
+
+
 def test_an_interrupted_end_is_repeated_and_logged_once(finished):
     run, _ = finished
     before = untimed(run)
