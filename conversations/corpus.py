@@ -6,7 +6,6 @@ row, however large it is.
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import inspect
@@ -27,7 +26,7 @@ import pyarrow
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, die_with_parent
 from conversations.formats import Findings, read_conversations
 from conversations.sources import files_of
 from conversations.templates import stop_ids
@@ -235,9 +234,7 @@ def forked_processes_end_with_this_one():
 def end_with(parent):
     """Let this worker process be killed when its parent dies, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    prctl, die_with_parent = getattr(ctypes.CDLL(None), "prctl", None), 1  # PR_SET_PDEATHSIG, on Linux
-    if prctl:
-        prctl(die_with_parent, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
 

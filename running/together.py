@@ -5,9 +5,7 @@ other. The first of them to fail says so there and explains itself; the others l
 """
 
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,7 +17,7 @@ import torch
 from torch import distributed
 
 from compute.processes import TIMEOUT, wait_for_all
-from config import UserError, explain
+from config import UserError, die_with_parent, explain
 from running.signals import Stopped
 
 POLL = 0.5  # seconds between two looks at the others
@@ -188,13 +186,6 @@ def meet(store, rank, size, about):
         waiting = {other for other in waiting if not store.check([f"{meeting} {other}"])}
         time.sleep(0.05)
     return meeting, {other: store.get(f"{meeting} {other}").decode() for other in range(size)}
-
-
-def die_with_parent():
-    """Let this process be killed when its parent dies, on Linux: a torchrun that is killed leaves nothing behind."""
-    prctl, pr_set_pdeathsig = getattr(ctypes.CDLL(None), "prctl", None), 1
-    if prctl:
-        prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def exists(pid):
