@@ -215,17 +215,31 @@ def refuse_misfits(path, report):
         print(f"warning: {path} has {len(unused)} weights that the model does not use: {unused[0]}", file=sys.stderr)
 
 
-def save_model(model, tokenizer, directory):
+def save_model(model, tokenizer, directory, weights=True):
     """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
+
+    Args:
+        weights: False: all but them.
 
     Raises:
         OSError: the disk is full, say.
     """
     try:
-        model.save_pretrained(directory)
+        if weights:
+            model.save_pretrained(directory)
+        else:
+            model.config.save_pretrained(directory)
+            model.generation_config.save_pretrained(directory)
     except SafetensorError as error:
         raise OSError(first_line(error)) from error
     tokenizer.save_pretrained(directory)
+
+
+def saved_tensors(model):
+    """What a file of a model's weights holds, by name, each once; buffers that the model computes itself are not."""
+    put_apart(model)
+    saved = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
 
 
 def token_loss(model, batch):

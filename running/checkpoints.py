@@ -19,7 +19,12 @@ def save_checkpoint(run, about, write, newest, also):
         OSError, Damaged: it could not be written or read back; the older ones are unchanged.
     """
     save_directory(checkpoint_at(run, about["step"]), about, write)
-    done = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= about["step"]]
+    remove_older(run, about["step"], newest, also)
+
+
+def remove_older(run, step, newest, also):
+    """Remove a run's checkpoints up to that of `step`, but for the `newest` of them, and that of the step `also`."""
+    done = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= step]
     for old in done[:-newest]:
         if step_of(old) != also:
             remove_directory(old)

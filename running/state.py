@@ -18,17 +18,19 @@ from compute.processes import gathered, is_first, rank, world_size
 from compute.sharding import is_sharded, part_like, whole_in_first
 from config import Config, UserError
 from data import Data, windows_per_epoch
-from model import Precision, put_together, save_model
+from model import Precision, put_together, save_model, saved_tensors
 from running import report
 from running.card import model_card
-from running.checkpoints import checkpoint_at, save_checkpoint
+from running.checkpoints import checkpoint_at, remove_older, save_checkpoint
 from running.meter import StepMeter
 from running.metrics import Log
+from running.shards import agreed, index_of, is_large, read_tensors, save_directory_together, write_tensors
 from storage.durable import Damaged, copy_directory, save_directory, verify
 
 torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256 notices more
 
 STATE = "training.pt"  # in a checkpoint: everything that resuming needs except the weights
+MOMENTS = "moments"  # in a large checkpoint: the stem of the files that the optimizer's moments are in
 BEST = "best"  # in a run's directory the best model so far; in a checkpoint too, where it is not the checkpoint's own
 COUNTED = ("step", "evaluated", "best_step", "best_loss", "overflows")  # of a Run, in that file
 
@@ -76,13 +78,16 @@ class Run:
 def save(run):
     """Write a checkpoint: a model directory, the best model so far, and everything else that resuming needs."""
     with timed(run, "checkpoint"):
-        parts = put_together(run.model), moments_of(run.optimizer), gathered(random_state(run.precision.device))
-        if is_first():
-            run.log.sync()
-            about, resumed_from = {"step": run.step, **run.described}, run.resumed_from
-            save_checkpoint(
-                run.directory, about, lambda path: write_state(run, path, *parts), run.config.keep, resumed_from
-            )
+        random, about = gathered(random_state(run.precision.device)), {"step": run.step, **run.described}
+        if is_large(run.model):
+            save_large(run, about, random)
+        else:
+            parts = put_together(run.model), moments_of(run.optimizer), random
+            if is_first():
+                run.log.sync()
+                save_checkpoint(
+                    run.directory, about, lambda path: write_state(run, path, *parts), run.config.keep, run.resumed_from
+                )
         run.saved = run.step
 
 
@@ -94,14 +99,20 @@ def random_state(device):
 def save_best(run):
     """Make `best/` the model as it is now."""
     with timed(run, "best"):
-        model, about = put_together(run.model), {"step": run.step, **run.described}
+        large, about = is_large(run.model), {"step": run.step, **run.described}
+        model = run.model if large else put_together(run.model)
 
         def write(path):
-            save_model(model, run.tokenizer, path)
-            card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
-            (path / "README.md").write_text(card, encoding="utf-8")
+            paths = write_tensors(saved_tensors(model), path, "model") if large else []
+            if is_first():
+                save_model(model, run.tokenizer, path, weights=not large)
+                card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
+                (path / "README.md").write_text(card, encoding="utf-8")
+            return paths
 
-        if is_first():
+        if large:
+            save_directory_together(run.directory / BEST, about, write)
+        elif is_first():
             save_directory(run.directory / BEST, about, write)
 
 
@@ -132,31 +143,67 @@ def write_state(run, directory, model, moments, random):
         model, moments: all of them, as `put_together` and `moments_of` give them.
         random: the `random_state` of each process.
     """
+    with ThreadPoolExecutor() as threads:
+        models = threads.submit(write_models, run, model, directory)
+        write_rest(run, directory, moments, random)
+        models.result()
+
+
+def write_rest(run, directory, moments, random):
+    """Write all of a checkpoint that is no model."""
     state = {name: getattr(run, name) for name in COUNTED} | {
         "optimizer": moments,
         "scaler": run.scaler.state_dict(),
         "log": run.log.state(),
         "random": random,
     }
-    with ThreadPoolExecutor() as threads, open(directory / STATE, "wb") as file:
-        models = threads.submit(write_models, run, model, directory)
+    with open(directory / STATE, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's words for what the file's own error says better
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        models.result()
 
 
-def write_models(run, model, directory):
-    """Write the model, and in `best/` the best one where that is another."""
+def write_models(run, model, directory, weights=True):
+    """Write the model, and in `best/` the best one where that is another.
+
+    Args:
+        weights: whether to write the model's own, too.
+    """
     best = run.directory / BEST
     if run.best_step == run.step:
         copy_directory(best, directory)
         return
-    save_model(model, run.tokenizer, directory)
+    save_model(model, run.tokenizer, directory, weights)
     if run.best_step:
         verify(best)  # so that no damage to it is copied
         copy_directory(best, directory / BEST)
+
+
+def save_large(run, about, random):
+    """Write a checkpoint with all processes; the weights and moments are safetensors under the names of the weights."""
+    names = {weights: name for name, weights in run.model.named_parameters()}
+    all_weights = [weights for group in run.optimizer.param_groups for weights in group["params"]]
+    shared, others = {}, {}
+    for number, of in run.optimizer.state_dict()["state"].items():
+        for name, value in of.items():
+            if isinstance(value, DTensor):
+                shared[f"{name}.{names[all_weights[number]]}"] = value
+            else:
+                others.setdefault(number, {})[name] = value
+
+    def write(directory):
+        own = write_tensors(shared, directory, MOMENTS)
+        if run.best_step != run.step:
+            own += write_tensors(saved_tensors(run.model), directory, "model")
+        if is_first():
+            write_models(run, run.model, directory, weights=False)
+            write_rest(run, directory, others, random)
+        return own
+
+    agreed(run.log.sync)
+    save_directory_together(checkpoint_at(run.directory, run.step), about, write)
+    agreed(lambda: is_first() and remove_older(run.directory, run.step, run.config.keep, run.resumed_from))
 
 
 def restore(run, checkpoint):
@@ -178,6 +225,12 @@ def restore(run, checkpoint):
         number: {name: part_like(value, all_weights[number]) for name, value in of.items()}
         for number, of in state["optimizer"].items()
     }
+    if index_of(checkpoint, MOMENTS).exists():  # of a large checkpoint
+        numbers = {weights: number for number, weights in enumerate(all_weights)}
+        by_name = {name: numbers[weights] for name, weights in run.model.named_parameters()}
+        for full_name, value in read_tensors(checkpoint, MOMENTS):
+            name, of = full_name.split(".", 1)
+            moments[by_name[of]][name] = part_like(value, all_weights[by_name[of]]).clone()  # the file may vanish
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
@@ -208,4 +261,4 @@ def ensure_best(run):
     verify(checkpoint)
     source = checkpoint if run.best_step == run.saved else checkpoint / BEST
     about = {"step": run.best_step, **run.described}
-    save_directory(best, about, lambda path: copy_directory(source, path, without=[STATE]))
+    save_directory(best, about, lambda path: copy_directory(source, path, without=[STATE, f"{MOMENTS}*"]))

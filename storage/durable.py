@@ -63,11 +63,18 @@ def replace_directory(path, write):
     Raises:
         OSError: what `write` could not do (a full disk, say); `path` is then as it was and nothing is left beside it.
     """
+    with replacing(path) as unfinished:
+        write(unfinished)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A context in which the empty directory that it yields is filled, to become `path`; as `replace_directory`."""
     path = Path(path)
     make_directory(path.parent)
     unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
     try:
-        write(unfinished)
+        yield unfinished
         for part in (*unfinished.rglob("*"), unfinished):
             part.chmod(0o755 if part.is_dir() else 0o644)  # temporary ones are the owner's alone
             sync(part)
@@ -105,16 +112,29 @@ def remove_unfinished(directory, name="*"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
 
-def write_manifest(directory, about):
-    """Write the manifest of a directory, its last file: what it is `about`, and the size and SHA-256 of the others."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+def write_manifest(directory, about, known=()):
+    """Write the manifest of a directory, its last file: what it is `about`, and the size and SHA-256 of the others.
+
+    Args:
+        known: what `hashes` gave of some of them.
+
+    Returns:
+        The `hashes` of all.
+    """
+    known = dict(known)
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    files = known | hashes(directory, [path for path in paths if str(path.relative_to(directory)) not in known])
+    seal(directory, {**about, "files": dict(sorted(files.items()))})
+    return files
+
+
+def hashes(directory, paths):
+    """The size and the SHA-256 of some files in a directory, by their names relative to it."""
     with ThreadPoolExecutor() as threads:  # hashlib lets go of the interpreter's lock
-        hashes = threads.map(sha256, paths)
-        files = {
+        return {
             str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, hashes, strict=True)
+            for path, digest in zip(paths, threads.map(sha256, paths), strict=True)
         }
-    seal(directory, {**about, "files": files})
 
 
 def seal(directory, content):
@@ -150,9 +170,15 @@ def verify(directory):
         Damaged: the manifest or a file that it names is missing, or is not what was written.
     """
     content = read_manifest(directory)
+    verify_files(directory, content["files"])
+    return content
+
+
+def verify_files(directory, files):
+    """Read files of a directory, and raise `Damaged` where one is missing, or is not what its `hashes` say."""
 
     def check(name):
-        path, file = directory / name, content["files"][name]
+        path, file = directory / name, files[name]
         if not path.is_file():
             raise Damaged(f"{path} is missing")
         if path.stat().st_size != file["size"]:
@@ -165,8 +191,7 @@ def verify(directory):
             raise Damaged(f"{path} is not what was written (another SHA-256)")
 
     with ThreadPoolExecutor() as threads:
-        list(threads.map(check, content["files"]))
-    return content
+        list(threads.map(check, files))
 
 
 def sha256(path):

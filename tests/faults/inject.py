@@ -124,15 +124,15 @@ def fewer_bits_of_scale(bits):
 def kill_at_system_call(number, count_file=None):
     """Die at the `number`th call that changes the disk while the second best model is saved, and the checkpoint after
     it; or only count these calls."""
-    run, calls, bests = importlib.import_module("running.state"), itertools.count(1), itertools.count(1)
-    save_best, save, counting = run.save_directory, run.save_checkpoint, []
+    train, calls, bests = importlib.import_module("train"), itertools.count(1), itertools.count(1)
+    save_best, save, counting = train.save_best, train.save, []
 
-    def save_directory(*arguments):
+    def counted_save_best(run):
         counting[:] = [next(bests)]
-        save_best(*arguments)
+        save_best(run)
 
-    def save_checkpoint(*arguments):
-        save(*arguments)
+    def counted_save(run):
+        save(run)
         counting.clear()
 
     def counted(real):
@@ -147,11 +147,17 @@ def kill_at_system_call(number, count_file=None):
 
         return call
 
-    run.save_directory, run.save_checkpoint = save_directory, save_checkpoint
+    train.save_best, train.save = counted_save_best, counted_save
     for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
         setattr(os, name, counted(getattr(os, name)))
-    durable = importlib.import_module("storage.durable")
-    durable.exchange = counted(durable.exchange)
+    durable, shards = importlib.import_module("storage.durable"), importlib.import_module("running.shards")
+    durable.exchange, shards.save_file = counted(durable.exchange), counted(shards.save_file)
+
+
+def large_in_small_files():
+    """Any model that processes share is a large one, and its files are small."""
+    shards = importlib.import_module("running.shards")
+    shards.LARGE, shards.FILE_BYTES = 0, 20_000
 
 
 def ask_for_too_much(*_, **__):
