@@ -129,11 +129,15 @@ def put_together(model):
     weights = {name: whole_in_first(tensor.detach()) for name, tensor in model.named_parameters()}
     if not is_first():
         return None
-    weights |= {name: buffer.cpu() for name, buffer in model.named_buffers()}
-    whole = without_weights(model.config, model.generation_config)
-    whole.load_state_dict(weights, assign=True, strict=False)
-    whole.tie_weights()
-    return whole
+    return with_weights(model, weights | {name: buffer.cpu() for name, buffer in model.named_buffers()})
+
+
+def with_weights(model, weights):
+    """A model like another, for saving, that has these weights and buffers, by name."""
+    like = without_weights(model.config, model.generation_config)
+    like.load_state_dict(weights, assign=True, strict=False)
+    like.tie_weights()
+    return like
 
 
 def own_gpu(device):

@@ -177,7 +177,8 @@ def fit(run, signals):
                 with signals.deferred():
                     record_evaluation(run, evaluation, seconds)
                     run.log.show_answers("answers", run.step, said)
-            if run.saved < run.step and run.step % config.save_every == 0:
+            run.background.check()
+            if run.begun < run.step and run.step % config.save_every == 0:
                 with signals.deferred():
                     save(run)
             if run.step >= last:
@@ -363,12 +364,15 @@ def train(run, signals, resumed):
                 run.log.close(hyper_parameters(run.config, run.precision.name, final_numbers(run.directory)))
     except Stopped as stop:
         with explain_failed_write(run):
-            if run.saved < run.step and run.optimizer:  # `finish` has freed it
+            if run.begun < run.step and run.optimizer:  # `finish` has freed it
                 save(run)
+            run.background.wait()
             run.log.close()
         quoted = shlex.quote(str(run.directory))
         print(f"stopped after update {run.step}; to resume: python train.py --resume {quoted}", file=sys.stderr)
         return 128 + stop.number
+    finally:
+        run.background.close()
     if not is_first():
         return 0
     seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"

@@ -85,6 +85,8 @@ def explain_out_of_memory(run, examples):
 
 def resume_hint(run):
     """How a run can be resumed after an error."""
+    with contextlib.suppress(OSError, Damaged):  # which would be another error
+        run.background.wait()
     if not run.saved:
         return "there is no checkpoint yet"
     return f"--resume {shlex.quote(str(run.directory))} continues after update {run.saved}"

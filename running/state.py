@@ -1,6 +1,7 @@
 """A run: its settings, data, model and optimizer in memory, and its state in checkpoints."""
 
 import contextlib
+import copy
 import math
 import pickle
 import sys
@@ -18,8 +19,9 @@ from compute.processes import gathered, is_first, rank, world_size
 from compute.sharding import is_sharded, part_like, whole_in_first
 from config import Config, UserError
 from data import Data, windows_per_epoch
-from model import Precision, put_together, save_model, saved_tensors
+from model import Precision, put_together, save_model, saved_tensors, with_weights
 from running import report
+from running.background import Background, copies_made, on_host, saves_in_background
 from running.card import model_card
 from running.checkpoints import checkpoint_at, remove_older, save_checkpoint
 from running.meter import StepMeter
@@ -55,7 +57,9 @@ class Run:
     best_loss: float = math.inf
     overflows: int = 0  # updates skipped so far because fp16 gradients overflowed
     logged: dict = field(default_factory=dict)  # the log's state in the checkpoint that was resumed from
-    saved: int = 0  # the step of the last checkpoint
+    begun: int = 0  # the step of the last checkpoint, which may still be being written
+    saved: int = 0  # the step of the last one that is written and verified
+    background: Background = field(default_factory=Background)  # in which a GPU's run is written
     seconds_saving: float = 0.0  # checkpoints
     changes: list = field(default_factory=list)  # of settings, made on purpose when the run was resumed
     resumed_from: int | None = None  # the step of the checkpoint that this process resumed from
@@ -78,17 +82,60 @@ class Run:
 def save(run):
     """Write a checkpoint: a model directory, the best model so far, and everything else that resuming needs."""
     with timed(run, "checkpoint"):
+        run.begun = run.step
         random, about = gathered(random_state(run.precision.device)), {"step": run.step, **run.described}
         if is_large(run.model):
+            run.background.wait()
             save_large(run, about, random)
-        else:
-            parts = put_together(run.model), moments_of(run.optimizer), random
-            if is_first():
-                run.log.sync()
-                save_checkpoint(
-                    run.directory, about, lambda path: write_state(run, path, *parts), run.config.keep, run.resumed_from
-                )
-        run.saved = run.step
+            run.saved = run.step
+            return
+        model, moments = put_together(run.model), moments_of(run.optimizer)
+        if not is_first():
+            run.saved = run.step
+            return
+        run.log.sync()
+        as_it_is, state = copy.copy(run), state_of(run, moments, random)
+
+        def write(model, state):
+            save_checkpoint(
+                as_it_is.directory,
+                about,
+                lambda path: write_state(as_it_is, path, model, state),
+                as_it_is.config.keep,
+                as_it_is.resumed_from,
+            )
+
+        write_meanwhile(run, write, model, state, then=lambda: setattr(run, "saved", as_it_is.step))
+
+
+def write_meanwhile(run, write, model, state=None, then=lambda: None):
+    """Call `write(model, state)`, then `then()`; on a GPU in the background, with a copy of both as they are now.
+
+    Args:
+        model: of weights that no other process shares.
+        state: what `state_of` returns.
+    """
+    device = run.precision.device
+    if not saves_in_background(device):
+        write(model, state)
+        then()
+        return
+    run.background.wait()
+    if model is run.model:
+        weights = [*model.named_parameters(), *model.named_buffers()]
+        model = with_weights(model, {name: on_host(tensor) for name, tensor in weights})
+    if state:
+        moments = {
+            number: {name: on_host(value) for name, value in of.items()} for number, of in state["optimizer"].items()
+        }
+        state = {**state, "optimizer": moments}
+    wait_for_copies = copies_made(device)
+
+    def work():
+        wait_for_copies()
+        write(model, state)
+
+    run.background.write(work, then)
 
 
 def random_state(device):
@@ -99,21 +146,29 @@ def random_state(device):
 def save_best(run):
     """Make `best/` the model as it is now."""
     with timed(run, "best"):
-        large, about = is_large(run.model), {"step": run.step, **run.described}
-        model = run.model if large else put_together(run.model)
+        about, path = {"step": run.step, **run.described}, run.directory / BEST
+        card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
 
-        def write(path):
-            paths = write_tensors(saved_tensors(model), path, "model") if large else []
+        def write_rest_of(model, directory, weights):
+            save_model(model, run.tokenizer, directory, weights)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+
+        def write_large(directory):
+            own = write_tensors(saved_tensors(run.model), directory, "model")
             if is_first():
-                save_model(model, run.tokenizer, path, weights=not large)
-                card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
-                (path / "README.md").write_text(card, encoding="utf-8")
-            return paths
+                write_rest_of(run.model, directory, weights=False)
+            return own
 
-        if large:
-            save_directory_together(run.directory / BEST, about, write)
-        elif is_first():
-            save_directory(run.directory / BEST, about, write)
+        if is_large(run.model):
+            save_directory_together(path, about, write_large)
+            return
+        model = put_together(run.model)
+        if is_first():
+            write_meanwhile(
+                run,
+                lambda model, _: save_directory(path, about, lambda directory: write_rest_of(model, directory, True)),
+                model,
+            )
 
 
 def moments_of(optimizer):
@@ -136,27 +191,31 @@ def timed(run, what):
     run.log.add_points(run.step, {f"time/{what}": seconds})
 
 
-def write_state(run, directory, model, moments, random):
-    """Fill the directory of a checkpoint: the models in one thread, the rest in another.
+def state_of(run, moments, random):
+    """What `training.pt` holds: all that resuming needs but the weights, as it is now.
 
     Args:
-        model, moments: all of them, as `put_together` and `moments_of` give them.
+        moments: all of them, as `moments_of` gives them.
         random: the `random_state` of each process.
     """
+    return {name: getattr(run, name) for name in COUNTED} | {
+        "optimizer": moments,
+        "scaler": run.scaler.state_dict(),
+        "log": copy.deepcopy(run.log.state()),
+        "random": random,
+    }
+
+
+def write_state(run, directory, model, state):
+    """Fill the directory of a checkpoint: the models in one thread, the rest in another."""
     with ThreadPoolExecutor() as threads:
         models = threads.submit(write_models, run, model, directory)
-        write_rest(run, directory, moments, random)
+        write_rest(directory, state)
         models.result()
 
 
-def write_rest(run, directory, moments, random):
+def write_rest(directory, state):
     """Write all of a checkpoint that is no model."""
-    state = {name: getattr(run, name) for name in COUNTED} | {
-        "optimizer": moments,
-        "scaler": run.scaler.state_dict(),
-        "log": run.log.state(),
-        "random": random,
-    }
     with open(directory / STATE, "wb") as file:
         try:
             torch.save(state, file)
@@ -198,7 +257,7 @@ def save_large(run, about, random):
             own += write_tensors(saved_tensors(run.model), directory, "model")
         if is_first():
             write_models(run, run.model, directory, weights=False)
-            write_rest(run, directory, others, random)
+            write_rest(directory, state_of(run, others, random))
         return own
 
     agreed(run.log.sync)
@@ -218,7 +277,7 @@ def restore(run, checkpoint):
         raise UserError(f"{checkpoint / STATE}: it holds more than tensors and numbers; do not trust it") from error
     for name in COUNTED:
         setattr(run, name, state[name])
-    run.saved = run.resumed_from = run.step
+    run.begun = run.saved = run.resumed_from = run.step
     run.logged = state["log"]
     all_weights = [weights for group in run.optimizer.param_groups for weights in group["params"]]
     moments = {
@@ -250,6 +309,7 @@ def ensure_best(run):
     Raises:
         Damaged: the checkpoint is damaged, too, or is older than the best model; resuming the run repairs that.
     """
+    run.background.wait()
     best, checkpoint = run.directory / BEST, checkpoint_at(run.directory, run.saved)
     try:
         if verify(best)["step"] == run.best_step:

@@ -41,7 +41,7 @@ def train(model, examples, eval_examples, tokenizer, config):
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     run.log = Unheard()
     run.log.write = write
-    run.saved, run.best_loss = run.total_steps, -math.inf  # so that nothing is saved
+    run.begun, run.best_loss = run.total_steps, -math.inf  # so that nothing is saved
     fit(run, Signals())
     return witness.updates
 

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -152,6 +153,45 @@ def kill_at_system_call(number, count_file=None):
         setattr(os, name, counted(getattr(os, name)))
     durable, shards = importlib.import_module("storage.durable"), importlib.import_module("running.shards")
     durable.exchange, shards.save_file = counted(durable.exchange), counted(shards.save_file)
+
+
+def saving_in_background():
+    """A run on a CPU is saved as one on a GPU is."""
+    importlib.import_module("running.background").ALWAYS = True
+
+
+def hold_checkpoint(which, update, do=None):
+    """The `which`th checkpoint is not written before an update begins; then `do()`."""
+    begun = threading.Event()
+
+    def hold(*_, **__):
+        assert begun.wait(60), "the update does not begin"
+        if do:
+            do()
+
+    on_call("train.update", update, lambda *_, **__: begun.set())
+    on_call("running.state.save_checkpoint", which, hold)
+
+
+def kill_in_background(number, count_file=None):
+    """Die at the `number`th call by which a thread of its own changes the disk; or only count these calls."""
+    calls, durable = itertools.count(1), importlib.import_module("storage.durable")
+
+    def counted(real):
+        def call(*arguments, **options):
+            if threading.current_thread() is not threading.main_thread():
+                current = next(calls)
+                if count_file:
+                    Path(count_file).write_text(str(current))
+                elif current == number:
+                    kill()
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
+        setattr(os, name, counted(getattr(os, name)))
+    durable.exchange = counted(durable.exchange)
 
 
 def large_in_small_files():

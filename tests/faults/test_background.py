@@ -1,0 +1,121 @@
+"""Checkpoints and `best/` that a thread writes while the run goes on, as on a GPU: as safe as those it waits for."""
+
+import re
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+from tests.faults.harness import assert_same, some, steps_saved
+from tests.faults.inject import (
+    full_disk,
+    hold_checkpoint,
+    kill,
+    kill_in_background,
+    on_call,
+    saving_in_background,
+    send,
+    spoil_gradient,
+)
+
+
+def goes_on(live, flags, run, unbroken):
+    """Resume a run, or begin again where it had not yet begun, and compare."""
+    begun = (run / "config.json").exists()
+    life = live(["--resume", run] if begun else [*flags, "--output-dir", run], saving_in_background)
+    assert life.wait() == 0, life.complained
+    assert_same(run, unbroken)
+
+
+def test_a_run_that_goes_on_while_it_is_saved_leaves_the_same(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 2, 8))
+    assert life.wait() == 0, life.complained
+    assert_same(run, unbroken)
+    assert steps_saved(run) == [6, 9]
+    states = [torch.load(each / "checkpoints/step-6/training.pt", weights_only=True) for each in (run, unbroken)]
+    logs = [{**state.pop("log"), "digest": "of lines with their timings"} for state in states]
+    assert logs[0] == logs[1]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    for part in ("best", "checkpoints/step-6", "checkpoints/step-9", "checkpoints/step-9/best"):
+        ours, theirs = [{path.name: path for path in (each / part).iterdir()} for each in (run, unbroken)]
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"best", "training.pt", "MANIFEST.json", "README.md"}:
+            assert ours[name].read_bytes() == theirs[name].read_bytes(), name
+
+
+def test_two_processes_go_on_while_the_first_saves(flags, unbroken_together, lives, tmp_path):
+    run = tmp_path / "run"
+    faults = [(0, saving_in_background), (1, saving_in_background), (0, partial(hold_checkpoint, 1, 4))]
+    group = lives(2, [*flags, "--output-dir", run], *faults)
+    assert group.wait() == [0, 0], group.complained
+    assert_same(run, unbroken_together)
+
+
+def test_killed_while_a_checkpoint_is_written_in_the_background(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    hold = partial(hold_checkpoint, 2, 8, partial(on_call, "storage.durable.write_manifest", 1, kill))
+    assert live([*flags, "--output-dir", run], saving_in_background, hold).wait() == 137
+    assert list(run.glob("checkpoints/.step-6.unfinished-*"))
+    goes_on(live, flags, run, unbroken)
+
+
+@pytest.mark.slow
+def test_killed_at_changes_that_the_background_makes_to_the_disk(flags, unbroken, live, tmp_path):
+    counted, argv = tmp_path / "count", [*flags, "--keep", "1"]
+    life = live(
+        [*argv, "--output-dir", tmp_path / "all"], saving_in_background, partial(kill_in_background, 0, counted)
+    )
+    assert life.wait() == 0
+    count = int(counted.read_text())
+    assert count > 100
+    for number in range(1, count, 4):
+        run = tmp_path / str(number)
+        fault = partial(kill_in_background, number)
+        assert live([*argv, "--output-dir", run], saving_in_background, fault).wait() == 137
+        goes_on(live, flags, run, unbroken)
+
+
+def test_a_full_disk_in_the_background_is_told(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 2, 7, full_disk))
+    assert life.wait() == 1
+    assert re.fullmatch(
+        rf"error: {run}, after update [789]: No space left on device; --resume {run} continues after update 3\n",
+        life.complained,
+    )
+    assert steps_saved(run) == [3]
+    goes_on(live, flags, run, unbroken)
+
+
+def test_a_full_disk_in_the_background_is_told_soon(flags, live, tmp_path):
+    """Not only when something else is saved."""
+    run = tmp_path / "run"
+    argv = [*flags, "--output-dir", run, "--eval-every", "100", "--save-every", "6"]
+    life = live(argv, saving_in_background, partial(hold_checkpoint, 1, 7, full_disk))
+    assert life.wait() == 1
+    assert re.fullmatch(
+        rf"error: {run}, after update [789]: No space left on device; there is no checkpoint yet\n", life.complained
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), some([(signal.SIGTERM, 143), (signal.SIGINT, 130)], fast=1))
+def test_a_signal_while_the_background_writes_waits_for_it(flags, unbroken, live, tmp_path, number, status):
+    run = tmp_path / "run"
+    hold = partial(hold_checkpoint, 2, 8, partial(send, number))
+    life = live([*flags, "--output-dir", run], saving_in_background, hold)
+    assert life.wait() == status
+    (step,) = re.findall(rf"stopped after update (\d+); to resume: python train.py --resume {run}\n", life.complained)
+    assert int(step) >= 8
+    assert steps_saved(run)[-1] == int(step)
+    goes_on(live, flags, run, unbroken)
+
+
+def test_an_update_that_fails_waits_for_the_background_and_tells_of_its_checkpoint(flags, unbroken, live, tmp_path):
+    run = tmp_path / "run"
+    faults = [partial(hold_checkpoint, 2, 8), partial(on_call, "train.update", 8, spoil_gradient)]
+    life = live([*flags, "--output-dir", run], saving_in_background, *faults)
+    assert life.wait() == 1
+    assert f"--resume {run} continues after update 6; its window:" in life.complained
+    goes_on(live, flags, run, unbroken)
