@@ -117,7 +117,7 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
         "lr": lr,
         "tokens": tokens,
         "supervised_tokens": supervised,
-        **balance(own_tokens, waited),
+        **balance([micro_batch.tokens for micro_batch in window], waited),
     }
 
 

@@ -129,12 +129,21 @@ def sum_gradients(model):
     return waited
 
 
-def balance(tokens, waited):
-    """How evenly an update was shared out, by each process' tokens and the seconds that it waited; of one nothing."""
+def balance(micro_batches, waited):
+    """How evenly an update was shared out; of one process nothing.
+
+    Args:
+        micro_batches: the tokens of each that this process had; an empty one only keeps it in step with the others.
+        waited: the seconds that this process waited for the others.
+    """
     if world_size() == 1:
         return {}
-    mean = total(tokens) / world_size()
-    return {"largest_share": largest(tokens) / mean, "waiting_seconds": largest(waited)}
+    tokens, empty, count = total(sum(micro_batches), micro_batches.count(0), len(micro_batches))
+    return {
+        "largest_share": largest(sum(micro_batches)) * world_size() / tokens,
+        "empty_share": empty / count,
+        "waiting_seconds": largest(waited),
+    }
 
 
 # --- shares

@@ -137,7 +137,7 @@ def assert_equal(ours, alone, tolerances):
     (numbers, evaluations, weights, _), (numbers_alone, evaluations_alone, weights_alone, _) = ours, alone
     of_weights, relative = tolerances
     for update, update_alone in zip(numbers, numbers_alone, strict=True):
-        assert update.keys() - {"largest_share", "waiting_seconds"} == update_alone.keys()
+        assert update.keys() - {"largest_share", "empty_share", "waiting_seconds"} == update_alone.keys()
         for name in ("lr", "tokens", "supervised_tokens"):
             assert update[name] == update_alone[name]
         assert update["loss"] == pytest.approx(update_alone["loss"], rel=relative)
@@ -321,7 +321,7 @@ def test_all_processes_have_equally_many_micro_batches_and_empty_ones_count_noth
 def numbers_of_all():
     """What the reductions give."""
     own = rank() + 1
-    return total(own), total(own, 0.5), is_first(), balance(own, 0.0)["largest_share"]
+    return total(own), total(own, 0.5), is_first(), balance([own] + [0] * rank(), 0.0)
 
 
 def test_sums_are_over_all_and_integers_stay_exact(companies):
@@ -329,7 +329,7 @@ def test_sums_are_over_all_and_integers_stay_exact(companies):
     assert first[:2] == second[:2] == (3, [3.0, 1.0])
     assert type(first[0]) is int
     assert (first[2], second[2]) == (True, False)
-    assert first[3] == pytest.approx(4 / 3)
+    assert first[3] == second[3] == pytest.approx({"largest_share": 4 / 3, "empty_share": 1 / 3, "waiting_seconds": 0})
 
 
 @pytest.mark.parametrize("shard", [1, 2])
