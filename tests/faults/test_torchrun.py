@@ -21,7 +21,7 @@ class Torchrun:
     """A torchrun and the processes of `train.py` that it has started."""
 
     def __init__(self, options, argv, output):
-        command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", *map(str, options), str(ROOT / "train.py")]
         self.output = open(output, "w")  # noqa: SIM115
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -109,18 +109,37 @@ def test_torchrun_starts_them_again_and_the_run_goes_on(flags, torchrun, lives, 
     assert_same(run, unbroken)
 
 
+def machines(torchrun, port, argv, restarts=2):
+    """Two torchruns, as on two machines."""
+    common = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--max-restarts", restarts]
+    common += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", str(port), "--local-addr", "127.0.0.1"]
+    return [torchrun(common, argv) for _ in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_of_two_torchruns_stops_both_and_saves(flags, torchrun, tmp_path, which, number):
+    run = tmp_path / "run"
+    both = machines(torchrun, 29513 + which, [*flags, *ENDLESS, "--output-dir", run], restarts=0)
+    both[0].wait_for_update(run, 2)
+    workers = [worker for agent in both for worker in agent.workers()]
+    assert len(workers) == 2
+    both[which].process.send_signal(number)
+    assert_all_gone(workers)
+    for agent in both:
+        assert agent.wait(60) == 1
+    said = "".join(Path(agent.output.name).read_text() for agent in both)
+    assert said.count("stopped after update ") == 1
+    assert steps_saved(run)[-1] == int(said.split("stopped after update ")[1].split(";")[0])
+
+
 @pytest.mark.slow
 def test_two_machines_lose_a_process_and_go_on_and_lose_a_torchrun_and_begin_again(flags, torchrun, lives, tmp_path):
     flags, run, unbroken = [*flags, *LONG], tmp_path / "run", tmp_path / "unbroken"
     assert lives(2, [*flags, "--output-dir", unbroken, "--save-every", "1", "--keep", "100"]).wait() == [0, 0]
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
 
-    def machines(port):
-        common = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--max-restarts", "2"]
-        common += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", str(port), "--local-addr", "127.0.0.1"]
-        return [torchrun(common, argv) for _ in range(2)]
-
-    both = machines(29511)
+    both = machines(torchrun, 29511, argv)
     both[1].wait_for_update(run, 10)
     os.kill(both[1].workers()[0], signal.SIGKILL)  # started again, on both
     both[1].wait_for_update(run, 30)
@@ -129,6 +148,6 @@ def test_two_machines_lose_a_process_and_go_on_and_lose_a_torchrun_and_begin_aga
     assert_all_gone(workers[1:])
     both[0].process.kill()
     assert_all_gone(workers[:1])
-    both = machines(29512)
+    both = machines(torchrun, 29512, argv)
     assert [agent.wait() for agent in both] == [0, 0], Path(both[0].output.name).read_text()
     assert_same(run, unbroken)
