@@ -20,7 +20,7 @@ test-oldest: .venv-oldest/installed
 	touch $@
 
 faults: $(VENV)/dev.installed
-	$(PYTHON) -m pytest tests/faults tests/test_processes.py -m "slow or not slow"
+	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_push.py -m "slow or not slow"
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

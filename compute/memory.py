@@ -13,7 +13,7 @@ from compute.layout import random_examples
 from compute.sharding import is_sharded
 from config import UserError
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 CPU_TOKENS = 1536  # of a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
 GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.8  # of what is free; an allocator cannot use the rest
@@ -144,11 +144,13 @@ def keep_freed_memory():
     """Have glibc keep the memory of freed tensors for the next ones, on a CPU.
 
     It otherwise gives much of it back to the kernel, which clears and maps it anew for the next tensor: a fifth of the
-    time of an update. See mallopt(3); without glibc nothing happens.
+    time of an update. The largest blocks are given back all the same: kept, they are cut up for small ones that stay,
+    and a run grew by the 57 MB of SmolLM2's output head in 16 bits with every update. See mallopt(3); without glibc
+    nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
+        for setting, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
             mallopt(setting, value)
 
 

@@ -52,8 +52,8 @@ from compute.memory import keep_freed_memory
 def times_mapped():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        b"x" * 2**26
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**26
+        [b"x" * 2**24 for _ in range(8)]
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**27
 
 print(times_mapped())
 keep_freed_memory()
@@ -121,3 +121,21 @@ def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device}"):
         choose_precision(device)
+
+
+def test_memory_does_not_grow_by_what_is_freed():
+    """What stays, however small, must not cut up the largest blocks, of which a new one would be needed every time."""
+    program = """
+import resource
+import torch
+from compute.memory import keep_freed_memory
+
+keep_freed_memory()
+before, kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+for _ in range(30):
+    torch.ones(57 * 2**20, dtype=torch.uint8)
+    kept.append(torch.ones(2000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(grown.stdout) < 2 * 57 * 1024  # KiB

@@ -13,6 +13,7 @@ import pytest
 import eval as eval_command
 from config import UserError
 from storage.durable import MANIFEST, write_manifest
+from tests.faults.harness import some
 from tests.test_hub import COMMIT, PROJECT, start
 
 TOKEN = "hf_of_somebody"
@@ -110,6 +111,7 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
     }
 
 
+@pytest.mark.slow
 def test_a_repository_that_is_public_stays_so_and_it_is_said(run_dir):
     with serve(public=True) as server:
         status, stdout, _ = push(run_dir, server.server_port)
@@ -119,11 +121,14 @@ def test_a_repository_that_is_public_stays_so_and_it_is_said(run_dir):
 
 @pytest.mark.parametrize(
     ("token", "name", "said"),
-    [
-        (None, "me/tuned", "--push-to-hub me/tuned: not logged in; run: hf auth login (or set HF_TOKEN)"),
-        ("hf_wrong", "me/tuned", "--push-to-hub me/tuned: the Hub refuses ("),
-        (TOKEN, "me/tuned/again", "--push-to-hub me/tuned/again: the Hub refuses ("),
-    ],
+    some(
+        [
+            (None, "me/tuned", "--push-to-hub me/tuned: not logged in; run: hf auth login (or set HF_TOKEN)"),
+            ("hf_wrong", "me/tuned", "--push-to-hub me/tuned: the Hub refuses ("),
+            (TOKEN, "me/tuned/again", "--push-to-hub me/tuned/again: the Hub refuses ("),
+        ],
+        fast=1,
+    ),
 )
 def test_a_refusal_is_one_line(run_dir, token, name, said):
     with serve() as server:
