@@ -245,17 +245,17 @@ def encode_rows(batch, parent, tokenizer, encode, supervise, longest, skip):
         end_with(parent)
     conversations = [list(map(as_read, messages)) for messages in batch["messages"]]
     encoded = encode_located(conversations, batch["location"], encode, tokenizer, supervise, skip)
-    rows = []
+    rows, stops = [], torch.tensor(stop_ids(tokenizer))
     for location, source, examples in zip(batch["location"], batch["source"], encoded, strict=True):
         origin = {"location": location, "source": source}
         if isinstance(examples, UserError):
             rows.append(NOTHING | origin | {"refused": str(examples)})
         else:
-            rows += [row_of(each, part, tokenizer, longest) | origin for part, each in enumerate(examples)]
+            rows += [row_of(each, part, tokenizer, stops, longest) | origin for part, each in enumerate(examples)]
     return {name: [row[name] for row in rows] for name in NOTHING}
 
 
-def row_of(example, part, tokenizer, longest):
+def row_of(example, part, tokenizer, stops, longest):
     """The columns of an example, which is a part of its conversation."""
     unknown = NO_ID if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     kept = example.truncated(longest)
@@ -267,7 +267,7 @@ def row_of(example, part, tokenizer, longest):
         "supervised_before": example.supervised_tokens,
         "supervised": kept.supervised_tokens,
         "unknown": int((labels == unknown).sum()),
-        "stops": bool(torch.isin(labels, torch.tensor(stop_ids(tokenizer))).any()),
+        "stops": bool(torch.isin(labels, stops).any()),
         "digest": hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32],
         "part": part,
         "empty_thoughts": empty_thoughts(kept, tokenizer),

@@ -112,7 +112,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
         seeds: one for each prompt.
         streamer: of transformers; it gets the ids of a single prompt's answer as they come.
     """
-    length = max(map(len, prompts))
+    length, stops = max(map(len, prompts)), stop_ids(tokenizer)
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id)  # (B, T)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -121,7 +121,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
     settings = GenerationConfig(
         do_sample=False,  # `chosen_by` samples, so that each prompt has a generator of its own
         max_new_tokens=min(max_new_tokens, tokenizer.model_max_length - length),
-        eos_token_id=stop_ids(tokenizer),
+        eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
     devices = [model.device] if model.device.type == "cuda" else []
@@ -141,7 +141,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
             streamer=streamer,
         ).cpu()
     said = out[:, length:]
-    ends = [torch.isin(row, torch.tensor(stop_ids(tokenizer))).nonzero()[:1, 0] for row in said]
+    ends = [torch.isin(row, torch.tensor(stops)).nonzero()[:1, 0] for row in said]
     return [row[: end.item() + 1] if len(end) else row for row, end in zip(said, ends, strict=True)]
 
 

@@ -122,10 +122,36 @@ def fewer_bits_of_scale(bits):
     model.Precision.grad_scaler = lambda _: scaler
 
 
+def kill_at_change(number, count_file, counts):
+    """Die at the `number`th call that changes the disk while `counts()`; or only count these calls.
+
+    Returns:
+        What makes a function one of these calls.
+    """
+    calls, durable = itertools.count(1), importlib.import_module("storage.durable")
+
+    def counted(real):
+        def call(*arguments, **options):
+            if counts():
+                current = next(calls)
+                if count_file:
+                    Path(count_file).write_text(str(current))
+                elif current == number:
+                    kill()
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
+        setattr(os, name, counted(getattr(os, name)))
+    durable.exchange = counted(durable.exchange)
+    return counted
+
+
 def kill_at_system_call(number, count_file=None):
     """Die at the `number`th call that changes the disk while the second best model is saved, and the checkpoint after
     it; or only count these calls."""
-    train, calls, bests = importlib.import_module("train"), itertools.count(1), itertools.count(1)
+    train, bests = importlib.import_module("train"), itertools.count(1)
     save_best, save, counting = train.save_best, train.save, []
 
     def counted_save_best(run):
@@ -136,23 +162,10 @@ def kill_at_system_call(number, count_file=None):
         save(run)
         counting.clear()
 
-    def counted(real):
-        def call(*arguments, **options):
-            if counting == [2]:
-                current = next(calls)
-                if count_file:
-                    Path(count_file).write_text(str(current))
-                elif current == number:
-                    kill()
-            return real(*arguments, **options)
-
-        return call
-
     train.save_best, train.save = counted_save_best, counted_save
-    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
-        setattr(os, name, counted(getattr(os, name)))
-    durable, shards = importlib.import_module("storage.durable"), importlib.import_module("running.shards")
-    durable.exchange, shards.save_file = counted(durable.exchange), counted(shards.save_file)
+    shards = importlib.import_module("running.shards")
+    counted = kill_at_change(number, count_file, lambda: counting == [2])
+    shards.save_file = counted(shards.save_file)
 
 
 def saving_in_background():
@@ -175,23 +188,7 @@ def hold_checkpoint(which, update, do=None):
 
 def kill_in_background(number, count_file=None):
     """Die at the `number`th call by which a thread of its own changes the disk; or only count these calls."""
-    calls, durable = itertools.count(1), importlib.import_module("storage.durable")
-
-    def counted(real):
-        def call(*arguments, **options):
-            if threading.current_thread() is not threading.main_thread():
-                current = next(calls)
-                if count_file:
-                    Path(count_file).write_text(str(current))
-                elif current == number:
-                    kill()
-            return real(*arguments, **options)
-
-        return call
-
-    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
-        setattr(os, name, counted(getattr(os, name)))
-    durable.exchange = counted(durable.exchange)
+    kill_at_change(number, count_file, lambda: threading.current_thread() is not threading.main_thread())
 
 
 def large_in_small_files():
