@@ -298,8 +298,7 @@ def report_on(model, run, config, against, whole_dataset, options):
         report |= {"against": evaluated[1].report, **compare_models(*evaluated[::-1])}
     if options["html"]:
         shown = evaluated[0].splits["train"].examples[:3] if evaluated[0].splits else []
-        html = page(run, shown, evaluated[0].tokenizer, report.get("comparison"), (names[-1], model))
-        replace_file(options["html"], html)
+        replace_file(options["html"], page(run, shown, evaluated[0].tokenizer, report))
     return report
 
 

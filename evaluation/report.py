@@ -95,10 +95,9 @@ def format_report(report):
         return "\n".join(format_runs(report["runs"], report["over_runs"]))
     other = report.get("against")
     lines = [*format_losses(report), *(["", *format_losses(other)] if other else [])]
-    names = (other["model"], report["model"]) if other else ()
     for name, found in report.get("comparison", {}).items():
-        lines += ["", *format_comparison(name, found, names)]
-    lines += format_suite_comparison(report, names)
+        lines += ["", *format_comparison(name, found, names_of(report))]
+    lines += format_suite_comparison(report)
     if other and report["answers"]:
         lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
     for number, given in enumerate(report["answers"]):
@@ -111,6 +110,11 @@ def format_report(report):
     return "\n".join(lines)
 
 
+def names_of(report):
+    """The names of the two models that a report compares, the other one first."""
+    return report["against"]["model"], report["model"]
+
+
 def format_losses(report):
     """A model and its numbers, as lines."""
     yield f"{report['model']} ({report['precision']})"
@@ -118,6 +122,11 @@ def format_losses(report):
         yield f"  on {as_text(report['dataset'])}"
     for name, split in report["splits"].items():
         yield f"  {name:<5} {format_loss(split)}   {split['supervised_tokens']:,} supervised tokens"
+    yield from format_suite(report)
+
+
+def format_suite(report):
+    """The loss on plain text and the instructions followed, where they were measured, as lines."""
     if "text" in report:
         text = report["text"]
         yield f"  text  {format_loss(text)}   {text['supervised_tokens']:,} tokens of {text['file']}"
@@ -141,13 +150,13 @@ def format_instructions(found):
         yield f"    not checked, as langdetect is not installed (pip install langdetect): {kinds}"
 
 
-def format_suite_comparison(report, names):
-    """How two models differ on plain text and instructions, as lines."""
+def format_suite_comparison(report):
+    """How two models differ on plain text and instructions, as lines; none where a report compares nothing."""
     if found := report.get("forgetting"):
-        yield f"\n  text: {names[1]} against {names[0]}"
+        yield "\n  text: {1} against {0}".format(*names_of(report))
         yield f"    loss {found['before']:.4f} -> {found['after']:.4f}: {verdict(found)}"
     if "following" in report:
-        yield f"\n  instructions: {names[1]} against {names[0]}"
+        yield "\n  instructions: {1} against {0}".format(*names_of(report))
         for reading, levels in report["following"].items():
             for level, found in levels.items():
                 shares = f"{found['before']:.1%} -> {found['after']:.1%}"

@@ -81,8 +81,12 @@ def test_the_command_writes_it_anew_with_a_comparison(run, tiny_model_dir, tmp_p
     assert evaluated(run, "--html", tmp_path / "page.html") == 0
     first = (tmp_path / "page.html").read_text()
     assert first == (run / "report.html").read_text()
-    assert evaluated(run, "--html", tmp_path / "page.html", "--against", tiny_model_dir) == 0
-    assert "Compared on the eval split" in (tmp_path / "page.html").read_text()
+    (tmp_path / "plain.txt").write_text("A text that nobody has trained on. " * 20)
+    asked = ["--against", tiny_model_dir, "--text", tmp_path / "plain.txt"]
+    assert evaluated(run, "--html", tmp_path / "page.html", *asked) == 0
+    second = (tmp_path / "page.html").read_text()
+    assert "Compared on the eval split" in second
+    assert re.search(r"Plain text and instructions</h2><pre class=many>text  loss .*\n.*: 95 % interval|text: ", second)
 
 
 def test_it_is_never_written_over_anything_else(run, tiny_model_dir, chats, capsys, tmp_path):
