@@ -29,6 +29,7 @@ RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, At
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+NO_THOUGHT = re.compile(r"(<[^<>]+>)?\w*\s*(<[^<>]+>)\s*$")  # what tells a model not to think
 ARGUMENTS = ("object", "text")  # how templates take those of tool calls
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -83,7 +84,11 @@ class Template:
         chat = [
             {"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(("Hi", "reply", "So"))
         ]
-        last, earlier = (text.rpartition("reply")[1:] for text in self.render([chat[:2], chat], None))
+        try:
+            texts = self.render([chat[:2], chat], None)
+        except Refused:  # a template that is for tools alone, as one of Hermes'
+            texts = self.render([chat[:2], chat], TOOL_PROBE)
+        last, earlier = (text.rpartition("reply")[1:] for text in texts)
         tokens = self.pattern.findall(last[1])
         if not (last[0] and tokens):
             raise Refused("it does not end an answer with a control token")
@@ -129,7 +134,8 @@ class Template:
         chat = [taken(message, self.call_form) for message in CALL_PROBE]
         (prompt,), (text,) = self.render([chat[:-1]], TOOL_PROBE, generation=True), self.render([chat], TOOL_PROBE)
         try:
-            return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(self.turn(1, prompt, text).text)[-1]]))
+            turn = self.turn(1, prompt, text, *reversed(chat))
+            return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(turn.text)[-1]]))
         except Refused:  # as the first conversation with a call will be
             return [self.end_of_turn]
 
@@ -201,7 +207,7 @@ class Template:
         """Messages and tools as the template takes them, and the mark that is in them.
 
         Raises:
-            Refused: the template has no place for tools or tool calls.
+            Refused: the template writes no tool calls, and there are tools.
         """
         strings = "".join(json.dumps(message, ensure_ascii=False) for message in messages)
         mark = next((mark for mark in MARKS if mark not in strings), None)
@@ -211,7 +217,7 @@ class Template:
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
             where = f"message {calls[0]}: " if calls else ""
-            raise Refused(f"{where}the template has no tools; use a model or a --chat-template FILE that has them")
+            raise Refused(f"{where}the template writes no tool calls; use a model or a --chat-template FILE that does")
         chat = []
         for message in messages:
             message = self.guarded_message({name: value for name, value in message.items() if name != "tools"}, mark)
@@ -256,27 +262,26 @@ class Template:
         turns = []
         for number, prompt, text in zip(answers, prompts, texts, strict=False):
             try:
-                turns.append(self.turn(number, prompt, text, chat[number - 1]["content"] if number else ""))
+                turns.append(self.turn(number, prompt, text, chat[number], chat[number - 1] if number else None))
             except Refused:
                 if number in wanted:
                     raise
         return turns, texts[-1]
 
-    def turn(self, number, prompt, text, asked=""):
+    def turn(self, number, prompt, text, answer, question=None):
         """The `Turn` of the last message of a rendered conversation, which is the answer to a rendered prompt.
 
-        Where the two differ before what was asked, as Mistral's do, whose system message is part of the last question,
-        the answer stands after the prompt all the same.
+        Args:
+            answer, question: the last two messages, as the template takes them.
         """
         if not text.startswith(prompt):
-            question = prompt[prompt.rfind(asked.strip()) :] if asked.strip() else ""
-            if question in text and self.pattern.search(question):  # which no text can say
-                text = prompt + text[text.rfind(question) + len(question) :]
-        if not text.startswith(prompt):
-            raise Refused(
-                f"message {number + 1}: an answer does not follow on what the model is prompted with at inference, "
-                f"which ends with {prompt[-30:]!r}"
-            )
+            begin = self.begin_of_answer(prompt, text, answer, question)
+            if begin is None:
+                raise Refused(
+                    f"message {number + 1}: an answer does not follow on what the model is prompted with at inference, "
+                    f"which ends with {prompt[-30:]!r}"
+                )
+            text = prompt + text[begin:]
         end, after = None, len(text)
         for token in reversed(list(self.pattern.finditer(text, len(prompt)))):  # those with nothing but space after
             if text[token.end() : after].strip():
@@ -287,6 +292,27 @@ class Template:
         if end is None:
             raise Refused(f"message {number + 1}: it does not end an answer with a control token")
         return Turn(number, text[:end], len(prompt))
+
+    def begin_of_answer(self, prompt, text, answer, question):
+        """Where an answer begins in a text that does not begin with its prompt; None where it does not follow on it.
+
+        Two kinds of prompts are not written again as the conversation goes on: those that differ before what was asked,
+        as Mistral's, whose system message is part of the last question; and those that end with an empty thought, as
+        Gemma 4's, so that the model does not think.
+        """
+        asked = question["content"].strip() if question else ""
+        tail = prompt[prompt.rfind(asked) :] if asked else ""
+        if tail in text and self.pattern.search(tail):  # which no text can say
+            return text.rfind(tail) + len(tail)
+        if answer.get("reasoning_content", "").strip() or answer["content"].lstrip().startswith("<think>"):
+            return None
+        for start in (found.start() for found in re.finditer("<", prompt)):
+            empty = NO_THOUGHT.match(prompt, start)
+            tags = tuple(filter(None, empty.groups())) if empty else ()
+            closed = len(tags) == 2 or "".join(tags).startswith("</")
+            if closed and text.startswith(prompt[:start]) and not text.startswith(tags, start):
+                return start
+        return None
 
     def examples(self, messages, wanted):
         """A conversation as examples: for each its `Piece`s, and the numbers of the answers that it supervises.

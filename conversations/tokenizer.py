@@ -66,6 +66,8 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         tokenizer.chat_template = with_options(tokenizer.chat_template, template_options)
         with templates.naming([]):
             control, end = [], templates.Template(tokenizer).end_of_turn
+        if tokenizer.eos_token not in (None, end):
+            tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
     missing = [token for token in control if token not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token
     if padding in (None, end):  # whoever masks padding by its id would mask every stop
@@ -111,6 +113,15 @@ def read_template(name, own, path):
     if not text.strip():
         raise UserError(f"--chat-template {name}: it is empty")
     return text
+
+
+def with_eos(template, eos):
+    """A chat template in which `eos_token` stays what it was, though the tokenizer's becomes the end of a turn."""
+    if isinstance(template, dict):
+        return {name: with_eos(text, eos) for name, text in template.items()}
+    if not re.search(r"\beos_token\b", template):
+        return template
+    return f"{{%- set eos_token = {json.dumps(eos, ensure_ascii=False)} %}}{{{{- '' }}}}" + template
 
 
 def with_options(template, options):

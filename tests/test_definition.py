@@ -74,7 +74,7 @@ CHATS = {
     ],
 }
 # Each template: the tokens that end a turn, and how many examples each kind of conversation becomes, or why none.
-NO_TOOLS, NO_END = "the template has no tools", "it does not end an answer with a control token"
+NO_TOOLS, NO_END = "the template writes no tool calls", "it does not end an answer with a control token"
 PROMPT, DROPS = "does not follow on what the model is prompted with", "it leaves out a call"
 TABLE = {
     "cohere": (["<|END_OF_TURN_TOKEN|>"], 1, 1, 1, NO_TOOLS, NO_TOOLS, 1),
@@ -173,6 +173,46 @@ def test_a_system_message_that_only_the_prompt_has_is_context_of_every_answer():
     for typed in ("Hi?[/INST]", "[INST]Hi?"):
         (one,) = ours([SYSTEM, user("Hi?"), assistant(typed)], tokenizer)
         assert one[0].count(tokenizer.convert_tokens_to_ids("[/INST]")) == 1
+
+
+# As Gemma 4's do: the prompt has an empty thought, which is not written again. OPEN opens one instead.
+NOT_THINKING = """{% for m in messages %}<|turn>{{ m.role }}
+{% if m.thinking %}<|channel>{{ m.thinking }}<channel|>{% endif %}{{ m.content }}
+{%- for call in m.tool_calls %}<|call>{{ call.function.name }} {{ call.function.arguments | tojson }}<call|>
+{%- endfor %}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>assistant
+<|channel>thought
+<channel|>{% endif %}"""
+OPEN = NOT_THINKING.replace("thought\n<channel|>", "")
+
+
+def test_an_empty_thought_that_only_the_prompt_has_is_context_of_every_answer():
+    tokenizer = byte_tokenizer(["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|call>", "<call|>"])
+    tokenizer.chat_template, none = NOT_THINKING, "<|channel>thought\n<channel|>"
+    rows = ours([user("Hi?"), assistant("<b>there</b>"), user("And?"), assistant("")], tokenizer)
+    earlier = "<|turn>user\nHi?<turn|>\n<|turn>assistant\n"
+    assert [tokenizer.decode(ids) for ids, _ in rows] == [
+        f"{earlier}{none}<b>there</b><turn|>",
+        f"{earlier}<b>there</b><turn|>\n<|turn>user\nAnd?<turn|>\n<|turn>assistant\n{none}<turn|>",
+    ]
+    assert supervised_texts(rows, tokenizer) == ["<b>there</b><turn|>", "<turn|>"]
+    assert supervised_texts(ours(CHATS["tools"], tokenizer), tokenizer)[0].startswith("<|call>weather")
+    with pytest.raises(UserError, match=PROMPT):  # it says that it does not think, and it does
+        ours(CHATS["thinking"], tokenizer)
+    tokenizer.chat_template = OPEN
+    for kind in ("plain", "tools"):  # the model would think, and there is no thought
+        with pytest.raises(UserError, match=PROMPT):
+            ours(CHATS[kind], tokenizer)
+    assert supervised_texts(ours(CHATS["thinking"], tokenizer), tokenizer)[0].startswith("Two and two")
+
+
+def test_a_template_for_tools_alone_takes_conversations_with_tools():
+    tokenizer = byte_tokenizer(["<|turn>", "<turn|>", "<|call>", "<call|>"])
+    listed = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    tokenizer.chat_template = listed + NOT_THINKING.replace("<|channel>thought\n<channel|>", "")
+    assert supervised_texts(ours(CHATS["tools"], tokenizer), tokenizer)[0].endswith("It is grey.<turn|>")
+    with pytest.raises(UserError, match="'NoneType' object is not iterable"):
+        ours(CHATS["plain"], tokenizer)
 
 
 def test_the_stop_token_ends_an_answer_where_a_template_begins_the_next_turn_itself():
@@ -390,7 +430,7 @@ BREAKAGES = {
     "texts are not guarded": ("guarded", lambda _self, value, _mark: value),
     "the prompt is not looked at": (
         "turn",
-        lambda self, number, prompt, text, asked: TURN(self, number, prompt.rpartition("<|im_start|>")[0], text, asked),
+        lambda self, number, prompt, *rest: TURN(self, number, prompt.rpartition("<|im_start|>")[0], *rest),
     ),
     "a turn has no end": (
         "turn",

@@ -57,6 +57,20 @@ def save_and_load(tokenizer, template, control, directory):
     return load_tokenizer(str(directory), local_files_only=True, chat_template="model")
 
 
+def test_a_templates_eos_token_stays_though_the_stop_becomes_another(tmp_path):
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = byte_tokenizer(control)
+    tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", "{{ eos_token }}" + CHATML
+    tokenizer.save_pretrained(tmp_path)
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
+    for _ in range(2):  # as it was, and as a run saves it
+        tokenizer = load_tokenizer(str(tmp_path), local_files_only=True, chat_template="model")
+        assert tokenizer.eos_token == "<|im_end|>"
+        prompt = tokenizer.decode(encode_prompt(say("Hi?"), tokenizer))
+        assert prompt == "<|endoftext|><|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+        tokenizer.save_pretrained(tmp_path)
+
+
 def trained(chat, tokenizer, **options):
     """The texts of the supervised spans of a conversation."""
     ids, labels = encode([chat], tokenizer, **options)[0]
