@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
 from compute.processes import from_first, is_first, local_rank, local_world_size, world_size
-from compute.sharding import fill, is_sharded, put_apart, refuse_shard, shard, whole_in_first
+from compute.reading import fill
+from compute.sharding import is_sharded, put_apart, refuse_shard, shard, whole_in_first
 from config import UserError, first_line
 from conversations.templates import stop_ids
 from storage import hub
@@ -85,31 +86,52 @@ def count_parameters(path, local_files_only=False):
     Raises:
         UserError: there is no causal language model at `path`.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+    model = outline(path, local_files_only)
     return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
 
 
+def outline(path, local_files_only=False):
+    """The model at `path` as its configuration says it is, on "meta"; its weights are not looked at.
+
+    Raises:
+        UserError: there is no causal language model at `path`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except LOADING_ERRORS as error:
+        raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+
+
 def load_sharded(path, tokenizer, precision, count, local_files_only=False):
-    """The same model, its weights divided among `count` processes: the first reads it, the others receive their part.
+    """The same model, its weights divided among `count` processes: the first reads it, all receive their part.
 
     Raises:
         UserError: as `load_model`, and where it cannot be divided.
     """
     refuse_shard(count)
-    loaded = load_model(path, tokenizer, torch.device("cpu"), local_files_only) if is_first() else None
-    config, generation_config = from_first(lambda: (loaded.config, loaded.generation_config))
-    model = without_weights(config, generation_config)
+    model = without_weights(from_first(fitting_config, path, tokenizer, local_files_only))
+    fit_to_tokenizer(model, tokenizer)
     shard(model, count, precision.device, precision.dtype)
-    fill(model, loaded)
+    fill(model, lambda: read_model(path, tokenizer, local_files_only))
     return model
 
 
-def without_weights(config, generation_config):
+def fitting_config(path, tokenizer, local_files_only):
+    """The configuration of the model that `read_model` returns.
+
+    Raises:
+        UserError: there is no causal language model at `path`.
+    """
+    model = outline(path, local_files_only)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        model.config.get_text_config().vocab_size = len(tokenizer)
+    return model.config
+
+
+def without_weights(config, generation_config=None):
     """A model as `load_model` makes it, whose weights are on "meta"."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -163,6 +185,17 @@ def load_model(path, tokenizer, device, local_files_only=False):
     Raises:
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
+    model = read_model(path, tokenizer, local_files_only)
+    fit_to_tokenizer(model, tokenizer)
+    return model.to(device)
+
+
+def read_model(path, tokenizer, local_files_only):
+    """The weights of `load_model`, in a model that does not know the tokenizer's special tokens yet.
+
+    Raises:
+        UserError: as `load_model`.
+    """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -176,7 +209,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
         raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
     refuse_misfits(path, report)
     for name, weights in model.named_parameters():
-        if not weights.isfinite().all():
+        if not (weights.is_meta or weights.isfinite().all()):  # what was handed on has been looked at
             raise UserError(f"--model {path}: its weights {name} are not all finite numbers")
     new_rows = len(tokenizer) - model.get_input_embeddings().num_embeddings
     if new_rows > MOST_NEW_ROWS:
@@ -187,6 +220,11 @@ def load_model(path, tokenizer, device, local_files_only=False):
     if new_rows > 0:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def fit_to_tokenizer(model, tokenizer):
+    """Tell a model which of a tokenizer's tokens are padding and which end an answer."""
     # Where the padding token was the stop token, its embedding would get no gradient; real padding gets none anyway.
     model.get_input_embeddings().padding_idx = None
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -194,7 +232,6 @@ def load_model(path, tokenizer, device, local_files_only=False):
     model.generation_config = GenerationConfig(
         eos_token_id=stops if len(stops) > 1 else stops[0], pad_token_id=tokenizer.pad_token_id
     )
-    return model.to(device)
 
 
 def refuse_misfits(path, report):

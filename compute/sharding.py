@@ -5,8 +5,6 @@ when it computes and its gradient is summed as soon as it is known, in every mic
 """
 
 import torch
-from torch import distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -55,17 +53,6 @@ def shard(model, count, device, dtype):
         part.set_gradient_divide_factor(1.0)  # a sum, no mean
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other that is one
     model.to_empty(device=device)
-
-
-def fill(model, whole):
-    """Give a divided model the weights of a whole one, which the first process has; tensor by tensor."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole.state_dict() if is_first() else {}, options=options)
-    found = dict(whole.named_buffers()) if is_first() else {}
-    for name, buffer in model.named_buffers():  # those that are in no state, too
-        if is_first():
-            buffer.copy_(found[name])
-        distributed.broadcast(buffer, 0)
 
 
 def is_sharded(model):

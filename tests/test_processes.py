@@ -12,8 +12,9 @@ import train
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
 from compute.memory import own_numbers
 from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, sum_gradients, total, world_size
+from compute.reading import fill
 from compute.self_check import use_layout
-from compute.sharding import fill, put_apart, shard, whole
+from compute.sharding import put_apart, shard, whole
 from data import IGNORE, Example
 from eval import evaluate
 from model import Precision, put_together, ties_hold, token_loss, without_weights
@@ -68,7 +69,7 @@ def divided(model, count, dtype, device=CPU):
     """A model whose weights processes share."""
     empty = without_weights(model.config, model.generation_config).to(dtype)
     shard(empty, count, device, None)
-    fill(empty, model)
+    fill(empty, lambda: model)
     return empty
 
 
