@@ -114,7 +114,22 @@ def load_sharded(path, tokenizer, precision, count, local_files_only=False):
     model = without_weights(from_first(fitting_config, path, tokenizer, local_files_only))
     fit_to_tokenizer(model, tokenizer)
     shard(model, count, precision.device, precision.dtype)
-    fill(model, lambda: read_model(path, tokenizer, local_files_only))
+    fill(model, lambda: read_as_configured(path, tokenizer, local_files_only))
+    return model
+
+
+def read_as_configured(path, tokenizer, local_files_only):
+    """What `read_model` returns, if its weights are as its configuration says, which is all that the others know.
+
+    Raises:
+        UserError: as `read_model`, and where they are not.
+    """
+    model = read_model(path, tokenizer, local_files_only)
+    if not ties_hold(model):
+        raise UserError(
+            f"--model {path}: its output head is not its embeddings, as its configuration says; correct "
+            "tie_word_embeddings there, or use --shard 1"
+        )
     return model
 
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from compute.layout import Layout
 from config import QUICKSTART_MODEL, UserError
@@ -54,6 +54,14 @@ def tiny_llama(vocabulary, **changes):
     shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True}
     # Its padding token is <|im_end|>, as it is in the quickstart's weights.
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **({"pad_token_id": 2} | shape | changes)))
+
+
+def tiny_moe(vocabulary):
+    """A mixture of four experts, which transformers joins into one tensor and files keep apart."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocabulary, num_experts_per_tok=2, **shape))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from compute import reading
 from compute.sharding import whole
@@ -18,7 +17,7 @@ from config import UserError
 from conversations.tokenizer import load_tokenizer
 from model import Precision, load_model, load_sharded
 from tests.company import Company
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, tiny_moe
 from tests.faults.inject import give_memory_back
 
 CPU = torch.device("cpu")
@@ -41,21 +40,13 @@ def alone():
     company.close()
 
 
-def tiny_moe():
-    """A mixture of four experts, which transformers joins into one tensor and files keep apart."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=TOKENS, num_experts_per_tok=2, **shape))
-
-
 MODELS = {
     "tied": tiny_llama,
     "untied": partial(tiny_llama, tie_word_embeddings=False),
     "scaled rope": partial(tiny_llama, rope_parameters=ROPE | {"original_max_position_embeddings": 64}),
     "new rows": lambda _: tiny_llama(TOKENS - 2),
     "new rows, untied": lambda _: tiny_llama(TOKENS - 2, tie_word_embeddings=False),
-    "fused experts": lambda _: tiny_moe(),
+    "fused experts": tiny_moe,
 }
 
 
@@ -113,25 +104,31 @@ SPOILED = {
     "under a prefix": lambda weights: {f"_orig_mod.{name}": each for name, each in weights.items()},
     "another shape": lambda weights: weights | {NORM: torch.ones(5)},
 }
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def refusals(path):
-    """What is said when the model is loaded divided, and whole."""
-    tokenizer = load_tokenizer(path, True)
+def refusal(path):
+    """What is said when the model is loaded divided."""
     with pytest.raises(UserError) as divided:
-        load_sharded(path, tokenizer, Precision("fp32", CPU), 1, True)
-    with pytest.raises(UserError) as whole:
-        load_model(path, tokenizer, CPU, True)
-    return str(divided.value), str(whole.value)
+        load_sharded(path, load_tokenizer(path, True), Precision("fp32", CPU), 1, True)
+    return str(divided.value)
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_what_does_not_fit_is_refused_as_one_process_would(alone, tiny_model_dir, tmp_path, spoil):
     path = shutil.copytree(tiny_model_dir, tmp_path / "model") / "model.safetensors"
     save_file(spoil(load_file(path)), path, metadata={"format": "pt"})
-    ((divided, whole),) = alone.call(refusals, str(path.parent))
-    assert divided == whole
-    assert divided.startswith(f"--model {path.parent}: ")
+    with pytest.raises(UserError, match=f"--model {path.parent}: ") as whole:
+        load_model(str(path.parent), load_tokenizer(str(path.parent), True), CPU, True)
+    assert alone.call(refusal, str(path.parent)) == [str(whole.value)]
+
+
+def test_a_head_that_only_the_configuration_says_is_tied_is_refused(alone, tiny_model_dir, tmp_path):
+    path = shutil.copytree(tiny_model_dir, tmp_path / "model") / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {HEAD: weights[EMBEDDINGS] + 1}, path, metadata={"format": "pt"})
+    (said,) = alone.call(refusal, str(path.parent))
+    assert said.endswith("correct tie_word_embeddings there, or use --shard 1")
 
 
 def own_memory():

@@ -1,6 +1,7 @@
 """Large models: all processes write a checkpoint, in files of bounded size; complete or absent."""
 
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -9,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from running.shards import read_tensors
 from storage.durable import verify
+from tests.conftest import tiny_moe
 from tests.faults.harness import Lives, assert_same, lines, some, steps_saved, tensors_in
 from tests.faults.inject import full_disk, kill, kill_at_system_call, large_in_small_files, on_call, send
 
@@ -70,6 +73,24 @@ def test_a_large_model_is_saved_as_a_small_one_is_but_in_files_of_bounded_size(f
     torch.testing.assert_close(*models, rtol=0, atol=0)
     assert len(list((unbroken_large / "best").glob("model-*.safetensors"))) > 2
     assert "saving    by all processes, in files of 1.1 GB" in (unbroken_large.parent / "stdout").read_text()
+
+
+@pytest.mark.slow
+def test_a_large_mixture_of_experts_is_read_as_it_was_saved(flags, lives, tiny_model_dir, tmp_path_factory, tmp_path):
+    """Its experts are joined in memory; in files they are apart where transformers saves, and joined in ours."""
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    tiny_moe(259).save_pretrained(directory)
+    flags = [*flags, "--model", directory]
+    unbroken, run = of_two(flags, tmp_path_factory, *everywhere(2)), tmp_path / "run"
+    saved = dict(read_tensors(unbroken / "best", "model"))
+    model, report = AutoModelForCausalLM.from_pretrained(unbroken / "best", output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(model.state_dict(), saved, rtol=0, atol=0)
+    group = lives(
+        2, [*flags, "--output-dir", run, "--shard", 2], *everywhere(2), (1, partial(on_call, "train.update", 8, kill))
+    )
+    assert group.wait() == [1, 137], group.complained
+    goes_on(lives, run, unbroken)
 
 
 # How many processes, how many of them share a copy of the weights, and whether that is large, in each of three lives.
