@@ -1,15 +1,14 @@
 """Reading a model that processes share: the first one reads it and hands it on, tensor by tensor.
 
-Nobody holds more than its own part and the tensor under way, with what it is made of. `from_pretrained` knows many ways
-of naming, joining and converting what is in files, so it does the reading, and each weight is taken from it as it is
-set. What cannot be taken so early goes out at the end: what transformers may still compare (tied weights) or change
+Nobody holds more than its own part and a tensor or two, or what one is made of. `from_pretrained` knows many ways of
+naming, joining and converting what is in files, so it does the reading, and each weight is taken from it as it is set.
+What cannot be taken so early goes out at the end: what transformers may still compare (tied weights) or change
 (embeddings that get new rows), and what has to be refused.
 """
 
 import contextlib
 import os
 from collections import Counter
-from unittest import mock
 
 import torch
 from torch import distributed
@@ -20,8 +19,6 @@ from torch.nn.modules.module import (
 
 from compute.processes import from_first, is_first
 from compute.sharding import part_like
-
-ONE_AT_A_TIME = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # else threads of transformers read ahead
 
 
 def fill(model, read):
@@ -86,8 +83,8 @@ def handing_on(model):
             return empty
         return None
 
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # else threads of transformers read ahead
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, ONE_AT_A_TIME))
         stack.callback(register_module_module_registration_hook(remember).remove)
         stack.callback(register_module_parameter_registration_hook(take).remove)
         yield sent
