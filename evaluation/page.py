@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from pathlib import Path
 
 from config import Config, as_text, flag_name, read_record
@@ -40,7 +41,7 @@ def page(run, examples, tokenizer, report=None):
     parts += ["<h2>Curves</h2><div class=charts>", *charts(metrics), "</div>"]
     parts += ["<h2>Answers</h2>", answers_table(answers)]
     for heading, lines in sections(report or {}):
-        text = html.escape("\n".join(lines).strip())
+        text = html.escape(textwrap.dedent("\n".join(lines)).strip())
         parts.append(f"<h2>{heading}</h2><pre class=many>{text}</pre>")
     parts.append("<h2>What was trained on</h2><p><span class=t>supervised</span> <span class=c>context only</span></p>")
     for example in examples:
