@@ -29,7 +29,8 @@ RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, At
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
-NO_THOUGHT = re.compile(r"(<[^<>]+>)?\w*\s*(<[^<>]+>)\s*$")  # what tells a model not to think
+TAG = r"<[^<>]+>"
+NO_THOUGHT = re.compile(rf"(?:{TAG}\w*\s*{TAG}|</[^<>]+>)\s*$")  # an empty thought, or only its end: do not think
 ARGUMENTS = ("object", "text")  # how templates take those of tool calls
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -308,9 +309,8 @@ class Template:
             return None
         for start in (found.start() for found in re.finditer("<", prompt)):
             empty = NO_THOUGHT.match(prompt, start)
-            tags = tuple(filter(None, empty.groups())) if empty else ()
-            closed = len(tags) == 2 or "".join(tags).startswith("</")
-            if closed and text.startswith(prompt[:start]) and not text.startswith(tags, start):
+            tags = tuple(re.findall(TAG, empty[0])) if empty else ()
+            if empty and text.startswith(prompt[:start]) and not text.startswith(tags, start):
                 return start
         return None
 
