@@ -25,6 +25,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from compute.gradients import SummedGradients
 from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import PrefetchedWindows
 from compute.memory import keep_freed_memory, refuse_too_large
@@ -35,7 +36,6 @@ from compute.processes import (
     is_first,
     rank,
     smallest,
-    sum_gradients,
     summed,
     total,
     world_size,
@@ -95,12 +95,12 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
     if supervised == 0:
         raise ValueError("no token of this window is supervised: it has no mean loss")
     loss_sum = 0.0
-    for micro_batch in window:
-        with precision.autocast():
-            micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
-        scaler.scale(micro_loss_sum / supervised).backward()
-        loss_sum += micro_loss_sum.detach()
-    waited = sum_gradients(model)  # over all processes
+    with SummedGradients(model, passes=len(window)) as gradients:  # over all processes
+        for micro_batch in window:
+            with precision.autocast():
+                micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
+            scaler.scale(micro_loss_sum / supervised).backward()
+            loss_sum += micro_loss_sum.detach()
     scaler.unscale_(optimizer)
     grad_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     apply_if_finite(optimizer, scaler, grad_norm)
@@ -117,7 +117,7 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
         "lr": lr,
         "tokens": tokens,
         "supervised_tokens": supervised,
-        **balance([micro_batch.tokens for micro_batch in window], waited),
+        **balance([micro_batch.tokens for micro_batch in window], gradients.waited),
     }
 
 

@@ -6,12 +6,10 @@ travel between processors and gradients between devices, each by torch.distribut
 
 import contextlib
 import os
-import time
 from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch.distributed.tensor import DTensor
 
 # Nobody waits for it: a process that fails is noticed in seconds (`running.together`). It is the longest time that one
 # may be busy while the others wait, with a corpus, say.
@@ -107,34 +105,12 @@ def wait_for_all():
     total(0)
 
 
-# --- gradients
-
-
-def sum_gradients(model):
-    """Make each gradient of a model its sum over all processes; returns the seconds that this one waited for others."""
-    if world_size() == 1:
-        return 0.0
-    began = time.perf_counter()
-    wait_for_all()
-    waited = time.perf_counter() - began
-    sending = []
-    for weights in model.parameters():
-        if isinstance(weights, DTensor):
-            continue  # summed already
-        if weights.grad is None:  # no token of this process reached it
-            weights.grad = torch.zeros_like(weights)
-        sending.append(distributed.all_reduce(weights.grad, async_op=True))
-    for work in sending:
-        work.wait()
-    return waited
-
-
 def balance(micro_batches, waited):
     """How evenly an update was shared out; of one process nothing.
 
     Args:
         micro_batches: the tokens of each that this process had; an empty one only keeps it in step with the others.
-        waited: the seconds that this process waited for the others.
+        waited: the seconds that this process waited for the others' gradients.
     """
     if world_size() == 1:
         return {}

@@ -57,7 +57,7 @@ def shard(model, count, device, dtype):
 
 def is_sharded(model):
     """Whether processes share a model's weights."""
-    return isinstance(model.base_model, FSDPModule)
+    return any(True for _ in parts_of(model))
 
 
 def parts_of(model):

@@ -9,9 +9,10 @@ from torch.distributed import is_initialized
 
 import compute.layout
 import train
+from compute.gradients import SummedGradients
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
 from compute.memory import own_numbers
-from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, sum_gradients, total, world_size
+from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, total, world_size
 from compute.reading import fill
 from compute.self_check import use_layout
 from compute.sharding import put_apart, shard, whole
@@ -244,13 +245,13 @@ def mean_of_means(patch):
     """Each process divides by its own tokens, and the gradients are averaged, as DDP does it."""
     patch.setattr(train, "total", lambda *own: tuple(max(1, number) for number in own))
 
-    def average(model):
-        sum_gradients(model)
-        for weights in model.parameters():
-            weights.grad /= world_size()
-        return 0.0
+    class Averaged(SummedGradients):
+        def __exit__(self, *failed):
+            super().__exit__(*failed)
+            for weights in self.missing:
+                weights.grad /= world_size()
 
-    patch.setattr(train, "sum_gradients", average)
+    patch.setattr(train, "SummedGradients", Averaged)
 
 
 def dropped_share(patch):
@@ -273,18 +274,38 @@ def counted_empty_tokens(patch):
 def unreduced_norm(patch):
     """Each process clips its own gradient, and then they are added."""
     real, summing = train.clip_grad_norm_, []
-    patch.setattr(train, "sum_gradients", lambda model: summing.append(model) or 0.0)
+
+    class Later(SummedGradients):
+        def __enter__(self):
+            summing.append(self)
+            return self
+
+        def __exit__(self, *_):
+            self.waited = 0.0
 
     def clip(parameters, most):
         norm = real(parameters, most)
-        sum_gradients(summing.pop())
+        SummedGradients.__exit__(summing.pop(), None)
         return norm
 
+    patch.setattr(train, "SummedGradients", Later)
     patch.setattr(train, "clip_grad_norm_", clip)
 
 
+def summed_too_early(patch):
+    """Each gradient is sent after the first of several backward passes."""
+    patch.setattr(train, "SummedGradients", lambda model, passes: SentEarly(model, passes=1))
+
+
+class SentEarly(SummedGradients):
+    def grown(self, weights):
+        if self.missing[weights]:
+            super().grown(weights)
+
+
 BREAKAGES = {
-    breakage.__name__: breakage for breakage in (mean_of_means, dropped_share, counted_empty_tokens, unreduced_norm)
+    breakage.__name__: breakage
+    for breakage in (mean_of_means, dropped_share, counted_empty_tokens, unreduced_norm, summed_too_early)
 }
 
 
@@ -317,6 +338,42 @@ def counts(lengths):
 
 def test_all_processes_have_equally_many_micro_batches_and_empty_ones_count_nothing(companies):
     assert companies(3).call(counts, (30, 10, 10, 10)) == [([30, 0], [30, 2]), ([10, 10], [10, 10]), ([10, 0], [10, 2])]
+
+
+def gradients_of_all(*passes):
+    """The sums of three weights' gradients.
+
+    Args:
+        passes: of each process the weights that its backward passes reach, in the order in which they do.
+    """
+    weights = torch.nn.ParameterList(torch.zeros(()) for _ in range(3))
+    with SummedGradients(weights, passes=len(passes[rank()])):
+        for reached in passes[rank()]:
+            loss = torch.ones(())
+            for number in reversed(reached):  # as the last that is used is the first that a backward pass reaches
+                loss = loss + (number + 1) * 10 ** rank() * weights[number] + 0 * weights[number] * loss
+            loss.backward()
+    return [each.grad.item() for each in weights]
+
+
+def test_gradients_are_summed_whatever_order_they_come_in_and_whichever_passes_reach_them(companies):
+    company = companies(2)
+    assert company.call(gradients_of_all, [(2, 1, 0), (2, 1, 0)], [(0, 1, 2), (1, 0, 2)]) == [[22, 44, 66]] * 2
+    assert company.call(gradients_of_all, [(2, 1), (1,)], [(0, 1), (1, 0)]) == [[20, 44, 3]] * 2
+
+
+def one_pass_too_many():
+    """What is said where more backward passes come than were announced."""
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(RuntimeError) as raised, SummedGradients(model, passes=1):
+        for _ in range(2):
+            model(torch.ones(1)).backward()
+    return str(raised.value)
+
+
+def test_a_gradient_that_was_sent_may_not_grow(companies):
+    for said in companies(2).call(one_pass_too_many):
+        assert said == "a gradient has grown more often than there are backward passes: its sum is not whole"
 
 
 def numbers_of_all():
