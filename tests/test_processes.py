@@ -294,13 +294,16 @@ def unreduced_norm(patch):
 
 def summed_too_early(patch):
     """Each gradient is sent after the first of several backward passes."""
-    patch.setattr(train, "SummedGradients", lambda model, passes: SentEarly(model, passes=1))
 
+    class Early(SummedGradients):
+        def __init__(self, model, passes):
+            super().__init__(model, min(passes, 1))
 
-class SentEarly(SummedGradients):
-    def grown(self, weights):
-        if self.missing[weights]:
-            super().grown(weights)
+        def grown(self, weights):
+            if self.missing[weights]:
+                super().grown(weights)
+
+    patch.setattr(train, "SummedGradients", Early)
 
 
 BREAKAGES = {
@@ -365,10 +368,12 @@ def test_gradients_are_summed_whatever_order_they_come_in_and_whichever_passes_r
 def one_pass_too_many():
     """What is said where more backward passes come than were announced."""
     model = torch.nn.Linear(1, 1)
-    with pytest.raises(RuntimeError) as raised, SummedGradients(model, passes=1):
-        for _ in range(2):
-            model(torch.ones(1)).backward()
-    return str(raised.value)
+    try:
+        with SummedGradients(model, passes=1):
+            for _ in range(2):
+                model(torch.ones(1)).backward()
+    except RuntimeError as error:
+        return str(error)
 
 
 def test_a_gradient_that_was_sent_may_not_grow(companies):
