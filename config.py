@@ -346,12 +346,18 @@ def make_output_last():
         setattr(sys, name, LastingStream(stream))
 
 
-def run_command(main):
-    """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130."""
+def run_command(main, alone=False):
+    """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130.
+
+    Args:
+        alone: whether it is refused as one of the processes that torchrun starts, as each would do all of the work.
+    """
     make_output_last()
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if alone:
+            refuse_several_processes()
         status = main(sys.argv[1:])
     except BaseException as error:
         if follows_ctrl_c(error):
@@ -360,6 +366,16 @@ def run_command(main):
         else:
             status = explain(error)
     sys.exit(status)
+
+
+def refuse_several_processes():
+    """Leave where several processes were started; the first of them says why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+        return
+    if os.environ["RANK"] != "0":
+        sys.exit(1)
+    program = Path(sys.argv[0]).name
+    raise UserError(f"{program} does its work in one process; start it without torchrun: python {program} …")
 
 
 def die_with_parent():

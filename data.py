@@ -441,4 +441,4 @@ def main(argv):
 if __name__ == "__main__":
     from data import main  # not this copy of it: processes that encode import `encode` by its module's name
 
-    run_command(main)
+    run_command(main, alone=True)

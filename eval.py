@@ -435,4 +435,4 @@ def refuse_long_prompts(prompts, tokenizer, max_new_tokens, system):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, alone=True)

@@ -301,3 +301,20 @@ def test_a_library_that_fails_over_ctrl_c_is_interrupted_too(capsys):
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(ZeroDivisionError):
         run_command(lambda _: 1 / 0)
+
+
+REFUSED = "error: eval.py does its work in one process; start it without torchrun: python eval.py …\n"
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", REFUSED), ("1", "")])
+def test_a_command_for_one_process_is_refused_by_torchrun_once(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "model"])
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda _: pytest.fail("it has begun"), alone=True)
+    assert left.value.code == 1
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit, match="0"):
+        run_command(lambda _: 0, alone=True)
