@@ -10,14 +10,13 @@ import sys
 import threading
 import time
 import traceback
-import uuid
-from datetime import timedelta
 
 import torch
 from torch import distributed
 
 from compute.processes import TIMEOUT, wait_for_all
 from config import UserError, die_with_parent, explain
+from running.rendezvous import meet, place, store_at
 from running.signals import Stopped
 
 POLL = 0.5  # seconds between two looks at the others
@@ -31,7 +30,10 @@ class Group:
     def __init__(self, store, rank, size):
         self.rank, self.size, self.streams = rank, size, (sys.stdout, sys.stderr)
         agent = os.environ.get("GROUP_RANK", "")  # the number of the torchrun that started this process
-        meeting, others = meet(store, rank, size, f"{agent} {os.getpid()}")
+        try:
+            meeting, others = meet(store, rank, size, f"{agent} {os.getpid()}")
+        except distributed.DistError as error:
+            raise UserError("the first process ended before all had met") from error
         others = {other: text.split(" ") for other, text in others.items() if other != rank}
         self.pids = {other: int(pid) for other, (theirs, pid) in others.items() if agent and theirs == agent}
         self.store = distributed.PrefixStore(meeting, store)
@@ -97,14 +99,15 @@ def together(work):
     global group
     if "RANK" in os.environ:
         die_with_parent()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    own = place()
+    if own is None:
         try:
             return work()
         except Stopped as stop:
             return stopped(stop)
+    rank, size = own.rank, own.size
     try:
-        store, rank, size = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
-        group = Group(store, rank, size)
+        group = Group(store_at(own), rank, size)
         if rank:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for good
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -155,37 +158,6 @@ def lost_process(error):
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
     lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
     return group.obituary() if group and lost else None
-
-
-def meet(store, rank, size, about):
-    """Wait for the other processes; returns a name for this meeting, and what each says about itself, by rank.
-
-    torchrun's store outlives its processes. When it starts them again, what the last ones left there would be taken for
-    the new ones' addresses; and no count of these starts is the same on every machine. So each process gives itself a
-    name that no other has had, and the first answers to these names.
-
-    It asks again and again instead of waiting in the store, where no signal would reach it.
-    """
-    own = uuid.uuid4().hex
-
-    def wait_for(key):
-        while not store.check([key]):
-            time.sleep(0.05)
-        return store.get(key).decode()
-
-    meeting = own
-    if rank:
-        store.set(f"hello {rank}", own)
-        meeting = wait_for(f"welcome {own}")
-    store.set(f"{meeting} {rank}", about)
-    waiting = set(range(size))
-    while waiting:
-        for other in waiting if rank == 0 else ():
-            if store.check([f"hello {other}"]):
-                store.set(f"welcome {store.get(f'hello {other}').decode()}", own)
-        waiting = {other for other in waiting if not store.check([f"{meeting} {other}"])}
-        time.sleep(0.05)
-    return meeting, {other: store.get(f"{meeting} {other}").decode() for other in range(size)}
 
 
 def exists(pid):
