@@ -29,7 +29,7 @@ from compute.gradients import SummedGradients
 from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import PrefetchedWindows
 from compute.memory import keep_freed_memory, refuse_too_large
-from compute.processes import balance, from_first, in_first, is_first, rank, smallest, summed, total, world_size
+from compute.processes import balance, from_first, in_first, is_first, rank, smallest, summed, total
 from compute.self_check import choose_layout, use_layout
 from compute.sharding import is_sharded, whole
 from config import OF_THE_TEMPLATE, Parser, UserError, resolve, with_absolute_paths
@@ -404,8 +404,7 @@ def start_run(named, dry_run, signals):
         run = set_up(config)
         print(report.plan(run))
         if dry_run:
-            if world_size() == 1:
-                print(estimate(run, train_step))
+            print(estimate(run, train_step))
             return 0
         with in_first(locked, directory):
             from_first(refuse_foreign, directory)  # another run may have begun in it by now

@@ -1,6 +1,7 @@
 """Several processes: whatever happens to one of them ends all, within seconds, with one line, and the run goes on."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -213,6 +214,18 @@ def test_a_shard_that_the_processes_cannot_be_divided_by_is_refused(flags, lives
     assert life.complained == (
         "error: --shard 2: it takes several processes; start them with torchrun, or use --shard 1\n"
     )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_dry_run_says_what_each_process_takes(flags, lives, tmp_path, count):
+    group = lives(2, [*flags, "--output-dir", tmp_path / "run", "--shard", count, "--dry-run"])
+    assert group.wait() == [0, 0], group.complained
+    memory, time, disk = re.findall("^  (?:memory|time|disk)  .*", group.said, re.M)
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2e9
+    assert re.search(rf"\d GB at the peak of a process of {half:.1f} GB ", memory)
+    assert "about" in time
+    assert "up to" in disk
     assert not (tmp_path / "run").exists()
 
 
