@@ -45,11 +45,12 @@ def find_start(run, recorded):
             f"--resume {run}: it is finished, with no checkpoint to continue from; try a run of --model {best}"
         )
     logged = last_logged_update(run)
-    if logged > recorded["config"]["save_every"]:  # a checkpoint comes before any later update
+    # A run goes on while its first checkpoint is written (`running.background`), until the second is due.
+    if logged > 2 * recorded["config"]["save_every"]:
         raise UserError(
             f"--resume {run}: it logged update {logged} but has no checkpoint; restore them, or start a new run"
         )
-    print(f"resuming {run} from its beginning: it has no checkpoint yet")
+    print(f"resuming {run} from its beginning: it has no checkpoint")
     return Start(None, recorded)
 
 

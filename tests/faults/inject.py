@@ -173,16 +173,16 @@ def saving_in_background():
     importlib.import_module("running.background").ALWAYS = True
 
 
-def hold_checkpoint(which, update, do=None):
-    """The `which`th checkpoint is not written before an update begins; then `do()`."""
+def hold_checkpoint(which, number, do=None, name="train.update"):
+    """The `which`th checkpoint is not written before a `number`th call, that of an update; then `do()`."""
     begun = threading.Event()
 
     def hold(*_, **__):
-        assert begun.wait(60), "the update does not begin"
+        assert begun.wait(60), f"{name} is not called"
         if do:
             do()
 
-    on_call("train.update", update, lambda *_, **__: begun.set())
+    on_call(name, number, lambda *_, **__: begun.set())
     on_call("running.state.save_checkpoint", which, hold)
 
 

@@ -53,11 +53,14 @@ def test_two_processes_go_on_while_the_first_saves(flags, unbroken_together, liv
     assert_same(run, unbroken_together)
 
 
-def test_killed_while_a_checkpoint_is_written_in_the_background(flags, unbroken, live, tmp_path):
-    run = tmp_path / "run"
-    hold = partial(hold_checkpoint, 2, 8, partial(on_call, "storage.durable.write_manifest", 1, kill))
+@pytest.mark.parametrize(("step", "until"), [(6, ("train.update", 8)), (3, ("train.save_best", 1))])
+def test_killed_while_a_checkpoint_is_written_in_the_background(flags, unbroken, live, tmp_path, step, until):
+    """The first one, too, when its run has logged a later update already."""
+    run, (name, number) = tmp_path / "run", until
+    killing = partial(on_call, "storage.durable.write_manifest", 1, kill)
+    hold = partial(hold_checkpoint, step // 3, number, killing, name)
     assert live([*flags, "--output-dir", run], saving_in_background, hold).wait() == 137
-    assert list(run.glob("checkpoints/.step-6.unfinished-*"))
+    assert list(run.glob(f"checkpoints/.step-{step}.unfinished-*"))
     goes_on(live, flags, run, unbroken)
 
 

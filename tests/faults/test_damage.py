@@ -72,13 +72,16 @@ def test_no_valid_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
     assert steps_saved(interrupted) == [3, 6]
 
 
-def test_lost_checkpoints_are_no_reason_to_begin_again(interrupted, live):
-    shutil.rmtree(interrupted / "checkpoints")
-    before = (interrupted / "metrics.jsonl").read_bytes()
-    life = live(["--resume", interrupted])
+def test_lost_checkpoints_are_no_reason_to_begin_again(flags, live, tmp_path):
+    run = tmp_path / "run"
+    life = live([*flags, "--output-dir", run, "--save-every", "2"], partial(on_call, "train.update", 8, kill))
+    assert life.wait() == 137
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    life = live(["--resume", run])
     assert life.wait() == 1
     assert "it logged update 6 but has no checkpoint; restore them, or start a new run" in life.complained
-    assert (interrupted / "metrics.jsonl").read_bytes() == before
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 class Payload:
