@@ -25,13 +25,13 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from config import Parser, UserError, as_text, resolve
+from config import Config, Parser, UserError, as_text, resolve
 from conversations import templates
 from conversations.corpus import load_corpus
 from conversations.formats import ROLES
 from conversations.mixture import choose_rows, keep_copies_together, repeat_by_weight
 from conversations.preview import page, preview, refuse_other_file
-from conversations.sources import Source, parse_source
+from conversations.sources import Source, files_of, notes_on_directories, parse_source
 from conversations.templates import encode_texts
 from conversations.tokenizer import CHATML, END, START, load_tokenizer
 from storage import hub
@@ -212,7 +212,9 @@ def prepare(config, tokenizer):
     corpus = load_corpus(sources, config, tokenizer, encode_each)
     held_out = load_held_out(config, tokenizer) if config.eval_dataset else None
     digests, source_of = corpus.digests, corpus.source_of  # a split, an amount and a weight are of conversations
-    notes = [note for part in (corpus, held_out) if part for note in (*part.findings.notes(), *part.notes())]
+    notes = [*notes_on_directories(sources), *corpus.findings.notes(), *corpus.notes()]
+    if held_out:
+        notes += [f"--eval-dataset: {note}" for note in (*held_out.findings.notes(), *held_out.notes())]
 
     rows = choose_rows(source_of, sources, config.seed)
     notes += notes_on_amounts(rows, source_of, sources)
@@ -222,7 +224,8 @@ def prepare(config, tokenizer):
         rows = [row for row in chosen if digests[row] not in known]
         if not rows:
             raise UserError(f"--dataset {as_text(config.dataset)}: all of its conversations are in --eval-dataset")
-        notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
+        if len(rows) < len(chosen):
+            notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
     splits = [[rows[i] for i in split] for split in split_rows(len(rows), *shares, config.seed)]
     train, shared, test = keep_copies_together(splits, digests)
@@ -240,9 +243,10 @@ def prepare(config, tokenizer):
         if not splits[name].examples:
             why = f"nothing is supervised in the {name} split; see --max-length"
             if not splits[name].dropped:
-                why = f"the {name} split is empty, as all of its conversations are copies of others"
+                why = f"the {name} split is empty, as all of its conversations are copies of others; use --eval-dataset"
             raise UserError(f"--dataset {as_text(config.dataset)}: {why}")
-    return Data(**splits, notes=tuple(notes), warnings=tuple(warnings_about(splits)))
+    warnings = [*warnings_about(splits), *warnings_of_unused(config, sources, splits, tokenizer)]
+    return Data(**splits, notes=tuple(notes), warnings=tuple(warnings))
 
 
 @contextlib.contextmanager
@@ -348,6 +352,15 @@ def warnings_about(splits):
         yield f"{train.dropped:,} of {rows:,} training conversations are left out: nothing in them is supervised"
 
 
+def warnings_of_unused(config, sources, splits, tokenizer):
+    """Which settings say something else than what happens, a line each."""
+    longest, attended = max(split.longest for split in splits.values()), tokenizer.model_max_length
+    if longest > attended:
+        yield f"--max-length: there are conversations of {longest:,} tokens, and the model was made for {attended:,}"
+    if config.split != Config().split and all(map(files_of, (source.name for source in sources))):
+        yield f"--split {config.split} has no effect: files have no splits"
+
+
 def split_rows(n, eval_fraction, test_fraction, seed):
     """Row numbers of the train, eval and test splits of `n` rows, shares rounded up.
 
@@ -362,7 +375,8 @@ def split_rows(n, eval_fraction, test_fraction, seed):
     if n_train < 1 or (n_eval < 1 and eval_fraction):
         raise UserError(
             f"--eval-fraction {eval_fraction} and --test-fraction {test_fraction} of {n} conversations leave "
-            f"{max(0, n_train)} to train on and {n_eval} to evaluate; use more conversations or other shares"
+            f"{max(0, n_train)} to train on and {n_eval} to evaluate; "
+            "use more conversations, other shares or --eval-dataset"
         )
     if n_eval + n_test == 0:
         return list(range(n)), [], []
@@ -414,6 +428,8 @@ def main(argv):
     if options["show"] < 1:
         raise UserError(f"--show must be at least 1, not {options['show']}")
     if options["html"]:
+        if options["json"]:
+            raise UserError("--html and --json: use one of them")
         refuse_other_file(options["html"])
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
@@ -427,7 +443,11 @@ def main(argv):
         print(f"written to {options['html']}")
         return 0
     if not options["json"]:
-        print("\n".join((*data.notes, *(f"warning: {warning}" for warning in data.warnings))))
+        counts = ", ".join(
+            f"{name} {len(split.examples):,} ({split.truncated:,} truncated, {split.dropped:,} dropped)"
+            for name, split in data.splits.items()
+        )
+        print("\n".join((*data.notes, counts, *(f"warning: {warning}" for warning in data.warnings))))
     for number, (example, where) in enumerate(zip(examples, locations, strict=True), 1):
         if options["json"]:
             print(json.dumps({"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}))

@@ -7,6 +7,7 @@ JSON schemas. Every row is checked before anything is tokenised, and an invalid 
 """
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -55,11 +56,13 @@ class Findings:
         count = self.bad.total()
         if count <= skip_bad_rows * self.rows:
             return
+        share = math.ceil(100 * count / self.rows) / 100  # that would do
+        flag = "--skip-bad-rows" if share <= 0.1 and not skip_bad_rows else f"--skip-bad-rows {share:g}"
         if count == 1 and not skip_bad_rows:
-            raise UserError(f"{self.problems[0]}; correct that row, or leave it out with --skip-bad-rows")
-        allowed = "--skip-bad-rows leaves them out"
-        if skip_bad_rows:
-            allowed = f"more than --skip-bad-rows {skip_bad_rows:g}"
+            advice = f", or leave it out with {flag}" if share < 1 else ""
+            raise UserError(f"{self.problems[0]}; correct that row{advice}")
+        allowed = f"more than --skip-bad-rows {skip_bad_rows:g}; " if skip_bad_rows else ""
+        allowed += f"{flag} leaves them out" if share < 1 else "correct them"
         lines = [f"{count:,} of {self.rows:,} rows are invalid; {allowed}"]
         more = count - len(self.problems)
         raise UserError("\n  ".join(lines + self.problems + ([f"… and {more:,} more"] if more else [])))
@@ -119,7 +122,8 @@ def conversation_of(row, findings):
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
     name, keys, read = next((entry for entry in FORMATS if set(entry[1]) <= row.keys()), (None, (), None))
     if name is None:
-        raise InvalidRow(f"no known format: it has none of {', '.join('+'.join(keys) for _, keys, _ in FORMATS)}")
+        known = ", ".join("+".join(keys) for _, keys, _ in FORMATS)
+        raise InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
     read_keys = {*keys, *SYSTEM, *TOOLS, *OPTIONAL.get(name, ())}
     refuse_unsupported(row.keys() - read_keys, row)
     system, messages, tools = system_message(row), read(row, findings), tools_of(row)
@@ -154,6 +158,8 @@ def system_message(row):
 
 def read_messages(row, findings, key="messages", roles=None, names=("role", "content")):
     """Messages as role and content, or as they are called in `names`, with roles as they are called in `roles`."""
+    if isinstance(row[key], str):
+        raise InvalidRow(f'"{key}" is a text, not a list of messages; if it is JSON, decode it')
     if not isinstance(row[key], list) or not row[key]:
         raise InvalidRow(f'"{key}" is not a list of messages')
     role_key, content_key = names
@@ -162,9 +168,11 @@ def read_messages(row, findings, key="messages", roles=None, names=("role", "con
         where = f"message {number}"
         if not isinstance(given, dict):
             raise InvalidRow("not an object with a role and a content", where)
+        nulls = {name for name, value in given.items() if value is None}
         given = {name: value for name, value in given.items() if value is not None}
         if role_key not in given:
-            raise InvalidRow(f'no "{role_key}"', where)
+            advice = '; with "from" and "value" the key is "conversations"' if "from" in given else ""
+            raise InvalidRow(f'no "{role_key}"{advice}', where)
         role = given[role_key] if roles is None or not isinstance(given[role_key], str) else roles.get(given[role_key])
         if roles is None and role == "function":  # OpenAI's, before there were tools
             role = "tool"
@@ -177,7 +185,7 @@ def read_messages(row, findings, key="messages", roles=None, names=("role", "con
         if roles and given[role_key] == "function_call":
             more, content = {**more, "tool_calls": calls_of(content, where)}, ""
         if content is None and not more:
-            raise InvalidRow(f'no "{content_key}"', where)
+            raise InvalidRow("its content is null" if content_key in nulls else f'no "{content_key}"', where)
         may_be_empty = bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
         message = {"role": role, "content": text_of("" if content is None else content, where, may_be_empty)}
         messages.append({**message, "train": is_trained(given, where), **more})
@@ -328,9 +336,17 @@ def read_sharegpt(row, findings):
 
 
 def read_prompt_and_completion(row, findings):
-    """A prompt and its completion, as texts or as messages; only the completion is trained."""
+    """A prompt and its completion, as texts or as messages; only the completion is trained.
+
+    Raises:
+        InvalidRow: among others, where a label says that the completion is not wanted.
+    """
+    if row.get("label") is False:
+        raise InvalidRow('"label": false, which says that the completion is not wanted; remove the row')
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         return messages_of(("user", "prompt", row["prompt"]), ("assistant", "completion", row["completion"]))
+    if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+        raise InvalidRow('"prompt" and "completion" are not both texts, or both lists of messages')
     prompt, completion = (read_messages(row, findings, key) for key in ("prompt", "completion"))
     return [{**message, "train": False} for message in prompt] + completion
 

@@ -23,7 +23,7 @@ def choose_rows(source_of, sources, seed):
         rows = [row for row, of in enumerate(source_of) if of == number]
         wanted = source.count or math.ceil(len(rows) * min(1.0, source.weight))
         if source.count and source.count > len(rows):
-            raise UserError(f"--dataset {source.name}#{source.count}: it has {len(rows):,} conversations only")
+            raise UserError(f"--dataset {source.name}#{source.count}: {len(rows):,} conversations of it were read")
         order = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.tolist()
         chosen += [rows[i] for i in order]
     return chosen

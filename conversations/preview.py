@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import re
 from pathlib import Path
 
 from config import UserError
@@ -16,6 +17,7 @@ td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: 
 .warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }
 """
 PAGE = "<!doctype html><meta name=generator content=plain-sft>"  # how each of these pages begins
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with which a text could write over the terminal
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 
@@ -25,7 +27,7 @@ def preview(example, tokenizer, color):
     text, begin = "", 0
     for is_supervised, group in itertools.groupby(supervised):
         end = begin + len(list(group))
-        part = tokenizer.decode(example.input_ids[begin:end])
+        part = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], tokenizer.decode(example.input_ids[begin:end]))
         if color:
             text += (GREEN if is_supervised else RED) + part + PLAIN
         else:

@@ -14,6 +14,17 @@ from storage import hub
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # as pyarrow calls them
+# What a file of JSON does not begin with, and what to do about one that does.
+OTHER_BEGINNINGS = {
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "compressed by gzip; add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",
+    b"BZh": "compressed by bzip2; add .bz2 to its name",
+    b"PAR1": "a Parquet file; name it .parquet",
+}
+OF_DATASETS = ("dataset_dict.json", "state.json")  # in a directory that `save_to_disk` of datasets has written
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a dataset, but none of them
 AMOUNT = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
 
 
@@ -72,17 +83,60 @@ def files_of(name):
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if kind_of(file) and not file.name.startswith("."))
+        if any((path / file).exists() for file in OF_DATASETS):
+            raise UserError(
+                f"--dataset {name}: written by save_to_disk; write it as a file: "
+                f"datasets.load_from_disk({str(path)!r}).to_json(…), of a DatasetDict one of its splits"
+            )
+        files = read_in(path)
         if not files:
-            raise UserError(f"--dataset {name}: no {', '.join(SUFFIXES)} file in this directory")
+            raise UserError(f"--dataset {name}: no {', '.join(SUFFIXES)} file in this directory itself")
+        for file in files:
+            refuse_unreadable(file)
         return files
     if path.exists():
+        refuse_unreadable(path)
         if not kind_of(path):
             raise UserError(f"--dataset {name}: not a {', '.join(SUFFIXES)} file (or one of them in .gz, .zst, .bz2)")
         return [path]
+    if "://" in name:
+        raise UserError(f"--dataset {name}: URLs are not read; download it, and name the file")
     if kind_of(path) or path.suffix in (".csv", ".txt") or hub.looks_like_a_path(name):
         raise UserError(f"--dataset {name}: there is no such file")
     return []
+
+
+def read_in(directory):
+    """The files in a directory that are read as rows, in order."""
+    files = (file for file in directory.iterdir() if kind_of(file) and not file.name.startswith("."))
+    return sorted(file for file in files if file.name not in ABOUT)
+
+
+def refuse_unreadable(path):
+    """Raise `UserError` for what is no ordinary file, and for a name that cannot be printed."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--dataset {str(path)!a}: its name is not UTF-8; rename it") from error
+    if not path.is_file():
+        raise UserError(f"--dataset {path}: not a regular file; write its rows to one")
+
+
+def notes_on_directories(sources):
+    """Which files of the directories among some sources are read, and what else is in them: a line each."""
+    for source in sources:
+        path = Path(source.name).expanduser()
+        if path.is_dir():
+            read = [file.name for file in read_in(path)]
+            others = sorted(file.name + "/" * file.is_dir() for file in path.iterdir() if file.name not in read)
+            rest = f"; not read: {shortened(others)}" if others else ""
+            yield f"{source.name}: {shortened(read)} read{rest}"
+
+
+def shortened(names):
+    """Some names, of many the first few."""
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def kind_of(path):
@@ -107,9 +161,18 @@ def rows_of(source, split):
                 yield from rows_of_parquet(path)
             else:
                 with open_decompressed(path) as stream:
-                    yield from rows_of_json(path, io.BufferedReader(stream))
+                    lines = io.BufferedReader(stream)
+                    refuse_other_beginning(path, lines.peek(4))
+                    yield from rows_of_json(path, lines)
         except (OSError, EOFError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+
+
+def refuse_other_beginning(path, content):
+    """Raise `UserError` where a file of JSON begins as another kind of file does."""
+    for beginning, what in OTHER_BEGINNINGS.items():
+        if content.startswith(beginning):
+            raise UserError(f"{path}: it is {what}")
 
 
 def open_decompressed(path):

@@ -25,7 +25,6 @@ from tokenizers import Tokenizer
 from config import UserError, first_line
 
 MARKS = list(map(chr, range(0x12000, 0x12399)))  # cuneiform: printable, so that no template escapes it, and rare
-RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -198,8 +197,7 @@ class Template:
 
     def guarded_message(self, message, mark):
         """A message with guarded texts; its own keys, and its role, are ours."""
-        own = ("role", "train")
-        guarded = {key: value if key in own else self.guarded(value, mark) for key, value in message.items()}
+        guarded = {key: value if key == "role" else self.guarded(value, mark) for key, value in message.items()}
         for call in guarded.get("tool_calls", []):
             call["type"] = "function"
         return guarded
@@ -221,7 +219,8 @@ class Template:
             raise Refused(f"{where}the template writes no tool calls; use a model or a --chat-template FILE that does")
         chat = []
         for message in messages:
-            message = self.guarded_message({name: value for name, value in message.items() if name != "tools"}, mark)
+            given = {name: value for name, value in message.items() if name not in ("tools", "train")}
+            message = self.guarded_message(given, mark)
             thought, inline = message.pop("thinking", None), message.pop("inline", False)
             if thought is not None and self.takes_thoughts:
                 message |= thought_of(thought.strip("\n") if inline else thought)
@@ -241,12 +240,15 @@ class Template:
 
         Raises:
             Refused: it raises an error over one of them.
+            UserError: it is no template at all.
         """
         try:
             return self.tokenizer.apply_chat_template(
                 chats, tools=tools or None, tokenize=False, add_generation_prompt=generation
             )
-        except RENDERING_ERRORS as error:
+        except jinja2.TemplateSyntaxError as error:
+            raise not_a_template(error) from error
+        except Exception as error:  # a template is somebody's program: it may divide by zero
             roles = ", ".join(message["role"] for message in max(chats, key=len))
             raise Refused(f"in a conversation of {roles}, it does not take them: {first_line(error)}") from error
 
@@ -520,6 +522,11 @@ def encode(conversations, tokenizer, wanted_of):
                 if reason:
                     raise Refused(reason)
     return found
+
+
+def not_a_template(error):
+    """A `UserError` about a template's syntax."""
+    return UserError(f"--chat-template: line {error.lineno}: {first_line(error)}")
 
 
 @contextlib.contextmanager

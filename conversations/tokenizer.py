@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import jinja2
+import jinja2.meta
 from transformers import AutoConfig, AutoTokenizer
 
 from config import UserError
@@ -62,9 +64,9 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         if template_options:
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
-        tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template, path)
-        tokenizer.chat_template = with_options(tokenizer.chat_template, template_options)
-        with templates.naming([]):
+        own = read_template(chat_template, tokenizer.chat_template, path)
+        with naming_template(chat_template), templates.naming([]):
+            tokenizer.chat_template = with_options(own, template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
             tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
@@ -86,7 +88,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
     if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        with templates.naming([]):
+        with naming_template(chat_template), templates.naming([]):
             if difference := templates.difference_of_marks(tokenizer):
                 print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer
@@ -113,6 +115,15 @@ def read_template(name, own, path):
     if not text.strip():
         raise UserError(f"--chat-template {name}: it is empty")
     return text
+
+
+@contextlib.contextmanager
+def naming_template(name):
+    """Let errors about a chat template say which it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--chat-template:", f"--chat-template {name}:", 1)) from error
 
 
 def with_eos(template, eos):
@@ -142,7 +153,7 @@ def with_options(template, options):
         name, equals, value = option.partition("=")
         if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)):
             raise UserError(f"--template-option {option}: write it as name=value, such as enable_thinking=false")
-        if name in ("messages", "tools", "add_generation_prompt") or not re.search(rf"\b{name}\b", template):
+        if name in ("messages", "tools", "add_generation_prompt") or name not in arguments_of(template):
             raise UserError(f"--template-option {option}: the chat template has no argument {name}")
         with contextlib.suppress(ValueError):  # else a text without quotation marks
             value = json.loads(value)
@@ -151,3 +162,17 @@ def with_options(template, options):
         earlier = re.compile(re.escape(start) + ".*?" + re.escape(end))  # from an earlier run, whose model this is
         template = start + literal + end + earlier.sub("", template, count=1)
     return template
+
+
+def arguments_of(template):
+    """The names that a chat template takes from outside.
+
+    Raises:
+        UserError: its syntax is wrong.
+    """
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # transformers' own tag
+    try:
+        return jinja2.meta.find_undeclared_variables(environment.parse(plain))
+    except jinja2.TemplateSyntaxError as error:
+        raise templates.not_a_template(error) from error

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {tmp_path}/bad.jsonl:1: no known format: it has none of messages, conversations, prompt+completion, "
-        "instruction+output; correct that row, or leave it out with --skip-bad-rows\n"
+        "instruction+output; correct that row\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
@@ -237,7 +238,11 @@ def test_named_settings_are_separated_from_a_commands_own_options():
 def test_data_shows_conversations_as_text_and_as_json(chats, tiny_model_dir, capsys):
     arguments = ["--model", str(tiny_model_dir), "--dataset", str(chats), "--show", "2"]
     assert data_command.main(arguments) == 0
-    assert capsys.readouterr().out.count("[[") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("[[") == 2
+    assert re.search(r"^train \d+ \(0 truncated, 0 dropped\), eval \d+ \(0 truncated, 0 dropped\), test", shown, re.M)
+    with pytest.raises(UserError, match="--html and --json: use one of them"):
+        data_command.main([*arguments, "--json", "--html", "page.html"])
     assert data_command.main([*arguments, "--json"]) == 0
     encoded = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [set(example) for example in encoded] == [{"input_ids", "labels"}] * 2

@@ -1,5 +1,6 @@
 """A corpus on disk, its cache, and how its rows are shared out."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_several_files_in_shares(tiny_tokenizer, write):
 
 
 def test_a_count_that_is_not_there_is_refused(tiny_tokenizer, write):
-    with pytest.raises(UserError, match=r"#50: it has 20 conversations only"):
+    with pytest.raises(UserError, match=r"#50: 20 conversations of it were read"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]) + "#50")
 
 
@@ -165,6 +166,17 @@ def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
     share = data.train.supervised_lost / (data.train.supervised_lost + data.train.supervised)
     assert losing.startswith(f"{share:.0%} of the supervised tokens are lost to --max-length")
     assert truncated.endswith("training conversations are truncated by --max-length")
+
+
+def test_settings_that_say_something_else_than_what_happens_are_warned_about(tiny_tokenizer, write):
+    chats = write("a.jsonl", [a_chat(f"{number}", "y" * 50) for number in range(20)])
+    assert not prepared(tiny_tokenizer, chats).warnings
+    tokenizer = copy.copy(tiny_tokenizer)
+    tokenizer.model_max_length = 40
+    too_long, split = prepared(tokenizer, chats, max_length=10_000, split="test").warnings
+    assert too_long.startswith("--max-length: there are conversations of ")
+    assert too_long.endswith(" tokens, and the model was made for 40")
+    assert split == "--split test has no effect: files have no splits"
 
 
 def test_characters_that_the_tokenizer_does_not_know_are_warned_about():

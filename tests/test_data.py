@@ -106,6 +106,13 @@ def test_the_preview_marks_what_is_supervised(real_tokenizer):
     assert preview(example, real_tokenizer, color=True) == f"\033[31m{header}\033[0m\033[32mHo<|im_end|>\n\033[0m"
 
 
+def test_the_preview_shows_control_characters_instead_of_obeying_them(real_tokenizer):
+    example = encode([say("a\x1b[31m\r", "b\tc\x00\x7f\x9b")], real_tokenizer)[0]
+    shown = preview(example, real_tokenizer, color=False)
+    assert "user\na\\x1b[31m\\r<|im_end|>" in shown
+    assert "[[b\tc\\x00\\x7f\\x9b<|im_end|>" in shown
+
+
 # --- splits, epochs, windows, micro-batches
 
 
