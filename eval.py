@@ -118,6 +118,8 @@ def main(argv):
         return push(options["models_or_runs"][0], options["push_to_hub"])
     evaluated = [settings_of(name, named) for name in options["models_or_runs"]]
     model, run, config = evaluated[0]
+    if "dataset" not in named:
+        refuse_other_data(evaluated, options["models_or_runs"])
     if options["html"]:
         if run is None or "dataset" in named:
             raise UserError("--html is about a run and its own dataset; name a run, and leave --dataset out")
@@ -274,6 +276,20 @@ def model_of(name):
     except Damaged as why:
         print(f"warning: {why}", file=sys.stderr)
     return str(run / "best"), run
+
+
+def refuse_other_data(evaluated, names):
+    """Raise `UserError` where a mean would be over a run's own data and over the preset's, which a model is judged on.
+
+    Args:
+        evaluated: what `settings_of` gave for each of the names.
+    """
+    of_no_run = [name for name, (_, run, _) in zip(names, evaluated, strict=True) if run is None]
+    if of_no_run and len(names) > 1:
+        raise UserError(
+            f"{of_no_run[0]} is not a run and has no data of its own; name runs alone, compare with it "
+            "(--against), or say on what data (--dataset)"
+        )
 
 
 def warn_of_other_settings(evaluated):

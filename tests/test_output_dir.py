@@ -131,6 +131,15 @@ def test_a_finished_run_answers_without_its_data(capsys):
     assert "there is no such file" in refused("run", command=eval_command)
 
 
+def test_a_run_and_a_model_have_no_mean_without_common_data():
+    """Each on its own: the run's, and the quickstart's."""
+    assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
+    said = "model is not a run and has no data of its own; name runs alone, compare with it (--against), or say on what"
+    assert refused("run", "model", command=eval_command).startswith(said)
+    assert eval_command.main(["run", "model", "--dataset", "chats.jsonl", "--prompts", "Hi"]) == 0
+    assert eval_command.main(["run", "run/best", "--prompts", "Hi", "--max-new-tokens", "1"]) == 0
+
+
 def test_a_part_of_a_run_is_evaluated_on_the_data_of_the_run(here, monkeypatch, capsys):
     interrupted(monkeypatch, "--output-dir", "run")
     losses = []
