@@ -415,12 +415,16 @@ def resume_run(directory, named, allow_changes, dry_run, signals):
     """The rest of a run. Returns the exit status."""
     config, recorded = resumed_config(directory, named)
     changed = differences(recorded, {**recorded, "config": dataclasses.asdict(config)})
-    if from_first(is_finished, directory) and not changed:
-        print(f"{directory} is finished already\n\n{report.summary(directory)}")
+    finished = from_first(is_finished, directory)
+    if finished and not changed:
+        print(f"{directory} is finished already" + ("" if dry_run else f"\n\n{report.summary(directory)}"))
         return 0
     with in_first(locked, directory):
         start = from_first(find_start, directory, recorded)
         run = set_up(config, start, allow_changes)
+        if finished and run.step >= run.total_steps:  # its record would name settings it was not trained with
+            what = f"nothing is left to train with {', '.join(changed)}"
+            raise UserError(f"{directory} is finished; {what}; raise --epochs or --max-steps")
         run.changes = recorded.get("changes", []) + run.changes
         print(report.plan(run))
         return 0 if dry_run else train(run, signals, resumed=True)

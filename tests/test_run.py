@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as eval_command
 import train as train_command
 from compute import memory
+from config import UserError
 from eval import Evaluation
 from running import state as run_module
 from running.dashboard import CURVES
@@ -215,6 +216,23 @@ def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags
         train_command.main([*flags, *more, "--max-steps", "2", "--output-dir", str(tmp_path / f"run{len(more)}")])
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     assert seen == {"update": [False, False, True, True], "answer": [False] * 6}
+
+
+def test_a_finished_run_with_nothing_left_to_train_stays_as_it_is(finished, capsys):
+    run, _ = finished
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for flags, said in (
+        (["--lr", "0.02"], "--lr 0.01 -> 0.02"),
+        (["--max-steps", "5", "--seed", "4"], "--max-steps 0 -> 5, --seed 3 -> 4"),
+    ):
+        with pytest.raises(UserError) as raised:
+            train_command.main(["--resume", str(run), *flags, "--allow-changes"])
+        told = f"{run} is finished; nothing is left to train with {said}; raise --epochs or --max-steps"
+        assert str(raised.value) == told
+    capsys.readouterr()
+    assert train_command.main(["--resume", str(run), "--keep", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"{run} is finished already\n"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_other_splits_than_the_runs_are_warned_of(finished, capsys):
