@@ -6,6 +6,7 @@ The libraries retry an unreachable Hub for about a minute before they fail; here
 import contextlib
 import functools
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -66,6 +67,8 @@ def why_not_loaded(path, error):
         return f"its weights are damaged ({first_line(error)}); download or save them again"
     if isinstance(error, StrictDataclassError):
         return f"its config.json is not valid: {' '.join(str(error).split())}"
+    if other := re.search(r"models\.(\w+)\.\S+ for this kind of AutoModel", str(error)):
+        return f"{other[1]} is not a causal language model"
     kind = f"{type(error).__name__}: " if isinstance(error, KeyError | TypeError) else ""
     return kind + first_line(error)
 

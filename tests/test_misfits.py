@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from compute.self_check import choose_layout
 from config import Config, UserError
@@ -121,12 +121,19 @@ def test_no_code_of_a_model_directory_is_run_and_nobody_is_asked(model_dir, monk
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_that_is_not_causal_is_refused(tiny_tokenizer):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_model_that_is_not_causal_is_refused(tiny_tokenizer, precision):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = BertLMHeadModel(BertConfig(vocab_size=len(tiny_tokenizer), **shape))
-    with pytest.raises(UserError, match="--model bert: not a causal model"):
-        choose_layout(model, token_loss, Config(model="bert"), 0, Precision("fp32", CPU))
+    with pytest.raises(UserError, match="--model bert: not a causal language model"):
+        choose_layout(model, token_loss, Config(model="bert"), 0, Precision(precision, CPU))
+
+
+def test_a_model_with_an_encoder_is_refused(model_dir):
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(vocab_size=259, **shape)).save_pretrained(model_dir)
+    assert refusal(model_dir) == "t5 is not a causal language model"
 
 
 def test_a_model_without_a_limit_of_positions_has_none(model_dir):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     AttentionInterface,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
@@ -53,6 +55,7 @@ SMALL = {
 }
 GEMMA = SMALL | {"head_dim": 8, "sliding_window": 64, "layer_types": ["full_attention"] * 2}
 PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259, "is_decoder": True}
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
 MODELS = {
@@ -82,6 +85,7 @@ MODELS = {
     ),
     "scaled logits": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=4.0), "own", "off by"),
     "scaled the other way": (CohereForCausalLM, CohereConfig(**SMALL), "own", "off by"),
+    "a head of two layers": (BertLMHeadModel, BertConfig(**BERT), "own", "more than a matrix"),
     "no interface": (
         BloomForCausalLM,
         BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259),
