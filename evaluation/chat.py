@@ -46,6 +46,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": said})
         else:
             self.messages.pop()  # nobody has said anything
+            print("(no answer; the exchange is not kept)", file=sys.stderr)
 
     def encoded(self):
         """The ids of the conversation up to where the model answers."""
@@ -71,6 +72,8 @@ class Chat:
             del self.messages[-2:]
             return "the last exchange is forgotten"
         if name == "/save":
+            if len(self.messages) == len(self.system):
+                return "there is nothing to save yet"
             return save(argument.strip(), self.messages)
         return HELP
 

@@ -70,12 +70,14 @@ def test_ctrl_c_stops_the_answer_and_its_beginning_is_remembered(chat, capsys, m
 
 def test_its_commands(chat, tmp_path):
     assert chat.command("/undo") == "there is nothing to undo"
+    path = tmp_path / "said.jsonl"
+    assert chat.command(f"/save {path}") == "there is nothing to save yet"
+    assert not path.exists()
     chat.say("Hi")
     first = list(chat.messages)
     chat.say("And?")
     chat.command("/undo")
     assert chat.messages == first
-    path = tmp_path / "said.jsonl"
     assert chat.command(f"/save {path}") == f"written to {path}"
     assert json.loads(path.read_text()) == {"messages": first}
     assert chat.command(f"/save {path}") == f"{path} exists; name another file"
@@ -86,10 +88,11 @@ def test_its_commands(chat, tmp_path):
     assert "/undo" in chat.command("/help")
 
 
-def test_an_answer_of_nothing_is_not_remembered(chat):
+def test_an_answer_of_nothing_is_not_remembered(chat, capsys):
     always_saying(chat.tokenizer.eos_token_id, chat.model, chat.tokenizer)
     chat.say("Hi")
     assert len(chat.messages) == 1
+    assert capsys.readouterr().err == "(no answer; the exchange is not kept)\n"
 
 
 def test_the_first_exchanges_are_forgotten_where_there_is_no_more_room(chat, monkeypatch, capsys):
