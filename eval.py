@@ -414,16 +414,18 @@ def read_prompts(texts):
     """Prompts as they are; the name of a file stands for its lines.
 
     Raises:
-        UserError: a file is missing, is not UTF-8, or has no lines.
+        UserError: a file is missing, is a directory or not UTF-8, or has no lines.
     """
     for text in texts:
-        if not is_file(text):
+        if not is_there(text):
             if re.fullmatch(r"\S+\.(txt|md)", text):
                 raise UserError(f"--prompts {text}: there is no such file")
             yield text
             continue
         try:
             lines = [line for line in Path(text).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except IsADirectoryError as error:
+            raise UserError(f"--prompts {text}: a directory; name the files in it") from error
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts {text}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
         if not lines:
@@ -431,10 +433,10 @@ def read_prompts(texts):
         yield from lines
 
 
-def is_file(text):
-    """Whether a text is the name of a file; it may be longer than any name, or hold characters that none has."""
+def is_there(text):
+    """Whether a text names something on this disk; it may be longer than any name, or hold characters that none has."""
     try:
-        return Path(text).is_file()
+        return Path(text).exists()
     except (OSError, ValueError):
         return False
 

@@ -100,11 +100,14 @@ def test_a_prompt_may_be_longer_than_a_file_name(tiny_model_dir, chats, capsys):
         (b"caf\xe9\n", "not UTF-8 at byte 4; save it as UTF-8"),
         (b" \n", "there are no prompts in it"),
         (None, "there is no such file"),
+        ("directory", "a directory; name the files in it"),
     ],
 )
 def test_a_file_of_prompts_that_is_none_is_refused(tmp_path, content, said):
     path = tmp_path / "prompts.txt"
-    if content is not None:
+    if content == "directory":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as raised:
         list(read_prompts([str(path)]))
