@@ -65,7 +65,14 @@ def unused(directory):
 
 
 def refuse_foreign(directory):
-    """Raise `UserError` where a new run would write into a directory that holds something."""
+    """Raise `UserError` where a new run would write into a directory that holds something, or that a run replaces."""
+    if directory.is_symlink() and not directory.exists():
+        target = directory.readlink()
+        raise UserError(f"--output-dir {directory}: a link to {target}, which is not there; make that first")
+    for part in (directory.resolve(), *directory.resolve().parents):
+        if part.name in ("best", "checkpoints") and (part.parent / "metrics.jsonl").exists():
+            where = f"inside another run: {part.parent}"
+            raise UserError(f"--output-dir {directory}: {where}; name a directory outside of it")
     if (directory / "config.json").exists():
         run = shlex.quote(str(directory))
         raise UserError(f"--output-dir {directory}: it holds a run already; --resume {run}, or name another")

@@ -73,6 +73,22 @@ def test_a_run_whose_settings_are_lost_is_not_overwritten():
     assert content("run") == before
 
 
+@pytest.mark.parametrize("name", ["best/mine", "checkpoints", "checkpoints/step-9/mine"])
+def test_what_a_run_replaces_is_no_place_for_another(here, name):
+    (here / "run").mkdir()
+    (here / "run" / "metrics.jsonl").touch()
+    said = refused(*FLAGS, "--output-dir", f"run/{name}")
+    assert said == f"--output-dir run/{name}: inside another run: {here}/run; name a directory outside of it"
+    assert not (here / "run" / name).exists()
+
+
+def test_a_link_to_nothing_is_refused(here):
+    (here / "link").symlink_to("/nowhere/x")
+    assert refused(*FLAGS, "--output-dir", "link") == (
+        "--output-dir link: a link to /nowhere/x, which is not there; make that first"
+    )
+
+
 def test_an_empty_directory_is_taken():
     Path("run").mkdir()
     assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
