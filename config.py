@@ -304,11 +304,13 @@ def check(config):
     """Raise `UserError` for the first setting whose value breaks its rule."""
     for setting in dataclasses.fields(config):
         value, must = getattr(config, setting.name), setting.metadata["must"]
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if must and not (finite and must[1](value)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_name(setting.name)} must be finite, not {value}")
+        if must and not must[1](value):
             raise UserError(f"{flag_name(setting.name)} must be {must[0]}, not {value}")
         if isinstance(value, int | float) and value >= LARGEST:
-            raise UserError(f"{flag_name(setting.name)} must be below 2**62, not {value}")
+            largest = f"{LARGEST:.1e}" if isinstance(value, float) else "2**62"
+            raise UserError(f"{flag_name(setting.name)} must be below {largest}, not {value}")
     if config.eval_fraction + config.test_fraction >= 1:
         shares = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
         raise UserError(f"{shares} leave nothing to train on")

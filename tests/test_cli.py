@@ -265,6 +265,13 @@ def test_a_number_beyond_64_bits_is_refused(flag):
     assert refused(flag, 2**63) == f"{flag} must be below 2**62, not {2**63}"
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [("nan", "finite, not nan"), ("1e400", "finite, not inf"), ("1e30", "below 4.6e+18, not 1e+30")]
+)
+def test_a_rate_that_is_no_number_or_too_large_is_refused(value, said):
+    assert refused("--lr", value) == f"--lr must be {said}"
+
+
 def test_output_that_cannot_be_encoded_is_escaped(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
