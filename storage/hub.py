@@ -43,12 +43,16 @@ def find_model(name):
     """Where to load a model from: `(path or Hub id, local_files_only)`.
 
     Raises:
-        UserError: no such directory, a run's directory, no such model on the Hub, or a Hub that does not answer and
-            nothing in its cache.
+        UserError: no such directory, a file, a run's or an adapter's directory, no such model on the Hub, or a Hub that
+            does not answer and nothing in its cache.
     """
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise UserError(f"--model {name}: a PEFT adapter; merge it into its base model first")
+    if directory.is_file():
+        raise UserError(f"--model {name}: a file; name its directory")
     if directory.is_dir():
         return str(directory), True
     if name == QUICKSTART_MODEL:
@@ -60,9 +64,13 @@ def find_model(name):
 
 def why_not_loaded(path, error):
     """The reason why a model could not be loaded, in a line."""
-    for file in sorted(Path(path).glob("*")):
+    files = sorted(Path(path).glob("*"))
+    for file in files:
         if is_lfs_pointer(file):
             return f"{file} is a git-lfs pointer, not the file itself; run: git lfs pull"
+    of_tokenizers = [file for file in files if re.search(r"token|vocab|tekken|\.model$", file.name)]
+    if files and "backend tokenizer" in str(error) and not of_tokenizers:
+        return "there is no tokenizer in it"
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({first_line(error)}); download or save them again"
     if isinstance(error, StrictDataclassError):

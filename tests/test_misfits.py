@@ -14,6 +14,7 @@ from compute.self_check import choose_layout
 from config import Config, UserError
 from conversations.tokenizer import NO_LIMIT, load_tokenizer
 from model import Precision, load_model, token_loss
+from storage.hub import find_model
 from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
 
 CPU = torch.device("cpu")
@@ -134,6 +135,24 @@ def test_a_model_with_an_encoder_is_refused(model_dir):
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
     T5ForConditionalGeneration(T5Config(vocab_size=259, **shape)).save_pretrained(model_dir)
     assert refusal(model_dir) == "t5 is not a causal language model"
+
+
+def test_a_directory_without_a_tokenizer_is_refused(model_dir):
+    for path in model_dir.glob("*token*"):
+        path.unlink()
+    assert refusal(model_dir) == "no usable tokenizer and configuration (there is no tokenizer in it)"
+
+
+def test_a_file_and_an_adapter_are_no_models(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    path.touch()
+    for name, said in (
+        (path, "a file; name its directory"),
+        (tmp_path, "a PEFT adapter; merge it into its base model first"),
+    ):
+        with pytest.raises(UserError) as raised:
+            find_model(str(name))
+        assert str(raised.value) == f"--model {name}: {said}"
 
 
 def test_a_model_without_a_limit_of_positions_has_none(model_dir):
