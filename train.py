@@ -351,7 +351,8 @@ def train(run, signals, resumed):
             finish(run, signals)
             if is_first():
                 report.write_page(run)
-                run.log.close(hyper_parameters(run.config, run.precision.name, final_numbers(run.directory)))
+                row = hyper_parameters(run.config, run.precision.name, final_numbers(run.directory))
+                run.log.close(row, run.step)
     except Stopped as stop:
         with explain_failed_write(run):
             if run.begun < run.step and run.optimizer:  # `finish` has freed it

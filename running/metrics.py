@@ -130,11 +130,14 @@ class Log:
             if path.exists():
                 sync(path)
 
-    def close(self, hyper_parameters=()):
-        """End the log; TensorBoard's table of hyper-parameters gets its row, where there is one."""
+    def close(self, hyper_parameters=(), step=None):
+        """End the log; TensorBoard's table of hyper-parameters gets its row, where there is one, after `step` updates.
+
+        A run that is extended discards it with the other events of that step.
+        """
         self.add_pending()
         for summary in hyper_parameters:
-            self.add_summary(summary)
+            self.add_summary(summary, step)
         self.tell_tensorboard("close")
 
 

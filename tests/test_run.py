@@ -251,6 +251,9 @@ def test_an_interrupted_end_is_repeated_and_logged_once(finished):
     assert train_command.main(["--resume", str(run)]) == 0
     assert untimed(run) == before
     assert json.loads((run / "answers.json").read_text()) == answers
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [point.step for point in events.Scalars("final/eval_loss")] == [STEPS]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
