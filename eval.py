@@ -285,7 +285,7 @@ def refuse_other_data(evaluated, names):
         evaluated: what `settings_of` gave for each of the names.
     """
     of_no_run = [name for name, (_, run, _) in zip(names, evaluated, strict=True) if run is None]
-    if of_no_run and len(names) > 1:
+    if 0 < len(of_no_run) < len(names):
         raise UserError(
             f"{of_no_run[0]} is not a run and has no data of its own; name runs alone, compare with it "
             "(--against), or say on what data (--dataset)"
