@@ -372,7 +372,7 @@ def run_command(main, alone=False):
 
 def refuse_several_processes():
     """Leave where several processes were started; the first of them says why."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
     if os.environ["RANK"] != "0":
         sys.exit(1)

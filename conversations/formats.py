@@ -54,7 +54,7 @@ class Findings:
     def check(self, skip_bad_rows):
         """Raise `UserError` if more rows are invalid than the share that may be left out."""
         count = self.bad.total()
-        if count <= skip_bad_rows * self.rows:
+        if count <= round(skip_bad_rows * self.rows, 9):
             return
         share = math.ceil(100 * count / self.rows) / 100  # that would do
         flag = "--skip-bad-rows" if share <= 0.1 and not skip_bad_rows else f"--skip-bad-rows {share:g}"

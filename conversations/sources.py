@@ -23,8 +23,8 @@ OTHER_BEGINNINGS = {
     b"BZh": "compressed by bzip2; add .bz2 to its name",
     b"PAR1": "a Parquet file; name it .parquet",
 }
-OF_DATASETS = ("dataset_dict.json", "state.json")  # in a directory that `save_to_disk` of datasets has written
 ABOUT = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a dataset, but none of them
+SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # what `save_to_disk` of datasets writes
 AMOUNT = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
 
 
@@ -83,7 +83,7 @@ def files_of(name):
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if any((path / file).exists() for file in OF_DATASETS):
+        if any(all((path / file).exists() for file in files) for files in SAVED):
             raise UserError(
                 f"--dataset {name}: written by save_to_disk; write it as a file: "
                 f"datasets.load_from_disk({str(path)!r}).to_json(…), of a DatasetDict one of its splits"
@@ -127,10 +127,10 @@ def notes_on_directories(sources):
     for source in sources:
         path = Path(source.name).expanduser()
         if path.is_dir():
-            read = [file.name for file in read_in(path)]
-            others = sorted(file.name + "/" * file.is_dir() for file in path.iterdir() if file.name not in read)
+            read = read_in(path)
+            others = sorted(file.name + "/" * file.is_dir() for file in {*path.iterdir()} - {*read})
             rest = f"; not read: {shortened(others)}" if others else ""
-            yield f"{source.name}: {shortened(read)} read{rest}"
+            yield f"{source.name}: {shortened([file.name for file in read])} read{rest}"
 
 
 def shortened(names):

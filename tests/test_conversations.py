@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -527,7 +528,8 @@ def test_a_file_that_is_not_there_is_named(name):
 def test_a_directory_without_conversations_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file in this directory"):
         read_file(tmp_path)
-    (tmp_path / "state.json").write_text("{}")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=r"written by save_to_disk; write it as a file: datasets\.load_from_disk"):
         read_file(tmp_path)
 
@@ -583,6 +585,17 @@ def test_bad_rows_may_be_left_out_up_to_a_share(tmp_path):
         UserError, match=r"^2 of 20 rows are invalid; more than --skip-bad-rows 0\.09; --skip-bad-rows 0\.1 leaves"
     ):
         read_file(path, skip_bad_rows=0.09)
+
+
+def test_the_advised_share_of_bad_rows_is_enough():
+    for rows in (2, 3, 7, 29, 97, 100, 150):
+        for bad in range(1, rows):
+            findings = Findings(rows=rows, bad=Counter({"bad": bad}), problems=["bad"])
+            with pytest.raises(UserError) as raised:
+                findings.check(0.0)
+            advised = re.search(r"--skip-bad-rows( 0\.\d+)?", str(raised.value))
+            if advised or bad < 0.99 * rows:
+                findings.check(float(advised[1] or 0.1))
 
 
 def test_nothing_but_bad_rows_is_no_dataset(tmp_path):
