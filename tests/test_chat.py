@@ -61,7 +61,9 @@ def test_ctrl_c_stops_the_answer_and_its_beginning_is_remembered(chat, capsys, m
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(chat_module.Streamer, "put", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     chat.say("Hi")
+    signal.signal(signal.SIGINT, before)
     two = 2 * chat.tokenizer.decode([LETTER])
     assert capsys.readouterr().out == two + "\n"
     assert chat.messages[-1] == {"role": "assistant", "content": two}
@@ -119,17 +121,34 @@ def test_piped_it_reads_prompts_line_by_line_and_prints_nothing_but_answers(tiny
     assert "/undo" in printed.err
 
 
-def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir):
-    ours, theirs = pty.openpty()
+@pytest.fixture
+def terminal():
+    """Both ends of a terminal, and a function that starts a command in it; what it has started is killed at the end."""
+    (ours, theirs), started = pty.openpty(), []
 
     def take_terminal():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.setsid()
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
-    command = [sys.executable, str(ROOT / "eval.py"), str(tiny_model_dir), "--chat"]
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = subprocess.Popen(command, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"})
-    said = b""
+    def start(*command):
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        started.append(
+            subprocess.Popen(command, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"})
+        )
+        return started[-1]
+
+    yield ours, start
+    for process in started:
+        process.kill()
+        process.wait()
+    for descriptor in (ours, theirs):
+        os.close(descriptor)
+
+
+def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir, terminal):
+    ours, start = terminal
+    process, said = start(sys.executable, str(ROOT / "eval.py"), str(tiny_model_dir), "--chat"), b""
 
     def until(text):
         nonlocal said
@@ -148,8 +167,6 @@ def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir):
     until(b"> ")
     os.write(ours, b"\x04")
     assert process.wait(120) == 0
-    for descriptor in (ours, theirs):
-        os.close(descriptor)
 
 
 @pytest.mark.parametrize(
