@@ -65,11 +65,13 @@ class Signals:
 
         Of several processes, none stops elsewhere after the first call.
         """
+        received = self.received
         if world_size() > 1:
             self.checked = True
-            self.received = largest(self.received or 0) or None
-        if self.received is not None:
-            raise Stopped(self.received)
+            received = largest(received or 0) or None  # one that comes meanwhile is for the next check
+        if received is not None:
+            self.received = received
+            raise Stopped(received)
 
     @contextlib.contextmanager
     def deferred(self):

@@ -121,6 +121,18 @@ def test_a_signal_that_is_passed_on_too_counts_once(flags, lives, tmp_path):
     assert steps_saved(run) == [3, 5]
 
 
+def test_a_signal_while_they_ask_each_other_for_one_is_not_lost(flags, lives, unbroken_together, tmp_path):
+    """All of them have just said that they had none."""
+    run, term = tmp_path / "run", partial(send, signal.SIGTERM)
+    faults = [(rank, partial(on_call, "running.signals.largest", 12, term)) for rank in (0, 1)]
+    group = lives(2, [*flags, "--output-dir", run], *faults)
+    assert group.wait() == [143, 143]
+    (step,) = re.findall(r"stopped after update (\d+); to resume", group.complained)
+    assert 0 < int(step) < 10
+    assert steps_saved(run)[-1] == int(step)
+    goes_on(lives, run, unbroken_together)
+
+
 def test_a_signal_in_an_evaluation_stops_all_of_them_before_its_end(flags, lives, tmp_path):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     # Before the first update each process has one micro-batch of the eval split, and one of the test split.
