@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -19,6 +20,15 @@ from pathlib import Path
 
 class UserError(Exception):
     """A mistake the user can correct; its message says what, where and what to do, in a line for each mistake."""
+
+
+@contextlib.contextmanager
+def renaming(old, new):
+    """Let errors call something as the user did: a flag, say, that means the same as another."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(old, new)) from error
 
 
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)

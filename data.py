@@ -10,7 +10,6 @@ As a command: `python data.py --show 3` prints encoded conversations with the su
 from config import run_command  # first, so that Ctrl-C during the imports below is one line
 
 # isort: split
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from config import Config, Parser, UserError, as_text, resolve
+from config import Config, Parser, UserError, as_text, renaming, resolve
 from conversations import templates
 from conversations.corpus import load_corpus
 from conversations.formats import ROLES
@@ -249,25 +248,16 @@ def prepare(config, tokenizer):
     return Data(**splits, notes=tuple(notes), warnings=tuple(warnings))
 
 
-@contextlib.contextmanager
-def naming_eval_dataset():
-    """Let errors about a dataset name the flag `--eval-dataset`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--eval-dataset")) from error
-
-
 def load_held_out(config, tokenizer):
     """The corpus of `--eval-dataset`, which `--max-examples` does not limit."""
-    with naming_eval_dataset():
+    with renaming("--dataset", "--eval-dataset"):
         sources = [parse_source(config.eval_dataset)]
         return load_corpus(sources, dataclasses.replace(config, max_examples=0), tokenizer, encode_each)
 
 
 def held_out_rows(config, held_out):
     """The rows of `--eval-dataset` that are used."""
-    with naming_eval_dataset():
+    with renaming("--dataset", "--eval-dataset"):
         return used_once([parse_source(config.eval_dataset)], held_out, config.seed)
 
 

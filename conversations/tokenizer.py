@@ -13,7 +13,7 @@ import jinja2
 import jinja2.meta
 from transformers import AutoConfig, AutoTokenizer
 
-from config import UserError
+from config import UserError, renaming
 from conversations import templates
 from conversations.templates import encode_texts
 from storage.hub import LOADING_ERRORS, why_not_loaded
@@ -65,7 +65,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
         own = read_template(chat_template, tokenizer.chat_template, path)
-        with naming_template(chat_template), templates.naming([]):
+        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.naming([]):
             tokenizer.chat_template = with_options(own, template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
@@ -88,7 +88,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
     if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        with naming_template(chat_template), templates.naming([]):
+        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.naming([]):
             if difference := templates.difference_of_marks(tokenizer):
                 print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer
@@ -115,15 +115,6 @@ def read_template(name, own, path):
     if not text.strip():
         raise UserError(f"--chat-template {name}: it is empty")
     return text
-
-
-@contextlib.contextmanager
-def naming_template(name):
-    """Let errors about a chat template say which it is."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("--chat-template:", f"--chat-template {name}:", 1)) from error
 
 
 def with_eos(template, eos):

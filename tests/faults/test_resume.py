@@ -97,7 +97,7 @@ def test_killed_before_its_first_checkpoint_it_begins_again(flags, unbroken, liv
     assert lines(run, "train")
     life = live(["--resume", run])
     assert life.wait() == 0, life.complained
-    assert f"resuming {run} from its beginning: it has no checkpoint" in life.said
+    assert f"resuming {run} from its beginning: it has no checkpoint\n" in life.said
     assert_same(run, unbroken)
 
 
