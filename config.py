@@ -168,7 +168,7 @@ OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
 
 OF_THE_TEMPLATE = ("chat_template", "template_option")
 
-FORMAT = 2  # of a run directory
+FORMAT = 3  # of a run directory
 
 # What may change when a run resumes, because no update depends on it.
 FREE_TO_CHANGE = (

@@ -33,7 +33,7 @@ from evaluation.page import page
 from evaluation.report import compare_models, format_report, over_runs
 from model import choose_precision, load_model, loss_and_correct, token_loss
 from storage import hub
-from storage.durable import Damaged, replace_file, verify
+from storage.durable import MANIFEST, CorruptError, replace_file, verify
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
 QUICK_PROMPTS = 24  # with instructions, in the quick suite
@@ -221,8 +221,8 @@ def push(name, repository):
     if not best.is_dir():
         raise UserError(f"{name}: this run has no best model yet; its first evaluation writes one")
     try:
-        verify(best)
-    except Damaged as why:
+        verify(best.resolve().parent)
+    except CorruptError as why:
         raise UserError(f"{why}; not uploaded") from why
     address, private = hub.push(best, repository)
     who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
@@ -265,15 +265,15 @@ def model_of(name):
         UserError: the run has no best model yet.
     """
     path = Path(name).expanduser().absolute()
-    places = (path, path.parent, path.parent.parent)  # a run, its best/, its checkpoints/step-N
+    places = [path, *path.parents][:4]  # a run, its best, its checkpoints/step-N, the model in that
     run = next((each for each in places if (each / "metrics.jsonl").exists() and (each / "config.json").exists()), None)
     if run != path:
-        return name, run
+        return (str(path / "model") if (path / MANIFEST).exists() else name), run
     if not (run / "best").is_dir():
         raise UserError(f"{name}: this run has no best model yet; its first evaluation writes one")
     try:
-        verify(run / "best")
-    except Damaged as why:
+        verify((run / "best").resolve().parent)
+    except CorruptError as why:
         print(f"warning: {why}", file=sys.stderr)
     return str(run / "best"), run
 

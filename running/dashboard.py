@@ -62,7 +62,7 @@ def curves_of(kind, numbers):
     """The curves that a line of `metrics.jsonl` belongs to: pairs of a tag and a value."""
     found = {f"{kind}/{name}": value for name, value in numbers.items()}
     if kind == "train" and "seconds" in numbers:
-        waiting, optimizer = numbers["seconds_data"], numbers["seconds_optimizer"]
+        waiting, optimizer = numbers["seconds_data"], numbers.get("seconds_optimizer", 0.0)
         found["data/supervised_share"] = numbers["supervised_tokens"] / numbers["tokens"]
         found["data/tokens"] = numbers["tokens"]
         found |= {"time/waiting": waiting, "time/optimizer": optimizer}

@@ -15,7 +15,6 @@ from conversations.preview import is_replaceable
 from data import window_at, windows_per_epoch
 from evaluation.comparison import side_by_side
 from evaluation.page import REPORT, page
-from running.shards import FILE_BYTES, is_large
 from storage.durable import replace_file
 from storage.records import read_answers, read_metrics
 
@@ -86,8 +85,7 @@ def plan(run):
         f"{never}, then a cosine to 0",
     }
     if config.shard > 1:
-        whole = f"in the first process, with {12 * parameters / 1e9:.1f} GB of its memory for a checkpoint"
-        lines["saving"] = f"by all processes, in files of {FILE_BYTES / 1e9:.1f} GB" if is_large(run.model) else whole
+        lines["saving"] = f"by rank 0, which gathers {12 * parameters / 1e9:.1f} GB in its host memory"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
 
