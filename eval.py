@@ -26,9 +26,8 @@ from conversations.preview import refuse_other_file
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
 from evaluation.chat import Chat, run_chat
-from evaluation.forgetting import PLAIN_TEXT, WINDOW, read_text, windows
+from evaluation.forgetting import MAX_SLICE, overlapping_slices, read_text
 from evaluation.generation import GREEDY, Sampling, answers, system_message, user_message
-from evaluation.instructions import INSTRUCTIONS, check_answers, read_instructions
 from evaluation.page import page
 from evaluation.report import compare_models, format_report, over_runs
 from model import choose_precision, load_model, loss_and_correct, token_loss
@@ -36,7 +35,6 @@ from storage import hub
 from storage.durable import Damaged, replace_file, verify
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
-QUICK_PROMPTS = 24  # with instructions, in the quick suite
 
 
 @dataclass(frozen=True)
@@ -150,13 +148,8 @@ def command_line():
     help = "a run directory, a model directory or a Hub id; several runs: also their mean and spread"
     add("models_or_runs", nargs="+", metavar="RUN_OR_MODEL", help=help)
     add("--against", metavar="RUN_OR_MODEL", help="a second model or run, evaluated on the same data")
-    help = "quick: loss of the test split, of plain text, 24 prompts with instructions; full: all there is"
-    add("--suite", choices=("quick", "full"), help=help)
-    add("--text", metavar="FILE", help="loss on a text file: does the model forget? (in a suite: one of our own)")
-    help = "prompts with instructions that a program checks, in IFEval's form (in a suite: 24 of our own)"
-    add("--instructions", metavar="FILE", help=help)
-    help = "prompts, or files with a prompt on each line (default: two; in --suite quick none)"
-    add("--prompts", nargs="+", metavar="TEXT", help=help)
+    add("--text", metavar="FILE", help="loss on a file of plain text: does the model forget?")
+    add("--prompts", nargs="+", metavar="TEXT", help="prompts, or files with a prompt on each line (default: two)")
     add("--greedy", action="store_true", help="only answers of the likeliest tokens, no sampled ones")
     add("--chat", action="store_true", help="talk to the model; piped, read prompts line by line")
     add("--system", metavar="TEXT", help="system message before prompts and chats")
@@ -167,8 +160,7 @@ def command_line():
     ):
         default = getattr(Sampling, name)
         add(flag_name(name), type=float, default=default, metavar="X", help=f"{what} ({default:g})")
-    help = "length limit of an answer (50; in a chat 500; to instructions 1,280, in --suite quick 128)"
-    add("--max-new-tokens", type=int, metavar="N", help=help)
+    add("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500)")
     add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     add("--json", action="store_true", help="one JSON object instead of text")
     add("--push-to-hub", metavar="ID", help="upload the run's best model to the Hub, to a private repository")
@@ -179,17 +171,12 @@ def command_line():
 def check(options):
     """Raise `UserError` where an option of the command breaks its rule, and give those that depend their values."""
     for action, what in (("chat", "is a conversation"), ("push_to_hub", "only uploads")):
-        for name in ("chat", "against", "suite", "text", "instructions", "prompts", "html", "json"):
+        for name in ("chat", "against", "text", "prompts", "html", "json"):
             if options[action] and options[name] and name != action:
                 raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     options["system"] = options["system"] or ""
-    quick = options["suite"] == "quick"
-    options["instruction_tokens"] = options["max_new_tokens"] or (128 if quick else 1280)
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = 500 if options["chat"] else 50
-    if options["suite"]:
-        options["text"] = options["text"] or str(PLAIN_TEXT)
-        options["instructions"] = options["instructions"] or str(INSTRUCTIONS)
     for name, valid, rule in (
         ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
         ("temperature", 0 < options["temperature"] < math.inf, "above 0 (--greedy: the likeliest token every time)"),
@@ -330,20 +317,22 @@ def evaluate_model(model_name, config, whole_dataset, options):
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
-    prompts = list(read_prompts(options["prompts"] or ([] if options["suite"] == "quick" else VIBE_PROMPTS)))
+    prompts = list(read_prompts(options["prompts"] or VIBE_PROMPTS))
     refuse_long_prompts(prompts, tokenizer, options["max_new_tokens"], options["system"])
     ids = read_text(options["text"], tokenizer) if options["text"] else None
-    rows = read_instructions(options["instructions"]) if options["instructions"] else []
     splits = read_splits(config, tokenizer, whole_dataset, options)
     model = load_model(path, tokenizer, precision.device, local_files_only)
-    window = min(WINDOW, tokenizer.model_max_length, config.max_length or WINDOW)
-    lengths = [split.longest for split in splits.values()] + ([] if ids is None else [window])
+    slice_length = min(MAX_SLICE, tokenizer.model_max_length, config.max_length or MAX_SLICE)
+    lengths = [split.longest for split in splits.values()] + ([] if ids is None else [slice_length])
     config = replace(config, compile=False)
     layout = choose_layout(
         model, token_loss, config, tokenizer.pad_token_id, precision, longest=max(lengths, default=1024), training=False
     )
-    judged = judged_splits(splits, options)
-    evaluations = {name: evaluate(model, split.examples, layout, precision) for name, split in judged.items()}
+    evaluations = {
+        name: evaluate(model, split.examples, layout, precision)
+        for name, split in splits.items()
+        if split.examples and name != "train"
+    }
     report = {
         "model": model_name,
         "precision": precision.name,
@@ -352,28 +341,20 @@ def evaluate_model(model_name, config, whole_dataset, options):
     }
     text = None
     if ids is not None:
-        text = evaluate(model, windows(ids, window), layout, precision)
+        text = evaluate(model, overlapping_slices(ids, slice_length), layout, precision)
         report["text"] = {"file": options["text"], **text.report()}
-    report |= answer(model, tokenizer, prompts, rows, config, options)
+    report |= answer(model, tokenizer, prompts, config, options)
     return Evaluated(report, splits, evaluations, tokenizer, ids, text)
 
 
-def answer(model, tokenizer, prompts, rows, config, options):
-    """The parts of a model's report that are answers: to prompts, and to those with instructions."""
+def answer(model, tokenizer, prompts, config, options):
+    """The part of a model's report that is its answers to prompts."""
     how = sampling_of(options, config.seed), options["max_new_tokens"], options["system"]
     if options["greedy"]:
         given = answers(model, tokenizer, prompts, GREEDY, *how[1:])
     else:
         given = greedy_and_sampled(model, tokenizer, prompts, *how)
-    report = {"answers": [asdict(one) for one in given], "finished": sum(one.finished for one in given)}
-    if rows:
-        rows = rows[:QUICK_PROMPTS] if options["suite"] == "quick" else rows
-        limit, system = options["instruction_tokens"], options["system"]
-        said = answers(model, tokenizer, [row["prompt"] for row in rows], GREEDY, limit, system)
-        found = check_answers(rows, [one.text for one in said])
-        found["rows"] = [row | asdict(one) for row, one in zip(found["rows"], said, strict=True)]
-        report["instructions"] = {"file": options["instructions"], "max_new_tokens": limit, **found}
-    return report
+    return {"answers": [asdict(one) for one in given], "finished": sum(one.finished for one in given)}
 
 
 def read_splits(config, tokenizer, whole_dataset, options):
@@ -387,16 +368,10 @@ def read_splits(config, tokenizer, whole_dataset, options):
             return {"all": prepare_for_evaluation(config, tokenizer)}
         return prepare(config, tokenizer).splits
     except UserError as error:
-        if whole_dataset or not (options["prompts"] or options["text"] or options["instructions"]):
+        if whole_dataset or not (options["prompts"] or options["text"]):
             raise
         print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
         return {}
-
-
-def judged_splits(splits, options):
-    """The splits whose loss is reported: in the quick suite only the one that chose nothing, where there is one."""
-    judged = {name: split for name, split in splits.items() if split.examples and name != "train"}
-    return {"test": judged["test"]} if options["suite"] == "quick" and "test" in judged else judged
 
 
 class Evaluated(NamedTuple):

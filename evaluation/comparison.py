@@ -152,13 +152,12 @@ def described(found):
     return f"{found['difference']:+.4f} {interval} ({found['conversations']} conversations, {found['tokens']:,} tokens)"
 
 
-def verdict(found, higher_is_better=False):
+def verdict(found):
     """What a `difference` allows to say."""
     if not found["interval"]:
         return f"{found['difference']:+.4f}, too few for an interval"
     low, high = found["interval"]
-    lower, higher = ("worse", "better") if higher_is_better else ("better", "worse")
-    better = lower if high < 0 else higher if low > 0 else "no difference beyond chance"
+    better = "better" if high < 0 else "worse" if low > 0 else "no difference beyond chance"
     return f"{found['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]: {better}"
 
 

@@ -9,8 +9,7 @@ from conversations.templates import encode_texts
 from data import IGNORE, Example
 from evaluation.comparison import difference
 
-PLAIN_TEXT = Path(__file__).parents[1] / "examples" / "plain_text.txt"
-WINDOW = 2048  # tokens of a text that are read together, where --max-length and the model allow it
+MAX_SLICE = 2048  # tokens of a text that are read together, where --max-length and the model allow it
 BLOCK = 64  # neighbouring tokens depend on each other: an interval comes from drawing blocks of them
 
 
@@ -32,15 +31,15 @@ def read_text(path, tokenizer):
     return torch.tensor(ids)
 
 
-def windows(ids, length):
+def overlapping_slices(ids, length):
     """`Example`s of a text, in which each token but the text's first is scored once.
 
-    A window begins in the middle of the one before it, and scores what that one has not. So only at the beginning of
-    the text is a token predicted from less than half a window.
+    A slice begins in the middle of the one before it, and scores what that one has not. So only at the beginning of
+    the text is a token predicted from less than half a slice.
 
     Args:
         ids: (T,), of the whole text.
-        length: tokens of a window; less than 2 is 2.
+        length: tokens of a slice; less than 2 is 2.
     """
     length = max(length, 2)
     examples, start, scored = [], 0, 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from config import Config, as_text, flag_name, read_record
 from conversations.preview import PAGE, STYLE, token_spans
 from evaluation.comparison import difference, format_comparison, verdict
-from evaluation.report import format_suite, format_suite_comparison, names_of
+from evaluation.report import format_forgetting, format_text, names_of
 from storage.records import read_answers, read_losses, read_metrics
 
 REPORT = "report.html"  # in a run's directory
@@ -53,8 +53,8 @@ def page(run, examples, tokenizer, report=None):
 
 def sections(report):
     """What a report says beyond the run's own files: pairs of a heading and lines of text."""
-    if "text" in report or "instructions" in report:
-        yield "Plain text and instructions", [*format_suite(report), *format_suite_comparison(report)]
+    if "text" in report:
+        yield "Plain text", [*format_text(report), *format_forgetting(report)]
     for name, found in report.get("comparison", {}).items():
         yield f"Compared on the {name} split", format_comparison(name, found, names_of(report))
 

@@ -7,15 +7,14 @@ import numpy as np
 from config import as_text
 from evaluation.comparison import compare, format_comparison, side_by_side, verdict
 from evaluation.forgetting import forgetting
-from evaluation.instructions import LEVELS, READINGS, following
 
 
 def compare_models(before, after):
     """What two `Evaluated` models differ in, as the parts of a report.
 
     Returns:
-        A dict of "comparison", the `compare` of each split that both were evaluated on, and, where they were measured,
-        "forgetting" and "following".
+        A dict of "comparison", the `compare` of each split that both were evaluated on, and "forgetting" where both
+        were evaluated on a text.
     """
     found = {"comparison": {}}
     for name, evaluation in before.evaluations.items():
@@ -33,8 +32,6 @@ def compare_models(before, after):
             found["forgetting"] = forgetting(before.text.token_losses, after.text.token_losses)
         else:
             warn_of_other_tokens("text", "it")
-    if "instructions" in before.report:
-        found["following"] = following(*(model.report["instructions"]["rows"] for model in (before, after)))
     return found
 
 
@@ -60,11 +57,6 @@ def measures(report):
         found[f"{name} loss"] = (split["loss"], compared.get("difference"))
     if "text" in report:
         found["text loss"] = (report["text"]["loss"], report.get("forgetting", nothing).get("difference"))
-    for reading, level in ((reading, level) for reading in READINGS for level in LEVELS):
-        value = report.get("instructions", nothing).get(reading, nothing).get(level)
-        if value is not None:
-            compared = report.get("following", nothing).get(reading, nothing).get(level, nothing)
-            found[f"{level}, {reading}"] = (value, compared.get("difference"))
     return found
 
 
@@ -97,7 +89,7 @@ def format_report(report):
     lines = [*format_losses(report), *(["", *format_losses(other)] if other else [])]
     for name, found in report.get("comparison", {}).items():
         lines += ["", *format_comparison(name, found, names_of(report))]
-    lines += format_suite_comparison(report)
+    lines += format_forgetting(report)
     if other and report["answers"]:
         lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
     for number, given in enumerate(report["answers"]):
@@ -122,16 +114,14 @@ def format_losses(report):
         yield f"  on {as_text(report['dataset'])}"
     for name, split in report["splits"].items():
         yield f"  {name:<5} {format_loss(split)}   {split['supervised_tokens']:,} supervised tokens"
-    yield from format_suite(report)
+    yield from format_text(report)
 
 
-def format_suite(report):
-    """The loss on plain text and the instructions followed, where they were measured, as lines."""
+def format_text(report):
+    """The loss on plain text, if it was measured, as lines."""
     if "text" in report:
         text = report["text"]
         yield f"  text  {format_loss(text)}   {text['supervised_tokens']:,} tokens of {text['file']}"
-    if "instructions" in report:
-        yield from format_instructions(report["instructions"])
 
 
 def format_loss(split):
@@ -139,28 +129,11 @@ def format_loss(split):
     return "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
 
 
-def format_instructions(found):
-    """What `check_answers` found, as lines."""
-    yield f"  instructions of {found['file']}, answers of at most {found['max_new_tokens']} tokens"
-    for reading in READINGS:
-        shares = [f"{found[reading][level]:.1%} of {found[level]} {level}" for level in LEVELS if found[level]]
-        yield f"    {reading:<6} {', '.join(shares)} followed"
-    if found["skipped"]:
-        kinds = ", ".join(f"{count} {name}" for name, count in found["skipped"].items())
-        yield f"    not checked, as langdetect is not installed (pip install langdetect): {kinds}"
-
-
-def format_suite_comparison(report):
-    """How two models differ on plain text and instructions, as lines; none where a report compares nothing."""
+def format_forgetting(report):
+    """The difference of two models on plain text, if it was measured, as lines."""
     if found := report.get("forgetting"):
         yield "\n  text: {1} against {0}".format(*names_of(report))
         yield f"    loss {found['before']:.4f} -> {found['after']:.4f}: {verdict(found)}"
-    if "following" in report:
-        yield "\n  instructions: {1} against {0}".format(*names_of(report))
-        for reading, levels in report["following"].items():
-            for level, found in levels.items():
-                shares = f"{found['before']:.1%} -> {found['after']:.1%}"
-                yield f"    {level}, {reading:<6} {shares}: {verdict(found, higher_is_better=True)}"
 
 
 def format_runs(reports, together):

