@@ -20,7 +20,7 @@ def read_file(flag, path):
     except FileNotFoundError as error:
         raise UserError(f"{flag} {path}: there is no such file") from error
     except IsADirectoryError as error:
-        raise UserError(f"{flag} {path}: a directory; name the files in it") from error
+        raise UserError(f"{flag} {path}: a directory; name a file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
 

@@ -101,7 +101,7 @@ def test_a_prompt_may_be_longer_than_a_file_name(tiny_model_dir, chats, capsys):
         (b"caf\xe9\n", "not UTF-8 at byte 4; save it as UTF-8"),
         (b" \n", "there are no prompts in it"),
         (None, "there is no such file"),
-        ("directory", "a directory; name the files in it"),
+        ("directory", "a directory; name a file"),
     ],
 )
 def test_an_invalid_file_of_prompts_is_refused(tmp_path, content, message):
