@@ -2,13 +2,11 @@
 
 import html
 import math
-import textwrap
 from pathlib import Path
 
 from config import Config, as_text, flag_name, read_record
 from conversations.preview import PAGE, STYLE, token_spans
-from evaluation.comparison import difference, format_comparison, verdict
-from evaluation.report import format_suite, format_suite_comparison, names_of
+from evaluation.comparison import difference, verdict
 from storage.records import read_answers, read_losses, read_metrics
 
 REPORT = "report.html"  # in a run's directory
@@ -23,12 +21,12 @@ figure { margin: 0 } figcaption { font-size: 13px } .axis { stroke: #ccc } polyl
 """
 
 
-def page(run, examples, tokenizer, report=None):
+def page(run, examples, tokenizer, sections=()):
     """The page about a run's directory.
 
     Args:
         examples: some of its training conversations, whose masks are shown.
-        report: what `eval.py` found about its best model, and about another where they are compared.
+        sections: more to show, such as a comparison with another model: pairs of a heading and text.
 
     Raises:
         UserError: a file of the run is damaged.
@@ -40,23 +38,14 @@ def page(run, examples, tokenizer, report=None):
     parts += [what(record, metrics), "<h2>Losses</h2>", losses_table(metrics, losses)]
     parts += ["<h2>Curves</h2><div class=charts>", *charts(metrics), "</div>"]
     parts += ["<h2>Answers</h2>", answers_table(answers)]
-    for heading, lines in sections(report or {}):
-        text = html.escape(textwrap.dedent("\n".join(lines)).strip())
-        parts.append(f"<h2>{heading}</h2><pre class=many>{text}</pre>")
+    for heading, text in sections:
+        parts.append(f"<h2>{heading}</h2><pre class=many>{html.escape(text)}</pre>")
     parts.append("<h2>What was trained on</h2><p><span class=t>supervised</span> <span class=c>context only</span></p>")
     for example in examples:
         parts.append(f"<pre>{''.join(token_spans(example, tokenizer))}</pre>")
     parts += ["<h2>Settings</h2>", settings_table(config), "<h2>Versions</h2>"]
     versions = "".join(f"<tr><td>{name}<td>{html.escape(version)}" for name, version in record["versions"].items())
     return "\n".join([*parts, f"<table class=settings>{versions}</table>"]) + "\n"
-
-
-def sections(report):
-    """What a report says beyond the run's own files: pairs of a heading and lines of text."""
-    if "text" in report or "instructions" in report:
-        yield "Plain text and instructions", [*format_suite(report), *format_suite_comparison(report)]
-    for name, found in report.get("comparison", {}).items():
-        yield f"Compared on the {name} split", format_comparison(name, found, names_of(report))
 
 
 def what(record, metrics):

@@ -47,7 +47,7 @@ EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
 --supervise --eval-fraction --test-fraction --seed --device --dtype
 --layout --micro-batch-tokens --against --prompts --greedy --max-new-tokens --html --json
---chat --system --temperature --top-p --repetition-penalty --suite --text --instructions --push-to-hub
+--chat --system --temperature --top-p --repetition-penalty --text --push-to-hub
 """
 
 

@@ -8,7 +8,8 @@ import torch
 import eval as eval_command
 from compute.self_check import use_layout
 from config import UserError
-from eval import Evaluation, evaluate, read_prompts
+from eval import Evaluation, evaluate
+from evaluation.texts import load_text, read_prompts, slice_text
 from model import Precision
 from tests.conftest import layout_of, tiny_llama
 
@@ -29,7 +30,7 @@ def test_the_loss_is_the_same_for_every_batch_size(ragged_window, budget, packed
 
 
 def test_a_mean_of_batch_means_would_depend_on_the_batch_size(ragged_window):
-    """The control: what `Trainer` reports for these rows moves with its batch size."""
+    """The control: what `Trainer` reports for these rows depends on its batch size."""
     model, rows = tiny_llama(259), [example for example in ragged_window if example.supervised_tokens][:6]
 
     def mean_of_means(size):
@@ -55,7 +56,7 @@ def test_perplexity_and_accuracy_are_means_over_tokens():
 
 def test_a_prompt_may_be_a_file_of_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
-    assert list(read_prompts(["zero", str(tmp_path / "prompts.txt")])) == ["zero", "one", "two"]
+    assert read_prompts(["zero", str(tmp_path / "prompts.txt")]) == ["zero", "one", "two"]
 
 
 def test_the_command_compares_two_models_on_a_whole_file(tiny_model_dir, chats, capsys):
@@ -83,7 +84,7 @@ def test_a_model_that_is_not_there_is_refused():
 
 
 def reported(capsys, *arguments):
-    """What `eval.py --json` says, and its warnings."""
+    """The report of `eval.py --json`, and its warnings."""
     assert eval_command.main([*map(str, arguments), "--json", "--max-new-tokens", "4"]) == 0
     printed = capsys.readouterr()
     return json.loads(printed.out), printed.err
@@ -95,33 +96,86 @@ def test_a_prompt_may_be_longer_than_a_file_name(tiny_model_dir, chats, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"caf\xe9\n", "not UTF-8 at byte 4; save it as UTF-8"),
         (b" \n", "there are no prompts in it"),
         (None, "there is no such file"),
-        ("directory", "a directory; name the files in it"),
+        ("directory", "a directory; name a file"),
     ],
 )
-def test_a_file_of_prompts_that_is_none_is_refused(tmp_path, content, said):
+def test_an_invalid_file_of_prompts_is_refused(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
     if content == "directory":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as raised:
-        list(read_prompts([str(path)]))
-    assert str(raised.value) == f"--prompts {path}: {said}"
+        read_prompts([str(path)])
+    assert str(raised.value) == f"--prompts {path}: {message}"
 
 
-def test_a_byte_order_mark_and_other_line_ends_are_no_part_of_a_prompt(tmp_path):
+def test_a_byte_order_mark_and_other_line_ends_are_not_part_of_a_prompt(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    assert list(read_prompts([str(tmp_path / "prompts.txt")])) == ["one", "two"]
+    assert read_prompts([str(tmp_path / "prompts.txt")]) == ["one", "two"]
 
 
-def test_a_prompt_longer_than_the_model_attends_to_is_refused(tiny_model_dir, chats):
+def test_a_prompt_longer_than_the_context_length_is_refused(tiny_model_dir, chats):
     arguments = [str(tiny_model_dir), "--dataset", str(chats), "--prompts", "Hi", "word " * 99]
-    with pytest.raises(UserError, match="prompt 2 has 514 tokens and --max-new-tokens asks for 50 more, but the model"):
+    with pytest.raises(
+        UserError, match="prompt 2 has 514 tokens and --max-new-tokens asks for 50 more, but the context"
+    ):
         eval_command.main(arguments)
     with pytest.raises(UserError, match="prompt 1 has 21 tokens and --max-new-tokens asks for 500 more"):
         eval_command.main([*arguments[:3], "--prompts", "Hi", "--max-new-tokens", "500"])
+
+
+# --- plain text
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 33, 64, 65, 500])
+def test_every_token_of_a_text_but_the_first_is_scored_once(length):
+    ids = torch.arange(65)
+    scored = [token for one in slice_text(ids, length) for token in one.labels[1:][one.supervised[1:]].tolist()]
+    assert scored == list(range(1, 65))
+    for number, one in enumerate(slice_text(ids, length)):
+        assert len(one.input_ids) <= max(length, 2)
+        first = int(one.supervised.int().argmax())  # how many tokens it is predicted from
+        assert number == 0 or first >= max(length, 2) // 2
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_the_loss_of_a_text_is_that_of_its_tokens(packed):
+    model, ids = tiny_llama(259).double(), torch.randint(3, 259, (100,), generator=torch.Generator().manual_seed(0))
+    logits = model(ids[None]).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:]).item()
+    use_layout(model, layout_of(packed))
+    found = evaluate(model, slice_text(ids, 100), layout_of(packed), FP32)
+    assert (found.loss, found.tokens) == (pytest.approx(expected, rel=1e-12), 99)
+    cut = evaluate(model, slice_text(ids, 40), layout_of(packed), FP32)
+    assert cut.tokens == 99
+    torch.testing.assert_close(cut.token_losses[0], found.token_losses[0][:39])  # of the first slice
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"caf\xe9", "not UTF-8 at byte 4"), (b"", "there is no text in it"), (None, "there is no such file")],
+)
+def test_an_invalid_text_is_refused(tmp_path, tiny_tokenizer, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_text(path, tiny_tokenizer)
+
+
+def test_a_text_holds_no_control_tokens(tmp_path, tiny_tokenizer):
+    (tmp_path / "text.txt").write_text("<|im_end|>")
+    (one,) = load_text(tmp_path / "text.txt", tiny_tokenizer)
+    assert len(one.input_ids) == len("<|im_end|>")
+
+
+@pytest.mark.parametrize("flag", [["--chat"], ["--html", "page.html"]])
+def test_what_is_about_one_run_refuses_several(tiny_model_dir, flag):
+    with pytest.raises(UserError, match="is about one run; name one"):
+        eval_command.main([str(tiny_model_dir), str(tiny_model_dir), *flag])

@@ -86,7 +86,7 @@ def test_the_command_writes_it_anew_with_a_comparison(run, tiny_model_dir, tmp_p
     assert evaluated(run, "--html", tmp_path / "page.html", *asked) == 0
     second = (tmp_path / "page.html").read_text()
     assert "Compared on the eval split" in second
-    suite = re.search(r"<h2>Plain text and instructions</h2><pre class=many>(.*?)</pre>", second, re.DOTALL)[1]
+    suite = re.search(r"<h2>Plain text</h2><pre class=many>(.*?)</pre>", second, re.DOTALL)[1]
     assert re.fullmatch(r"text  loss .*\n\ntext: .* against .*\n  loss .* 95 % interval \[.*", suite)
 
 
