@@ -108,7 +108,7 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
     lines = [json.loads(line) for line in commit.splitlines()]
     sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
     assert {name: base64.b64decode(content) for name, content in sent.items()} == {
-        path.name: path.read_bytes() for path in (run_dir / "best").iterdir() if path.name != MANIFEST
+        path.name: path.read_bytes() for path in (run_dir / "best").iterdir()
     }
 
 
