@@ -1,4 +1,4 @@
-"""The requirements files declare what the code imports."""
+"""The requirements files declare what the code imports, each version once."""
 
 import ast
 import re
@@ -10,6 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TESTS = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
 PRODUCT = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")] if path not in TESTS]
+
+
+def read_requirements(*names):
+    """The (import name, line) of each package that requirements files declare."""
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines() if line[:1].isalpha()]
+    return [(re.match(r"[\w-]+", line)[0].replace("-", "_"), line) for line in lines]
 
 
 def third_party_imports(paths):
@@ -29,9 +35,14 @@ def third_party_imports(paths):
     [(PRODUCT, ["requirements.txt"]), (PRODUCT + TESTS, ["requirements.txt", "requirements-dev.txt"])],
     ids=["product", "everything"],
 )
-def test_every_import_is_declared_and_every_declared_package_imported(paths, files):
-    lines = [line for name in files for line in (ROOT / name).read_text().splitlines() if line[:1].isalpha()]
-    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_"): line for line in lines}
-    imported = third_party_imports(paths)
-    assert sorted(imported - declared.keys()) == []
-    assert [line for name, line in declared.items() if name not in imported and "#" not in line] == []  # it says why
+def test_every_import_is_declared_and_every_declared_package_is_imported(paths, files):
+    declared, imported = read_requirements(*files), third_party_imports(paths)
+    assert sorted(imported - {name for name, _ in declared}) == []
+    assert [line for name, line in declared if name not in imported and "#" not in line] == []  # a comment says why
+
+
+def test_every_package_is_pinned_once():
+    declared = read_requirements("requirements.txt", "requirements-dev.txt", "requirements-quickstart.txt")
+    names = [name for name, _ in declared]
+    assert sorted(names) == sorted(set(names))
+    assert [line for _, line in declared if "==" not in line] == []
