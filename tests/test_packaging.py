@@ -1,4 +1,4 @@
-"""The requirements files declare what the code imports, each version once."""
+"""The requirements files declare what the code imports, each version once; the documents say what is there."""
 
 import ast
 import re
@@ -46,3 +46,16 @@ def test_every_package_is_pinned_once():
     names = [name for name, _ in declared]
     assert sorted(names) == sorted(set(names))
     assert [line for _, line in declared if "==" not in line] == []
+
+
+def test_the_readme_quotes_train_step():
+    quoted = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = (line.strip() for line in (ROOT / "train.py").read_text().splitlines())
+    assert [line for line in quoted.splitlines() if line.strip() not in lines] == []  # in order: `in` moves on
+
+
+def test_links_lead_to_files():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/faults/*.md")]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\((?!http)([^)#\s]+)", path.read_text())]
+    assert links
+    assert [f"{path.name}: {link}" for path, link in links if not (path.parent / link).exists()] == []
