@@ -21,9 +21,9 @@ from config import (
     Config,
     Parser,
     UserError,
-    print_error,
     protect_output,
     read_record,
+    report_error,
     resolve,
     run_command,
     with_absolute_paths,
@@ -223,7 +223,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
 
 
 def test_a_message_of_several_lines_keeps_them(capsys):
-    assert print_error("a  b\n c") == 1
+    assert report_error(UserError("a  b\n c")) == 1
     assert capsys.readouterr().err == "error: a b\n  c\n"
 
 
