@@ -266,10 +266,11 @@ def test_a_number_beyond_64_bits_is_refused(flag):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("nan", "finite, not nan"), ("1e400", "finite, not inf"), ("1e30", "below 4.6e+18, not 1e+30")]
+    ("value", "message"),
+    [("nan", "finite, not nan"), ("1e400", "finite, not inf"), ("1e30", "below 4.6e+18, not 1e+30")],
 )
-def test_a_rate_that_is_no_number_or_too_large_is_refused(value, said):
-    assert refused("--lr", value) == f"--lr must be {said}"
+def test_a_rate_that_is_not_a_number_or_too_large_is_refused(value, message):
+    assert refused("--lr", value) == f"--lr must be {message}"
 
 
 def test_output_that_cannot_be_encoded_is_escaped(monkeypatch):
@@ -315,15 +316,15 @@ def test_a_bug_is_a_traceback(capsys):
 REFUSED = "error: eval.py works in one process; start it without torchrun: python eval.py ...\n"
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", REFUSED), ("1", "")])
-def test_a_command_for_one_process_is_refused_by_torchrun_once(monkeypatch, capsys, rank, said):
+@pytest.mark.parametrize(("rank", "message"), [("0", REFUSED), ("1", "")])
+def test_a_command_for_one_process_is_refused_by_torchrun_once(monkeypatch, capsys, rank, message):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["eval.py", "model"])
     with pytest.raises(SystemExit) as left:
         run_command(lambda _: pytest.fail("it has begun"), single_process=True)
     assert left.value.code == 1
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(SystemExit, match="0"):
         run_command(lambda _: 0, single_process=True)

@@ -41,13 +41,13 @@ LOST = r"another process ended \(torchrun's summary names it\), or did not answe
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
-def goes_on(lives, run, unbroken_together):
+def assert_resumes(lives, run, unbroken_together):
     again = lives(2, ["--resume", run])
     assert again.wait() == [0, 0], again.complained
     assert_same(run, unbroken_together)
 
 
-def test_two_processes_leave_what_one_does(unbroken, unbroken_together):
+def test_two_processes_write_what_one_does(unbroken, unbroken_together):
     ours, alone = lines(unbroken_together), lines(unbroken)
     assert len(ours) == len(alone)
     for line, line_alone in zip(ours, alone, strict=True):
@@ -57,9 +57,9 @@ def test_two_processes_leave_what_one_does(unbroken, unbroken_together):
         assert line["loss"] == pytest.approx(line_alone["loss"], rel=1e-5)
     answers = [json.loads((run / "answers.json").read_text()) for run in (unbroken_together, unbroken)]
     assert answers[0] == answers[1]
-    said = (unbroken_together.parent / "stdout").read_text()
-    assert said.count("updates, ") == 1 + said.count("updates, each")
-    assert "2 processes, each on cpu" in said
+    message = (unbroken_together.parent / "stdout").read_text()
+    assert message.count("updates, ") == 1 + message.count("updates, each")
+    assert "2 processes, each on cpu" in message
     assert (unbroken_together.parent / "stderr").read_text() == ""
 
 
@@ -75,7 +75,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("moment", "rank"), some(KILLS, fast=2))
-def test_one_is_killed_and_all_leave(flags, lives, unbroken_together, tmp_path, moment, rank):
+def test_one_is_killed_and_all_end(flags, lives, unbroken_together, tmp_path, moment, rank):
     run = tmp_path / "run"
     group = lives(2, [*flags, "--output-dir", run], (rank, partial(on_call, *moment, kill)))
     statuses = group.wait()
@@ -85,11 +85,11 @@ def test_one_is_killed_and_all_leave(flags, lives, unbroken_together, tmp_path, 
         rf"error: after update \d+: {LOST}; (--resume {run} continues after update \d+|there is no checkpoint yet)\n",
         group.complained,
     )
-    goes_on(lives, run, unbroken_together)
+    assert_resumes(lives, run, unbroken_together)
 
 
 @pytest.mark.slow
-def test_the_first_is_killed_at_every_change_that_a_save_makes_to_the_disk(flags, lives, unbroken_together, tmp_path):
+def test_rank_0_is_killed_at_every_change_that_a_save_makes(flags, lives, unbroken_together, tmp_path):
     saving, counted = [*flags, "--save-every", "1", "--keep", "1"], tmp_path / "count"
     assert lives(
         2, [*saving, "--output-dir", tmp_path / "all"], (0, partial(kill_at_system_call, 0, counted))
@@ -97,7 +97,7 @@ def test_the_first_is_killed_at_every_change_that_a_save_makes_to_the_disk(flags
     for number in range(1, int(counted.read_text()) + 1):
         run = tmp_path / str(number)
         assert lives(2, [*saving, "--output-dir", run], (0, partial(kill_at_system_call, number))).wait() == [137, 1]
-        goes_on(lives, run, unbroken_together)
+        assert_resumes(lives, run, unbroken_together)
 
 
 # --- signalled
@@ -109,14 +109,14 @@ def test_a_signal_to_one_stops_all_after_the_same_update(flags, lives, unbroken_
     sends = partial(on_call, "train.train_step", 5, partial(send, number))
     group = lives(2, [*flags, "--output-dir", run], (rank, sends))
     assert group.wait() == [SIGNALS[number]] * 2
-    said = f"\n{STOPPING}\n" if rank == 0 else ""
-    assert group.complained == f"{said}stopped after update 5; to resume: python train.py --resume {run}\n"
+    message = f"\n{STOPPING}\n" if rank == 0 else ""
+    assert group.complained == f"{message}stopped after update 5; to resume: python train.py --resume {run}\n"
     assert steps_saved(run) == [3, 5]
-    goes_on(lives, run, unbroken_together)
+    assert_resumes(lives, run, unbroken_together)
 
 
-def test_a_signal_that_is_passed_on_too_counts_once(flags, lives, tmp_path):
-    """A batch system sends it to every process, and torchrun passes its own on."""
+def test_a_forwarded_signal_counts_once(flags, lives, tmp_path):
+    """A batch system sends it to every process, and torchrun forwards its own."""
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     faults = [(rank, partial(on_call, "train.train_step", 5, term)) for rank in (0, 1)]
     faults += [(rank, partial(on_call, "train.save", 2, term)) for rank in (0, 1)]
@@ -126,8 +126,8 @@ def test_a_signal_that_is_passed_on_too_counts_once(flags, lives, tmp_path):
     assert steps_saved(run) == [3, 5]
 
 
-def test_a_signal_while_they_ask_each_other_for_one_is_not_lost(flags, lives, unbroken_together, tmp_path):
-    """All of them have just said that they had none."""
+def test_a_signal_during_the_all_reduce_of_signals_is_not_lost(flags, lives, unbroken_together, tmp_path):
+    """Sent when every rank has entered the all-reduce with no signal."""
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     faults = [(rank, partial(on_call, "running.signals.largest", 12, term)) for rank in (0, 1)]
     group = lives(2, [*flags, "--output-dir", run], *faults)
@@ -135,7 +135,7 @@ def test_a_signal_while_they_ask_each_other_for_one_is_not_lost(flags, lives, un
     (step,) = re.findall(r"stopped after update (\d+); to resume", group.complained)
     assert 0 < int(step) < 10
     assert steps_saved(run)[-1] == int(step)
-    goes_on(lives, run, unbroken_together)
+    assert_resumes(lives, run, unbroken_together)
 
 
 def test_a_signal_in_an_evaluation_stops_all_of_them_before_its_end(flags, lives, tmp_path):
@@ -180,12 +180,12 @@ FAILURES = {
 @pytest.mark.parametrize(("name", "rank"), some(zip(FAILURES, (1, 0, 1), strict=True), fast=2))
 def test_one_fails_and_explains_itself(flags, lives, unbroken_together, tmp_path, name, rank):
     run = tmp_path / "run"
-    fault, said = FAILURES[name]
+    fault, message = FAILURES[name]
     group = lives(2, [*flags, "--output-dir", run], (rank, fault))
     assert group.wait() == [1, 1]
-    assert re.search(said, group.complained)
+    assert re.search(message, group.complained)
     assert group.complained.count("rror: ") == 1
-    goes_on(lives, run, unbroken_together)
+    assert_resumes(lives, run, unbroken_together)
 
 
 def test_an_update_that_is_not_finite_is_explained_once(flags, lives, unbroken_together, tmp_path):
@@ -196,7 +196,7 @@ def test_an_update_that_is_not_finite_is_explained_once(flags, lives, unbroken_t
     assert first.startswith("error: update 8: loss ")
     assert first.endswith(f"--resume {run} continues after update 6; its window:")
     assert len(window) == 7
-    goes_on(lives, run, unbroken_together)
+    assert_resumes(lives, run, unbroken_together)
 
 
 def test_a_mistake_is_reported_once_and_nothing_is_left(flags, lives, tmp_path):
@@ -210,7 +210,7 @@ def test_a_mistake_is_reported_once_and_nothing_is_left(flags, lives, tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "fault"), some([(1, kill), (0, fail), (2, ask_for_too_much)], fast=1))
-def test_where_the_weights_are_shared_too_all_leave(flags, lives, tmp_path, rank, fault):
+def test_a_failure_of_one_ends_all_with_shards_too(flags, lives, tmp_path, rank, fault):
     run = tmp_path / "run"
     faulty = partial(on_call, "train.update", 5, partial(on_call, "model.supervised_states", 1, fault))
     group = lives(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty))
@@ -234,7 +234,7 @@ def test_a_shard_that_the_processes_cannot_be_divided_by_is_refused(flags, lives
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_dry_run_says_what_each_process_takes(flags, lives, tmp_path, count):
+def test_a_dry_run_estimates_each_process(flags, lives, tmp_path, count):
     group = lives(2, [*flags, "--output-dir", tmp_path / "run", "--shard", count, "--dry-run"])
     assert group.wait() == [0, 0], group.complained
     memory, time, disk = re.findall("^  (?:memory|time|disk)  .*", group.said, re.M)
@@ -254,7 +254,7 @@ def other_settings():
     train_command.resolve = lambda named, preset: real({**named, "lr": 0.5}, preset)
 
 
-def test_processes_that_would_not_do_the_same_are_refused(flags, lives, tmp_path):
+def test_ranks_with_different_settings_are_refused(flags, lives, tmp_path):
     run = tmp_path / "run"
     group = lives(2, [*flags, "--output-dir", run], (1, other_settings))
     assert group.wait() == [1, 1]
@@ -262,7 +262,7 @@ def test_processes_that_would_not_do_the_same_are_refused(flags, lives, tmp_path
     assert not (run / "config.json").exists()
 
 
-def test_a_directory_that_one_process_does_not_see_is_refused(flags, lives, tmp_path):
+def test_a_directory_that_one_rank_cannot_read_is_refused(flags, lives, tmp_path):
     run = tmp_path / "run"
     blind = partial(pretend, "running.resume.sees", False)
     group = lives(2, [*flags, "--output-dir", run], (1, blind))
@@ -288,7 +288,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changes", some([(change,) for change in CHANGES], fast=2), ids=str)
-def test_a_run_goes_on_under_another_number_of_processes(flags, lives, live, unbroken, tmp_path, changes):
+def test_a_run_is_resumed_by_another_number_of_processes(flags, lives, live, unbroken, tmp_path, changes):
     run = tmp_path / "run"
     for life, (size, count) in enumerate(changes):
         argv = [*(["--resume", run] if life else [*flags, "--output-dir", run]), "--shard", count]
@@ -305,7 +305,7 @@ def test_a_run_goes_on_under_another_number_of_processes(flags, lives, live, unb
         assert line["loss"] == pytest.approx(line_alone["loss"], rel=1e-5)
 
 
-def test_resume_auto_begins_and_goes_on_and_ends(flags, live, unbroken, tmp_path):
+def test_resume_auto_begins_continues_and_ends(flags, live, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
     assert live(argv, partial(on_call, "running.report.replace_file", 1, kill)).wait() == 137  # before there is a run
@@ -436,7 +436,7 @@ def test_a_signal_to_torchrun_stops_and_saves(flags, torchrun, tmp_path, number)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_them_again_and_the_run_goes_on(flags, torchrun, lives, tmp_path):
+def test_torchrun_restarts_the_processes_and_the_run_continues(flags, torchrun, lives, tmp_path):
     flags, run, unbroken = [*flags, *LONG], tmp_path / "run", tmp_path / "unbroken"
     assert lives(2, [*flags, "--output-dir", unbroken, "--save-every", "1", "--keep", "100"]).wait() == [0, 0]
     agent = torchrun([*TWO, "--max-restarts", "2"], [*flags, "--output-dir", run, "--resume", "auto"])
@@ -468,7 +468,7 @@ def test_a_signal_to_one_of_two_torchruns_stops_both_and_saves(flags, torchrun, 
 
 
 @pytest.mark.slow
-def test_two_machines_lose_a_process_and_go_on_and_lose_a_torchrun_and_begin_again(flags, torchrun, lives, tmp_path):
+def test_two_machines_lose_a_process_and_then_a_torchrun(flags, torchrun, lives, tmp_path):
     flags, run, unbroken = [*flags, *LONG], tmp_path / "run", tmp_path / "unbroken"
     assert lives(2, [*flags, "--output-dir", unbroken, "--save-every", "1", "--keep", "100"]).wait() == [0, 0]
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
