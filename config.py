@@ -51,9 +51,9 @@ GROUPS = {
 }
 
 
-def flag_name(setting: str) -> str:
+def flag_name(name: str) -> str:
     """The flag of a field of `Config`: `--batch-size` for `batch_size`."""
-    return "--" + setting.replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 def setting(default, help, rule=None, choices=None, **parsing):
@@ -244,13 +244,13 @@ def as_text(value) -> str:
     return " ".join(value) if isinstance(value, list | tuple) else value
 
 
-def help_text(setting):
+def help_text(each):
     """The help of a flag: its text, its default, and the values that presets have instead."""
-    defaults = [] if setting.default in ("", None, ()) else [f"default {as_text(setting.default)}"]
+    defaults = [] if each.default in ("", None, ()) else [f"default {as_text(each.default)}"]
     for preset, settings in PRESETS.items():
-        if defaults and setting.name in settings:
-            defaults.append(f"{preset}: {Path(str(as_text(settings[setting.name]))).name}")
-    text = setting.metadata["help"] + (f" ({', '.join(defaults)})" if defaults else "")
+        if defaults and each.name in settings:
+            defaults.append(f"{preset}: {Path(str(as_text(settings[each.name]))).name}")
+    text = each.metadata["help"] + (f" ({', '.join(defaults)})" if defaults else "")
     return text.replace("%", "%%")
 
 

@@ -61,9 +61,9 @@ def join_process_group():
         UserError: the environment is not one that torchrun sets, or the ranks cannot reach each other.
     """
     environment = os.environ
-    # torchrun's store outlives its processes; what an earlier start left there must not be taken for this one's.
-    stale = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if stale and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment["GROUP_WORLD_SIZE"] != "1":
+    # torchrun's store is shared by all starts of the processes; addresses from an earlier start must not be read.
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment["GROUP_WORLD_SIZE"] != "1":
         raise UserError(
             "--max-restarts on several machines needs --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
@@ -72,7 +72,7 @@ def join_process_group():
         if not 0 <= rank < size:
             raise ValueError(f"RANK {rank} is not below WORLD_SIZE {size}")
         store, _, _ = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
-        if stale:
+        if shared:
             store = distributed.PrefixStore(environment.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -93,7 +93,8 @@ def is_first_failure(store):
 def lost_process(error):
     """A line that explains a collective that failed because another rank has ended; None for any other error."""
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
-    if isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs):
+    lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
+    if lost and distributed.is_initialized():
         minutes = TIMEOUT.seconds // 60
         return f"another process ended (torchrun's summary names it), or did not answer for {minutes} minutes"
     return None
