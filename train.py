@@ -33,12 +33,12 @@ from model import load_on_ranks, ties_hold, token_loss
 from running import checkpoint, directory, report, resume
 from running.dashboard import hyper_parameters
 from running.diagnostics import explain_failed_update, explain_failed_write
+from running.distributed import run_distributed
 from running.estimate import estimate
 from running.meter import peak_memory
 from running.metrics import Log, Unheard
 from running.setup import load_run
 from running.signals import Signals, Stopped
-from running.together import together
 from running.validation import evaluate_split, generate_answers, log_test_and_answers
 from storage import hub
 from storage.records import final_numbers, is_finished
@@ -332,7 +332,7 @@ def resume_run(path, named, allow_changes, dry_run, signals):
 def main(argv):
     """`python train.py [flags]`; exit status 0 done, 1 error, 128 + N stopped by signal N after saving."""
     with Signals() as signals:
-        return together(lambda: command(argv, signals))
+        return run_distributed(lambda: command(argv, signals))
 
 
 def command(argv, signals):
