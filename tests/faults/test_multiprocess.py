@@ -111,7 +111,7 @@ def test_a_signal_to_one_stops_all_after_the_same_update(flags, lives, unbroken_
     assert group.wait() == [SIGNALS[number]] * 2
     message = f"\n{STOPPING}\n" if rank == 0 else ""
     assert group.complained == f"{message}stopped after update 5; to resume: python train.py --resume {run}\n"
-    assert steps_saved(run) == [3, 5]
+    assert steps_saved(run) == [4, 5]
     assert_resumes(lives, run, unbroken_together)
 
 
@@ -119,11 +119,11 @@ def test_a_forwarded_signal_counts_once(flags, lives, tmp_path):
     """A batch system sends it to every process, and torchrun forwards its own."""
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     faults = [(rank, partial(on_call, "train.train_step", 5, term)) for rank in (0, 1)]
-    faults += [(rank, partial(on_call, "running.checkpoint.save", 2, term)) for rank in (0, 1)]
+    faults += [(rank, partial(on_call, "running.checkpoint.save", 3, term)) for rank in (0, 1)]
     group = lives(2, [*flags, "--output-dir", run], *faults)
     assert group.wait() == [143, 143]
     assert group.complained.endswith(f"stopped after update 5; to resume: python train.py --resume {run}\n")
-    assert steps_saved(run) == [3, 5]
+    assert steps_saved(run) == [4, 5]
 
 
 def test_a_signal_during_the_all_reduce_of_signals_is_not_lost(flags, lives, unbroken_together, tmp_path):
@@ -144,7 +144,7 @@ def test_a_signal_in_an_evaluation_stops_all_of_them_before_its_end(flags, lives
     group = lives(
         2,
         [*flags, "--output-dir", run, "--micro-batch-tokens", "60"],
-        (1, partial(on_call, "train.evaluate", 3, partial(on_call, "eval.loss_and_correct", 1, term))),
+        (1, partial(on_call, "running.validation.evaluate", 3, partial(on_call, "eval.loss_and_correct", 1, term))),
     )
     assert group.wait() == [143, 143]
     assert group.complained == f"stopped after update 4; to resume: python train.py --resume {run}\n"
@@ -154,7 +154,7 @@ def test_a_signal_in_an_evaluation_stops_all_of_them_before_its_end(flags, lives
 
 def test_a_signal_before_training_stops_all(flags, lives, tmp_path):
     run = tmp_path / "run"
-    sends = partial(on_call, "train.load_tokenizer", 1, partial(send, signal.SIGTERM))
+    sends = partial(on_call, "running.setup.load_tokenizer", 1, partial(send, signal.SIGTERM))
     group = lives(2, [*flags, "--output-dir", run], (1, sends))
     assert group.wait() == [1, 143]  # torchrun would send it to the other one too
     assert group.complained == "stopped before training began\n"
@@ -216,7 +216,7 @@ def test_a_failure_of_one_ends_all_with_shards_too(flags, lives, tmp_path, rank,
     group = lives(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty))
     assert group.wait() == [137 if fault is kill and each == rank else 1 for each in range(3)]
     assert group.complained.count("rror: ") == 1
-    assert steps_saved(run) == [3]
+    assert steps_saved(run) == [3, 4]
     again = lives(3, ["--resume", run])
     assert again.wait() == [0, 0, 0], again.complained
 
@@ -298,7 +298,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(flags, lives, live, unb
         else:
             group = lives(size, argv, *((size - 1, fault) for fault in faults))
             assert group.wait() == [0 if life == 2 else 143] * size, group.complained
-    assert steps_saved(run)[-1] == 9
+    assert steps_saved(run)[-1] == 10
     ours, alone = lines(run), lines(unbroken)
     assert [(line["kind"], line["step"]) for line in ours] == [(line["kind"], line["step"]) for line in alone]
     for line, line_alone in zip(ours, alone, strict=True):
