@@ -30,7 +30,7 @@ from conversations.corpus import load_corpus
 from conversations.formats import ROLES
 from conversations.mixture import choose_rows, keep_copies_together, repeat_by_weight
 from conversations.preview import page, preview, refuse_other_file
-from conversations.sources import Source, files_of, notes_on_directories, parse_source
+from conversations.sources import Source, check_sources, files_of, notes_on_directories, parse_source
 from conversations.templates import encode_texts
 from conversations.tokenizer import CHATML, END, START, load_tokenizer
 from storage import hub
@@ -423,6 +423,7 @@ def main(argv):
         refuse_other_file(options["html"])
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
+    check_sources(config)
     tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template, config.template_option)
     data = prepare(config, tokenizer)
     examples = data.train.examples[: options["show"]]

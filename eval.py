@@ -23,6 +23,7 @@ from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
 from config import FREE_TO_CHANGE, OF_THE_DATASET, Parser, UserError, flag_name, read_record, resolve, with_tuples
 from conversations.preview import refuse_other_file
+from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
 from evaluation.chat import Chat, run_chat
@@ -126,6 +127,8 @@ def main(argv):
         refuse_other_file(options["html"])
     if options["chat"]:
         return chat(model, config, options)
+    if "dataset" in named or "eval_dataset" in named:
+        check_sources(config)
     against = model_of(options["against"])[0] if options["against"] else None
     warn_of_other_settings(evaluated)
     try:

@@ -33,6 +33,7 @@ from compute.processes import balance, from_first, in_first, is_first, rank, sma
 from compute.self_check import choose_layout, use_layout
 from compute.sharding import is_sharded, whole
 from config import OF_THE_TEMPLATE, Parser, UserError, resolve, with_absolute_paths
+from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from eval import VIBE_PROMPTS, evaluate, greedy_and_sampled
@@ -282,6 +283,7 @@ def set_up(config, start=None, allow_changes=False):
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    check_sources(config)
     precision = choose_precision(config.device, config.dtype)
     if precision.device.type == "cpu":
         keep_freed_memory()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from config import UserError, first_line
+from config import UserError, first_line, renaming
 from storage import hub
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -104,6 +104,25 @@ def files_of(name):
     if kind_of(path) or path.suffix in (".csv", ".txt") or hub.looks_like_a_path(name):
         raise UserError(f"--dataset {name}: there is no such file")
     return []
+
+
+def check_sources(config):
+    """Check that the datasets of a `Config` exist, before anything is loaded: those on disk first, then the Hub's.
+
+    Raises:
+        UserError: there is no such file, directory or dataset on the Hub, or the Hub and its cache have no answer.
+    """
+    flags = [("--dataset", text) for text in config.dataset]
+    flags += [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
+    on_hub = []
+    for flag, text in flags:
+        with renaming("--dataset", flag):
+            source = parse_source(text)
+            if not files_of(source.name):
+                on_hub.append((flag, source))
+    for flag, source in on_hub:
+        with renaming("--dataset", flag):
+            hub.only_cached("dataset", source.name, source.config)
 
 
 def read_in(directory):

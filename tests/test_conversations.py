@@ -10,9 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import data as data_command
+import eval as eval_command
+import train as train_command
 from config import UserError
 from conversations.formats import Findings, read_conversations, read_file
 from conversations.sources import Source, files_of, notes_on_directories, parse_source
+from storage import hub
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 GOOD = {"messages": HELLO}
@@ -532,6 +536,33 @@ def test_a_directory_without_conversations_is_named(tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=r"written by save_to_disk; write it as a file: datasets\.load_from_disk"):
         read_file(tmp_path)
+
+
+COMMANDS = {
+    "train.py": lambda *flags: train_command.main(["--model", "acme/none", *flags]),
+    "data.py": lambda *flags: data_command.main(["--model", "acme/none", *flags]),
+    "eval.py": lambda *flags: eval_command.main(["acme/none", *flags]),
+}
+MISSING = {  # a source: why it is not one
+    "nowhere.jsonl": "there is no such file",
+    "empty": r"no .* file in this directory",
+    "acme/chats": "not on this disk, and the Hub does not answer",
+}
+
+
+@pytest.mark.parametrize("source", MISSING)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_dataset_is_reported_before_the_model_is_looked_for(command, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hub_silence", lambda: OSError("offline"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
+    with pytest.raises(UserError, match=rf"^--dataset (.*/)?{source}: {MISSING[source]}"):
+        COMMANDS[command]("--dataset", source)
+    with pytest.raises(UserError, match=rf"^--eval-dataset (.*/)?{source}: {MISSING[source]}"):
+        COMMANDS[command]("--dataset", "a.jsonl", "--eval-dataset", source)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: there is no such file"):  # without a question to the Hub
+        COMMANDS[command]("--dataset", "acme/chats", "nowhere.jsonl")
 
 
 def test_what_is_no_ordinary_file_is_named_at_once(tmp_path):
