@@ -29,7 +29,7 @@ from tqdm import tqdm
 from config import UserError, die_with_parent
 from conversations.formats import Findings, read_conversations
 from conversations.sources import files_of
-from conversations.templates import stop_ids
+from conversations.templates import TemplateError, stop_ids
 from storage import hub
 from storage.durable import Damaged, make_directory, remove_unfinished, save_directory, sha256, verify
 from storage.quickstart import cache_directory, explain_unwritable_cache
@@ -40,10 +40,17 @@ MESSAGE = pyarrow.struct([*PLAIN, ("more", pyarrow.string())])  # tools, tool ca
 READ = pyarrow.schema(
     [("location", pyarrow.string()), ("source", pyarrow.int32()), ("messages", pyarrow.list_(MESSAGE))]
 )
-COUNTS = {"location": "string", "source": "int32", "digest": "string", "stops": "bool", "refused": "string"}
+COUNTS = {
+    "location": "string",
+    "source": "int32",
+    "digest": "string",
+    "stops": "bool",
+    "refused": "string",
+    "where": "string",
+}
 COUNTS |= dict.fromkeys(("tokens", "supervised_before", "supervised", "unknown", "part", "empty_thoughts"), "int32")
 NO_IDS = torch.zeros(0, dtype=torch.int32).numpy()
-NOTHING = dict.fromkeys(COUNTS, 0) | {"stops": False, "digest": "", "refused": ""}
+NOTHING = dict.fromkeys(COUNTS, 0) | {"stops": False, "digest": "", "refused": "", "where": ""}
 NOTHING |= dict.fromkeys(("input_ids", "labels"), NO_IDS)
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**24  # of what is read and not yet on disk
 NO_ID = -1
@@ -248,8 +255,8 @@ def encode_rows(batch, parent, tokenizer, encode, supervise, longest, skip):
     rows, stops = [], torch.tensor(stop_ids(tokenizer))
     for location, source, examples in zip(batch["location"], batch["source"], encoded, strict=True):
         origin = {"location": location, "source": source}
-        if isinstance(examples, UserError):
-            rows.append(NOTHING | origin | {"refused": str(examples)})
+        if isinstance(examples, TemplateError):
+            rows.append(NOTHING | origin | {"refused": examples.reason, "where": examples.where})
         else:
             rows += [row_of(each, part, tokenizer, stops, longest) | origin for part, each in enumerate(examples)]
     return {name: [row[name] for row in rows] for name in NOTHING}
@@ -288,9 +295,9 @@ def encode_located(conversations, locations, encode, tokenizer, supervise, skip)
             try:
                 found += encode([messages], tokenizer, supervise)
             except UserError as error:
-                found.append(UserError(f"{location}: {error}"))
                 if not skip:
-                    raise found[-1] from error
+                    raise UserError(f"{location}: {error}") from error
+                found.append(error.__cause__)
         return found
 
 
@@ -301,11 +308,12 @@ def leave_out_refused(encoded, findings, skip_bad_rows):
         UserError: with the others they are more than the share that may be left out.
     """
     reasons = encoded["refused"][:]
-    for reason in filter(None, reasons):
-        findings.refuse("the template cannot write it", reason)
+    for reason, location, where in zip(reasons, encoded["location"], encoded["where"], strict=True):
+        if reason:
+            findings.add_bad_row(f"--chat-template: {reason}", location, where)
     findings.check(skip_bad_rows)
     kept = [row for row, reason in enumerate(reasons) if not reason]
-    return (encoded if len(kept) == len(reasons) else encoded.select(kept)).remove_columns("refused")
+    return (encoded if len(kept) == len(reasons) else encoded.select(kept)).remove_columns(["refused", "where"])
 
 
 def empty_thoughts(example, tokenizer):

@@ -16,7 +16,7 @@ from config import UserError
 from conversations.sources import InvalidRow, Source, is_message, rows_of
 
 ROLES = ("system", "user", "assistant", "tool")
-SHOWN_PROBLEMS = 10
+SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
 # Who speaks, as ShareGPT's many descendants call them.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 SPEAKERS |= {"model": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
@@ -27,16 +27,16 @@ NAME = re.compile(r"[\w.:/-]+")  # of a tool: with a space or bracket in it, it 
 
 @dataclass
 class Findings:
-    """What reading some rows found."""
+    """A report of what reading some rows found."""
 
     rows: int = 0
     formats: Counter = field(default_factory=Counter)
     ignored: Counter = field(default_factory=Counter)  # columns and keys that no format uses
-    bad: Counter = field(default_factory=Counter)  # rows left out, by reason
-    problems: list = field(default_factory=list)  # the first of them, each with its location
+    bad: Counter = field(default_factory=Counter)  # invalid rows, by reason
+    locations: dict = field(default_factory=dict)  # of each reason the first few: (file:line, where in the row)
 
     def notes(self):
-        """What was found, a line each."""
+        """Lines about the rows that were read, for the plan."""
         formats = ", ".join(f"{count:,} as {name}" for name, count in self.formats.most_common())
         yield f"{self.rows:,} rows, {formats}"
         if self.ignored:
@@ -45,11 +45,21 @@ class Findings:
             reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.bad.most_common())
             yield f"{self.bad.total():,} rows left out ({reasons})"
 
-    def refuse(self, reason, problem):
-        """Count a row that is left out for a reason; the problem says what it is, and where."""
+    def add_bad_row(self, reason, location, where=""):
+        """Count an invalid row; `where` is the place in the row, such as its message."""
         self.bad[reason] += 1
-        if len(self.problems) < SHOWN_PROBLEMS:
-            self.problems.append(problem)
+        if self.bad[reason] <= SHOWN_LOCATIONS:
+            self.locations.setdefault(reason, []).append((location, where))
+
+    def problems(self):
+        """A line for each reason: its only row, or the number of rows and the first of them."""
+        for reason, places in self.locations.items():
+            count = self.bad[reason]
+            if count == 1:
+                yield ": ".join(filter(None, (*places[0], reason)))
+                continue
+            shown = ", ".join(f"{location} ({where})" if where else location for location, where in places)
+            yield f"{count:,} × {reason}: {shown}{', …' if count > len(places) else ''}"
 
     def check(self, skip_bad_rows):
         """Raise `UserError` if more rows are invalid than the share that may be left out."""
@@ -58,14 +68,15 @@ class Findings:
             return
         share = math.ceil(100 * count / self.rows) / 100  # that would do
         flag = "--skip-bad-rows" if share <= 0.1 and not skip_bad_rows else f"--skip-bad-rows {share:g}"
+        problems = list(self.problems())
         if count == 1 and not skip_bad_rows:
             advice = f", or leave it out with {flag}" if share < 1 else ""
-            raise UserError(f"{self.problems[0]}; correct that row{advice}")
+            raise UserError(f"{problems[0]}; correct that row{advice}")
         allowed = f"more than --skip-bad-rows {skip_bad_rows:g}; " if skip_bad_rows else ""
         allowed += f"{flag} leaves them out" if share < 1 else "correct them"
-        lines = [f"{count:,} of {self.rows:,} rows are invalid; {allowed}"]
-        more = count - len(self.problems)
-        raise UserError("\n  ".join(lines + self.problems + ([f"… and {more:,} more"] if more else [])))
+        more = sum(list(self.bad.values())[SHOWN_PROBLEMS:])
+        lines = [f"{count:,} of {self.rows:,} rows are invalid; {allowed}", *problems[:SHOWN_PROBLEMS]]
+        raise UserError("\n  ".join(lines + ([f"… and {more:,} more"] if more else [])))
 
 
 def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, findings=None):
@@ -80,7 +91,7 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
 
     Raises:
         UserError: no such source, nothing in it, or (at the end, once all rows have been read) rows that are not
-            conversations: the first ten by location and reason.
+            conversations: the first ten reasons, with their number of rows and the first locations.
     """
     findings = Findings() if findings is None else findings
     for number, source in enumerate(sources):
@@ -93,7 +104,7 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
                 if plain:
                     refuse_tools_and_thoughts(messages)
             except InvalidRow as problem:
-                findings.refuse(problem.reason, f"{location}: {problem}")
+                findings.add_bad_row(problem.reason, location, problem.where)
             else:
                 yield location, number, messages
     findings.check(skip_bad_rows)
@@ -273,7 +284,8 @@ def refuse_unmatched_calls(messages, tools):
         where = f"message {number}"
         for call in message.get("tool_calls", []):
             if known and call["function"]["name"] not in known:
-                raise InvalidRow(f"a call to a tool that is not among its tools ({call['function']['name']})", where)
+                where = f"{where}, {call['function']['name']!r:.40}"
+                raise InvalidRow("a call to a tool that is not among its tools", where)
         if message["role"] != "tool":
             open_calls = list(message.get("tool_calls", []))
         elif has_calls or "tool_call_id" in message:

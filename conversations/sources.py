@@ -33,7 +33,7 @@ class InvalidRow(Exception):
 
     def __init__(self, reason, where=""):
         super().__init__(f"{where}: {reason}" if where else reason)
-        self.reason = reason
+        self.reason, self.where = reason, where
 
 
 class Source(NamedTuple):

@@ -23,6 +23,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from config import UserError, first_line
+from conversations.sources import InvalidRow
 
 MARKS = list(map(chr, range(0x12000, 0x12399)))  # cuneiform: printable, so that no template escapes it, and rare
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -38,8 +39,8 @@ CALLED = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", 
 CALL_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]
 
 
-class Refused(UserError):
-    """Why a template cannot write a conversation."""
+class TemplateError(InvalidRow):
+    """A conversation that the template cannot write."""
 
 
 class Turn(NamedTuple):
@@ -79,19 +80,19 @@ class Template:
         """The control token that ends an answer, whether or not the conversation goes on after it.
 
         Raises:
-            Refused: there is none.
+            TemplateError: there is none.
         """
         chat = [
             {"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(("Hi", "reply", "So"))
         ]
         try:
             texts = self.render([chat[:2], chat], None)
-        except Refused:  # a template that is for tools alone, as one of Hermes'
+        except TemplateError:  # a template that is for tools alone, as one of Hermes'
             texts = self.render([chat[:2], chat], TOOL_PROBE)
         last, earlier = (text.rpartition("reply")[1:] for text in texts)
         tokens = self.pattern.findall(last[1])
         if not (last[0] and tokens):
-            raise Refused("it does not end an answer with a control token")
+            raise TemplateError("it does not end an answer with a control token")
         following = self.pattern.findall(earlier[1]) if earlier[0] else []
         same = [
             one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, following, strict=False))
@@ -136,7 +137,7 @@ class Template:
         try:
             turn = self.turn(1, prompt, text, *reversed(chat))
             return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(turn.text)[-1]]))
-        except Refused:  # as the first conversation with a call will be
+        except TemplateError:  # as the first conversation with a call will be
             return [self.end_of_turn]
 
     @functools.cached_property
@@ -149,7 +150,7 @@ class Template:
         """What the template writes of the last message; nothing where it does not take it."""
         try:
             (prompt,), (text,) = self.render([messages[:-1]], tools, generation=True), self.render([messages], tools)
-        except Refused:
+        except TemplateError:
             return ""
         return text[common_length(prompt, text) :]
 
@@ -206,17 +207,19 @@ class Template:
         """Messages and tools as the template takes them, and the mark that is in them.
 
         Raises:
-            Refused: the template writes no tool calls, and there are tools.
+            TemplateError: the template writes no tool calls, and there are tools.
         """
         strings = "".join(json.dumps(message, ensure_ascii=False) for message in messages)
         mark = next((mark for mark in MARKS if mark not in strings), None)
         if mark is None:
-            raise Refused("it has every character that could mark what is text")
+            raise TemplateError("it has every character that could mark what is text")
         tools = self.guarded(messages[0].get("tools", []), mark) if messages else []
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
-            where = f"message {calls[0]}: " if calls else ""
-            raise Refused(f"{where}the template writes no tool calls; use a model or a --chat-template FILE that does")
+            where = f"message {calls[0]}" if calls else ""
+            raise TemplateError(
+                "the template writes no tool calls; use a model or a --chat-template FILE that does", where
+            )
         chat = []
         for message in messages:
             given = {name: value for name, value in message.items() if name not in ("tools", "train")}
@@ -239,7 +242,7 @@ class Template:
         """The texts that the template makes of some lists of messages.
 
         Raises:
-            Refused: it raises an error over one of them.
+            TemplateError: it raises an error over one of them.
             UserError: it is no template at all.
         """
         try:
@@ -250,13 +253,13 @@ class Template:
             raise not_a_template(error) from error
         except Exception as error:  # a template is somebody's program: it may divide by zero
             roles = ", ".join(message["role"] for message in max(chats, key=len))
-            raise Refused(f"in a conversation of {roles}, it does not take them: {first_line(error)}") from error
+            raise TemplateError(f"in a conversation of {roles}, it does not take them: {first_line(error)}") from error
 
     def turns(self, chat, wanted, tools):
         """The `Turn`s of a conversation's answers, and the text of the whole.
 
         Raises:
-            Refused: an answer that is wanted does not follow on its prompt, or has no end.
+            TemplateError: an answer that is wanted does not follow on its prompt, or has no end.
         """
         answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
         prompts = self.render([chat[:number] for number in answers], tools, generation=True)
@@ -266,7 +269,7 @@ class Template:
         for number, prompt, text in zip(answers, prompts, texts, strict=False):
             try:
                 turns.append(self.turn(number, prompt, text, chat[number], chat[number - 1] if number else None))
-            except Refused:
+            except TemplateError:
                 if number in wanted:
                     raise
         return turns, texts[-1]
@@ -280,9 +283,10 @@ class Template:
         if not text.startswith(prompt):
             begin = self.begin_of_answer(prompt, text, answer, question)
             if begin is None:
-                raise Refused(
-                    f"message {number + 1}: an answer does not follow on what the model is prompted with at inference, "
-                    f"which ends with {prompt[-30:]!r}"
+                raise TemplateError(
+                    "an answer does not follow on what the model is prompted with at inference, "
+                    f"which ends with {prompt[-30:]!r}",
+                    f"message {number + 1}",
                 )
             text = prompt + text[begin:]
         end, after = None, len(text)
@@ -293,7 +297,7 @@ class Template:
             if end is None or token[0] == self.end_of_turn:
                 end = token.end()
         if end is None:
-            raise Refused(f"message {number + 1}: it does not end an answer with a control token")
+            raise TemplateError("it does not end an answer with a control token", f"message {number + 1}")
         return Turn(number, text[:end], len(prompt))
 
     def begin_of_answer(self, prompt, text, answer, question):
@@ -324,8 +328,8 @@ class Template:
             wanted: the numbers of the messages that are to be supervised.
 
         Raises:
-            Refused: the template cannot write it so that every answer stands where the model would begin it, or it
-                leaves out something that was said.
+            TemplateError: the template cannot write it so that every answer stands where the model would begin it, or
+                it leaves out something that was said.
         """
         chat, tools, mark = self.prepared(messages)
         turns, whole = self.turns(chat, wanted, tools)
@@ -377,7 +381,7 @@ def call_in(text, number):
     """The tool call that is written as JSON in a text.
 
     Raises:
-        Refused: it is none.
+        TemplateError: it is none.
     """
     try:
         call = json.loads(text)
@@ -386,7 +390,7 @@ def call_in(text, number):
             return {"type": "function", "function": {"name": name, "arguments": arguments}}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise Refused(f'message {number}: what stands in <tool_call> is no {{"name": …, "arguments": {{…}}}} in JSON')
+    raise TemplateError('what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON', f"message {number}")
 
 
 def texts_in(value):
@@ -409,32 +413,32 @@ def stands_in(said, written):
 
 
 def check_answer(message, turn, mark):
-    """Raise `Refused` where the template leaves out or changes something that an answer says."""
+    """Raise `TemplateError` where the template leaves out or changes something that an answer says."""
     written, where = turn.text[turn.begin :].replace(mark, ""), f"message {turn.number + 1}"
     blank = THOUGHT.fullmatch(message["content"])  # a thought that says nothing
     content = blank[2] if blank and not blank[1].strip() else message["content"]
     if content.strip() not in written:
-        raise Refused(f"{where}: it changes what messages say")
+        raise TemplateError("it changes what messages say", where)
     if message.get("thinking", "").strip() not in written:
-        raise Refused(f"{where}: it leaves the thought out")
+        raise TemplateError("it leaves the thought out", where)
     calls = [call["function"] for call in message.get("tool_calls", [])]
     for call in calls:
         count = sum(other["name"] == call["name"] for other in calls)
         if written.count(call["name"]) < count or not all(
             stands_in(text, written) for text in texts_in(call["arguments"])
         ):
-            raise Refused(f"{where}: it leaves out a call to {call['name']}, or changes it")
+            raise TemplateError(f"it leaves out a call to {call['name']}, or changes it", where)
 
 
 def check_context(messages, text, mark):
-    """Raise `Refused` where the template leaves out a message that is no answer, or a tool."""
+    """Raise `TemplateError` where the template leaves out a message that is no answer, or a tool."""
     text = text.replace(mark, "")
     for number, message in enumerate(messages, 1):
         if message["role"] != "assistant" and not stands_in(message["content"], text):
-            raise Refused(f"message {number}: it leaves out or changes what it says")
+            raise TemplateError("it leaves out or changes what it says", f"message {number}")
     for tool in messages[0].get("tools", []) if messages else []:
         if tool["function"]["name"] not in text:
-            raise Refused(f"it leaves out the tool {tool['function']['name']}")
+            raise TemplateError(f"it leaves out the tool {tool['function']['name']}")
 
 
 def pieces(text, turns, mark):
@@ -520,7 +524,7 @@ def encode(conversations, tokenizer, wanted_of):
         with naming(messages):
             for reason in itertools.islice(reasons, len(examples)):
                 if reason:
-                    raise Refused(reason)
+                    raise TemplateError(*reason)
     return found
 
 
@@ -534,7 +538,7 @@ def naming(messages):
     """Let what a template refuses name the conversation."""
     try:
         yield
-    except Refused as error:
+    except TemplateError as error:
         said = " | ".join(f"{message['role']}: {message['content']:.40}" for message in messages[:4])
         where = f", in the conversation «{said}»" if messages else ""
         raise UserError(f"--chat-template: the template cannot be masked: {error}{where}") from error
@@ -596,7 +600,7 @@ def check_ids(written, encoded, template):
             if piece.answer is not None:
                 said = piece.text.replace(piece.mark, "")
                 if normalized(template.tokenizer.decode(ids.get(piece.answer, []))) != normalized(said):
-                    yield f"message {piece.answer + 1}: the ids of an answer do not decode to that answer"
+                    yield "the ids of an answer do not decode to that answer", f"message {piece.answer + 1}"
                     break
         else:
             # Encoded at once, such texts would be something else, which is why they are not.
@@ -604,7 +608,7 @@ def check_ids(written, encoded, template):
                 begins_with_space(*pair, template) for pair in itertools.pairwise(pieces)
             )
             same = apart or [number for run, _ in row for number in run] == whole
-            yield None if same else "its tokenizer gives the parts other ids than the whole"
+            yield None if same else ("its tokenizer gives the parts other ids than the whole",)
 
 
 def begins_with_space(before, piece, template):

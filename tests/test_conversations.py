@@ -367,7 +367,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "unknown_tool.jsonl": (
         lines({"messages": [user("Hi"), calling("g")], "tools": [{"name": "f"}]}),
-        ":1: message 2: a call to a tool that is not among its tools (g)",
+        ":1: message 2, 'g': a call to a tool that is not among its tools",
     ),
     "arguments.jsonl": (
         chat(user("Hi"), calling("f", "{'a': 1}")),
@@ -595,15 +595,29 @@ def test_the_files_of_a_directory_that_are_read_are_told(tmp_path):
 # --- many bad rows
 
 
-def test_the_first_ten_problems_and_the_count(tmp_path):
+def test_equal_errors_are_one_line_with_a_count_and_the_first_locations(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(lines(*[GOOD] * 20, *[{}] * 15))
+    path.write_bytes(
+        lines(*[GOOD] * 20, *[{}] * 12, {"messages": [*HELLO, user("")]}, {"messages": [user("")]}, {"messages": 1})
+    )
     with pytest.raises(UserError) as raised:
         read_file(path)
-    first, *problems = str(raised.value).splitlines()
-    assert first == "15 of 35 rows are invalid; --skip-bad-rows 0.43 leaves them out"
-    assert problems[:10] == [f"  {path}:{line}: {NO_FORMAT}" for line in range(21, 31)]
-    assert problems[10:] == ["  … and 5 more"]
+    assert str(raised.value).splitlines() == [
+        "15 of 35 rows are invalid; --skip-bad-rows 0.43 leaves them out",
+        f"  12 × {NO_FORMAT}: {path}:21, {path}:22, {path}:23, …",
+        f"  2 × its content is empty: {path}:33 (message 3), {path}:34 (message 1)",
+        f'  {path}:35: "messages" is not a list of messages',
+    ]
+
+
+def test_of_many_different_errors_the_first_ten_are_shown():
+    findings = Findings(rows=30)
+    for number in range(24):
+        findings.add_bad_row(f"reason {number % 12}", f"a.jsonl:{number}")
+    with pytest.raises(UserError) as raised:
+        findings.check(0.0)
+    assert len(str(raised.value).splitlines()) == 12
+    assert str(raised.value).endswith("  2 × reason 9: a.jsonl:9, a.jsonl:21\n  … and 4 more")
 
 
 def test_bad_rows_may_be_left_out_up_to_a_share(tmp_path):
@@ -621,7 +635,7 @@ def test_bad_rows_may_be_left_out_up_to_a_share(tmp_path):
 def test_the_advised_share_of_bad_rows_is_enough():
     for rows in (2, 3, 7, 29, 97, 100, 150):
         for bad in range(1, rows):
-            findings = Findings(rows=rows, bad=Counter({"bad": bad}), problems=["bad"])
+            findings = Findings(rows=rows, bad=Counter({"bad": bad}), locations={"bad": [("a.jsonl:1", "")]})
             with pytest.raises(UserError) as raised:
                 findings.check(0.0)
             advised = re.search(r"--skip-bad-rows( 0\.\d+)?", str(raised.value))

@@ -356,7 +356,7 @@ def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_pat
         assert "Does it." in text
         assert "<tool_response>\n7\n" in text
     with pytest.raises(
-        UserError, match=r"10 of 10 rows are invalid(.|\n)*b\.jsonl:1: --chat-template chatml has no tools"
+        UserError, match=r"10 of 10 rows are invalid(.|\n)*10 × --chat-template chatml has no tools.*b\.jsonl:1, "
     ):
         prepared(tokenizer, write("b.jsonl", chats))
 
@@ -372,7 +372,8 @@ def test_rows_that_a_template_refuses_can_be_left_out(write, tmp_path):
         prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.05)
     data = prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.1)
     assert sum(len(split.examples) for split in data.splits.values()) == 28
-    assert "2 rows left out (2 × the template cannot write it)" in data.notes
+    left_out = '--chat-template: what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
+    assert f"2 rows left out (2 × {left_out})" in data.notes
 
 
 TOOLS = (QWEN3[0], [*QWEN3[1][:-1], "<tool_call>", "</tool_call>", "<|im_end|>"])

@@ -144,7 +144,7 @@ CASES = [(name, kind, expected) for name, (_, *row) in TABLE.items() for kind, e
 def test_each_template_is_exact_or_split_or_refused_with_its_reason(name, kind, expected):
     tokenizer = tokenizer_of(name)
     if isinstance(expected, str):
-        with pytest.raises((UserError, templates.Refused), match=expected):
+        with pytest.raises((UserError, templates.TemplateError), match=expected):
             encode_each([CHATS[kind]], tokenizer)
         return
     rows = ours(CHATS[kind], tokenizer)

@@ -269,7 +269,7 @@ def test_thoughts_and_calls_inside_contents_are_those_beside_them(tmp_path):
     assert rows[0] == rows[1]
     assert '"arguments": {"a": 1}' in tokenizer.decode(rows[0][0])
     broken = say("q", "<tool_call>{'name': 'f'}</tool_call>")
-    with pytest.raises(UserError, match="message 2: what stands in <tool_call> is no"):
+    with pytest.raises(UserError, match="message 2: what stands in <tool_call> is not"):
         encode([broken], tokenizer)
 
 
