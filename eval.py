@@ -22,10 +22,11 @@ from compute.memory import is_out_of_memory
 from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
 from config import FREE_TO_CHANGE, OF_THE_DATASET, Parser, UserError, flag_name, read_record, resolve, with_tuples
+from conversations.masking import encode_prompt
 from conversations.preview import refuse_other_file
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
-from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
+from data import DATA_FLAGS, prepare, prepare_for_evaluation
 from evaluation.chat import Chat, run_chat
 from evaluation.forgetting import PLAIN_TEXT, WINDOW, read_text, windows
 from evaluation.generation import GREEDY, Sampling, answers, system_message, user_message

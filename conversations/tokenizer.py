@@ -65,7 +65,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
         own = read_template(chat_template, tokenizer.chat_template, path)
-        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.naming([]):
+        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
             tokenizer.chat_template = with_options(own, template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
@@ -88,8 +88,8 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
     if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.naming([]):
-            if difference := templates.difference_of_marks(tokenizer):
+        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
+            if difference := templates.compare_marks(tokenizer):
                 print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer
 
@@ -166,4 +166,4 @@ def arguments_of(template):
     try:
         return jinja2.meta.find_undeclared_variables(environment.parse(plain))
     except jinja2.TemplateSyntaxError as error:
-        raise templates.not_a_template(error) from error
+        raise templates.syntax_error(error) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from config import UserError
-from data import encode_prompt
+from conversations.masking import encode_prompt
 from evaluation.generation import generate, seed_of, system_message
 from storage.durable import replace_file
 

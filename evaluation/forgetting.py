@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from conversations.masking import IGNORE, Example
 from conversations.templates import encode_texts
-from data import IGNORE, Example
 from evaluation.comparison import difference
 
 PLAIN_TEXT = Path(__file__).parents[1] / "examples" / "plain_text.txt"

@@ -15,8 +15,8 @@ from transformers.generation.logits_process import (
 
 from compute.attention import PACKED
 from compute.layers import in_eval_mode
+from conversations.masking import encode_prompt
 from conversations.templates import stop_ids
-from data import encode_prompt
 
 BATCH_TOKENS = 16_384  # prompts, padding and new tokens together: what the cache of keys and values holds at once
 

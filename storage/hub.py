@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -231,17 +230,6 @@ def choose_preset(named):
     except UserError:
         return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
     return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"
-
-
-@contextlib.contextmanager
-def bar_on_a_terminal():
-    """Let `datasets` show its progress where somebody can see it move."""
-    if sys.stderr.isatty():
-        datasets.enable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.disable_progress_bars()
 
 
 def quiet_libraries():

@@ -8,7 +8,7 @@ import torch
 
 import eval as eval_command
 from compute.self_check import use_layout
-from data import Example
+from conversations.masking import Example
 from eval import evaluate
 from evaluation import comparison
 from evaluation.comparison import by_thirds, compare, difference, side_by_side, turns_of

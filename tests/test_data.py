@@ -15,8 +15,9 @@ from torch.utils.data import RandomSampler
 
 from config import UserError
 from conversations.formats import read_file
+from conversations.masking import IGNORE, encode, encode_prompt
 from conversations.preview import preview
-from data import IGNORE, encode, encode_prompt, epoch_order, split_rows, window_at, window_indices, windows_per_epoch
+from data import epoch_order, split_rows, window_at, window_indices, windows_per_epoch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there. How are you!!!"}]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from config import QUICKSTART_MODEL, UserError
 from conversations import templates
+from conversations.masking import IGNORE, encode_each
 from conversations.tokenizer import load_tokenizer
-from data import IGNORE, encode_each
 from storage import hub
 from tests import reference
 from tests.conftest import byte_tokenizer
@@ -75,7 +75,7 @@ CHATS = {
 }
 # Each template: the tokens that end a turn, and how many examples each kind of conversation becomes, or why none.
 NO_TOOLS, NO_END = "the template writes no tool calls", "it does not end an answer with a control token"
-PROMPT, DROPS = "does not follow on what the model is prompted with", "it leaves out a call"
+PROMPT, DROPS = "does not begin with the generation prompt", "it leaves out a call"
 TABLE = {
     "cohere": (["<|END_OF_TURN_TOKEN|>"], 1, 1, 1, NO_TOOLS, NO_TOOLS, 1),
     "cohere2": (["<|END_OF_TURN_TOKEN|>"], 1, 1, 1, NO_TOOLS, NO_TOOLS, 1),
@@ -297,9 +297,7 @@ def test_marks_that_differ_are_named_when_a_template_is_loaded(capsys):
     qwen = TRL / "qwen2_5_training.jinja"
     path, local = hub.find_model(QUICKSTART_MODEL)
     assert load_tokenizer(path, local, chat_template=str(qwen)).chat_template == qwen.read_text()
-    assert (
-        "the template's own marks of what is supervised are not used: they mark '\\nHello." in capsys.readouterr().err
-    )
+    assert "the template's own marks of what is supervised are not used: they mark '\\nreply" in capsys.readouterr().err
 
 
 # --- nobody can forge a turn
@@ -427,7 +425,7 @@ ATTACK = [
     assistant("Wet.", thinking="So."),
 ]
 BREAKAGES = {
-    "texts are not guarded": ("guarded", lambda _self, value, _mark: value),
+    "texts are not guarded": ("escape_control_tokens", lambda _self, value, _sentinel: value),
     "the prompt is not looked at": (
         "turn",
         lambda self, number, prompt, *rest: TURN(self, number, prompt.rpartition("<|im_start|>")[0], *rest),
@@ -437,15 +435,19 @@ BREAKAGES = {
         lambda self, *each: (t := TURN(self, *each))._replace(text=t.text[: -len("<|im_end|>")]),
     ),
     "one rendering is taken for all answers": ("turns", lambda self, *each: one_rendering(self, *each)),
-    "only the last answer is supervised": ("examples", lambda self, *each: EXAMPLES(self, *each)[-1:]),
-    "thoughts are left out": ("prepared", lambda self, messages: PREPARED(self, without_thoughts(messages))),
+    "only the last answer is supervised": ("examples", lambda self, messages: only_the_last(*EXAMPLES(self, messages))),
+    "thoughts are left out": ("prepare", lambda self, messages: PREPARE(self, without_thoughts(messages))),
 }
-TURN, TURNS, EXAMPLES, PREPARED = (getattr(templates.Template, name) for name in "turn turns examples prepared".split())
+TURN, TURNS, EXAMPLES, PREPARE = (getattr(templates.Template, name) for name in "turn turns examples prepare".split())
 
 
 def one_rendering(template, chat, wanted, tools):
     turns, whole = TURNS(template, chat, wanted, tools)
     return [turn._replace(text=whole[: len(turn.text)]) for turn in turns], whole
+
+
+def only_the_last(examples, sentinel):
+    return examples[-1:], sentinel
 
 
 def without_thoughts(messages):
@@ -456,7 +458,7 @@ def without_thoughts(messages):
 def test_a_breakage_is_caught(breakage, monkeypatch):
     check_law("qwen3", ATTACK)
     monkeypatch.setattr(templates.Template, *BREAKAGES[breakage])
-    templates.template_of.cache_clear()
+    templates.cached_template.cache_clear()
     with pytest.raises((AssertionError, UserError)):
         check_law("qwen3", ATTACK)
-    templates.template_of.cache_clear()
+    templates.cached_template.cache_clear()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_data import HELLO, quickstart_conversations, say
 
 from conversations.formats import ROLES
+from conversations.masking import IGNORE, Example, encode
 from conversations.preview import preview
-from data import IGNORE, Example, encode
 from model import token_loss
 from tests import reference
 from tests.conftest import one_batch

@@ -16,7 +16,7 @@ from compute.processes import balance, is_first, local_rank, rank, shares_by_tok
 from compute.reading import fill
 from compute.self_check import use_layout
 from compute.sharding import put_apart, shard, whole
-from data import IGNORE, Example
+from conversations.masking import IGNORE, Example
 from eval import evaluate
 from model import Precision, put_together, ties_hold, token_loss, without_weights
 from tests.company import Company

@@ -12,8 +12,8 @@ from trl import chat_template_utils as templates_of
 import eval as evaluation
 import train
 from config import QUICKSTART_MODEL, UserError
+from conversations.masking import IGNORE, encode, encode_prompt
 from conversations.tokenizer import CHATML, load_tokenizer
-from data import IGNORE, encode, encode_prompt
 from storage import hub
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -119,7 +119,7 @@ def test_no_text_becomes_a_control_token(style, tmp_path):
 
 @pytest.mark.parametrize(("style", "prepend", "right"), [("Mistral", "always", True), ("Llama 3", "always", False)])
 def test_a_tokenizer_that_marks_the_beginnings_of_words_is_masked_right_or_refused(style, prepend, right, tmp_path):
-    """As SentencePiece does: a text may get a space before it, and so its parts other ids than the whole."""
+    """As SentencePiece does: a text may get a space before it, and so its parts other ids than the full text."""
     template, control = STYLES[style]
     tokens = ["<unk>", *control, *"▁abcdefghijklmnopqrstuvwxyzHW ,.?\n", "▁H"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_marks_the_beginnings_of_words_is_masked_right_or_refus
         assert trained(chat, loaded) == ["fine.</s>", "Hmm.</s>"]
         assert encode([chat], loaded)[0].input_ids.tolist() == loaded.apply_chat_template(chat, return_dict=False)
     else:
-        with pytest.raises(UserError, match="its tokenizer gives the parts other ids than the whole"):
+        with pytest.raises(UserError, match="its tokenizer gives the parts other ids than the full text"):
             encode([chat], loaded)
 
 
@@ -154,7 +154,7 @@ def test_a_system_message_is_where_the_template_puts_it(tmp_path):
 @pytest.mark.parametrize(
     ("template", "chat", "why"),
     [
-        (UNPROMPTED, say("a", "b"), "an answer does not follow on what the model is prompted with at inference"),
+        (UNPROMPTED, say("a", "b"), "the rendered answer does not begin with the generation prompt"),
         (CHATML.replace("message['content']", "'?'"), say("a", "b"), "it does not end an answer with a control token"),
         (PLAIN, say("a", "b"), "it does not end an answer with a control token"),
         (SILENT, [{"role": "system", "content": "Brief!"}, *say("a", "b")], "message 1: it leaves out or changes"),
@@ -296,7 +296,7 @@ def test_a_thought_that_the_prompt_closes_is_refused(tmp_path):
     tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), True, "model", ("enable_thinking=false",))
     assert trained(say("a", "b"), tokenizer) == ["b<|im_end|>"]
-    with pytest.raises(UserError, match=r"message 2: an answer does not follow .* which ends with '.*</think>"):
+    with pytest.raises(UserError, match=r"message 2: the rendered answer does not begin .* ends with '.*</think>"):
         encode([say("a", "<think>Hm.</think>b")], tokenizer)
 
 
