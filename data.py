@@ -28,7 +28,7 @@ from conversations.corpus import load_corpus
 from conversations.masking import Example
 from conversations.mixture import choose_rows, keep_duplicates_together, repeat_by_weight
 from conversations.preview import page, preview, refuse_other_file
-from conversations.sources import Source, check_sources, files_of, notes_on_directories, parse_source
+from conversations.sources import Source, check_sources, find_files, notes_on_directories, parse_source
 from conversations.tokenizer import load_tokenizer
 from storage import hub
 from storage.durable import replace_file
@@ -234,7 +234,7 @@ def warnings_of_unused(config, sources, splits, tokenizer):
     longest, context_length = max(split.longest for split in splits.values()), tokenizer.model_max_length
     if longest > context_length:
         yield f"--max-length: there are conversations of {longest:,} tokens; the context length is {context_length:,}"
-    if config.split != Config().split and all(map(files_of, (source.name for source in sources))):
+    if config.split != Config().split and all(map(find_files, (source.name for source in sources))):
         yield f"--split {config.split} has no effect: files have no splits"
 
 
@@ -255,15 +255,16 @@ def split_rows(n, eval_fraction, test_fraction, seed):
             f"{max(0, n_train)} to train on and {n_eval} to evaluate; "
             "use more conversations, other shares or --eval-dataset"
         )
-    if n_eval + n_test == 0:
-        return list(range(n)), [], []
-    first = Dataset.from_dict({"row": range(n)}).train_test_split(test_size=n_eval + n_test, seed=seed)
-    if n_test == 0:
-        return first["train"]["row"][:], first["test"]["row"][:], []
-    if n_eval == 0:
-        return first["train"]["row"][:], [], first["test"]["row"][:]
-    second = first["test"].train_test_split(test_size=n_test, seed=seed)
-    return first["train"]["row"][:], second["train"]["row"][:], second["test"]["row"][:]
+    train, held_out = hold_out(list(range(n)), n_eval + n_test, seed)
+    return train, *hold_out(held_out, n_test, seed)
+
+
+def hold_out(rows, count, seed):
+    """The rows without `count` of them, and those, shuffled."""
+    if count in (0, len(rows)):
+        return (rows, []) if count == 0 else ([], rows)
+    parts = Dataset.from_dict({"row": rows}).train_test_split(test_size=count, seed=seed)
+    return parts["train"]["row"][:], parts["test"]["row"][:]
 
 
 # --- from a split to windows

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
-from conversations.formats import Findings, read_conversations
+from conversations.formats import ReadReport, read_conversations
 from conversations.masking import encode_each
-from conversations.sources import files_of
+from conversations.sources import find_files
 from conversations.templates import TemplateError, stop_ids
 from storage import hub
 from storage.cache import cached
@@ -100,7 +100,7 @@ def cache_key(sources, tokenizer, options):
     """SHA-256 over everything that a corpus depends on."""
     contents = []
     for source in sources:
-        files = files_of(source.name)
+        files = find_files(source.name)
         if files:
             contents += [(str(file), sha256(file)) for file in files]
         else:
@@ -117,17 +117,15 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     Raises:
         UserError: rows are invalid, or cannot be written by the template, and are more than may be skipped.
     """
-    report, conversations, examples = Findings(), 0, 0
-    for _ in progress("checking", read_conversations(sources, **reading, findings=report)):
+    report, conversations, examples = ReadReport(), 0, 0
+    for _ in progress("checking", read_conversations(sources, **reading, report=report)):
         pass
     stops, skip = torch.tensor(stop_ids(tokenizer)), bool(reading["skip_bad_rows"])
     rows = progress("encoding", read_conversations(sources, **reading), report.rows)
     with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
-            encoded = []
-            for (location, source, _), found in zip(
-                batch, encode_batch(batch, tokenizer, supervise, skip), strict=True
-            ):
+            encoded, results = [], encode_batch(batch, tokenizer, supervise, skip)
+            for (location, source, _), found in zip(batch, results, strict=True):
                 if isinstance(found, TemplateError):
                     report.add_bad_row(f"--chat-template: {found.reason}", location, found.where)
                     continue

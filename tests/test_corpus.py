@@ -1,4 +1,4 @@
-"""A corpus on disk, its cache, and how its rows are shared out."""
+"""A corpus on disk, its cache, and how its rows become splits."""
 
 import copy
 import json
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_templates import STYLES, tokenizer_with
-from trl import chat_template_utils as templates_of
+from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
 
 import data as data_command
 from config import UserError, resolve
@@ -215,7 +214,7 @@ def test_a_dataset_of_nothing_but_copies_is_an_error(tiny_tokenizer, write):
 def test_a_refusal_names_its_conversation(tmp_path, write):
     chats = [a_chat(f"{number}") for number in range(300)]
     chats[250]["messages"].insert(0, {"role": "assistant", "content": "Welcome!"})
-    tokenizer = tokenizer_with(*STYLES["Gemma"], tmp_path / "model")
+    tokenizer = tokenizer_with(GEMMA, GEMMA_TOKENS, tmp_path / "model")
     with pytest.raises(
         UserError, match=r"a\.jsonl:251: .* in a conversation of assistant, user, it does not take them"
     ):
@@ -302,12 +301,9 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(tiny_tokenizer, writ
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]))
 
 
-QWEN3 = (templates_of.qwen3_chat_template, ["<|endoftext|>", "<|im_start|>", "<think>", "</think>", "<|im_end|>"])
-
-
 def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path):
     """Splits, amounts and copies are of conversations, windows of examples; both are counted."""
-    tokenizer = tokenizer_with(*QWEN3, tmp_path / "model")
+    tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     chats = [a_chat(f"{number}") for number in range(10)]
     for number in range(20):
         chats.append({"messages": a_chat(f"one {number}")["messages"] + a_chat(f"two {number}")["messages"]})
@@ -330,7 +326,7 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
 
 
 def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_path):
-    tokenizer = tokenizer_with(*TOOLS, tmp_path / "model")
+    tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     call = {"function": {"name": "f", "arguments": '{"a": "Ünï"}'}}
     answer = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
     chats = [a_chat(f"{number}") for number in range(10)]
@@ -354,18 +350,15 @@ def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_pat
 
 
 def test_rows_that_a_template_refuses_can_be_left_out(write, tmp_path):
-    tokenizer = tokenizer_with(*TOOLS, tmp_path / "model")
+    tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     chats = [a_chat(f"{number}") for number in range(28)]
     chats[3:3], chats[9:9] = [a_chat("a", "<tool_call>{</tool_call>")], [a_chat("b", "<tool_call>[]</tool_call>")]
     path = write("a.jsonl", chats)
     with pytest.raises(UserError, match=r"a\.jsonl:4: --chat-template: .* message 2: what stands in <tool_call>"):
         prepared(tokenizer, path, chat_template="model")
-    with pytest.raises(UserError, match=r"2 of 30 rows are invalid; more than --skip-bad-rows 0\.05(.|\n)*a\.jsonl:10"):
+    with pytest.raises(UserError, match=r"2 of 30 rows are invalid, more than --skip-bad-rows 0\.05(.|\n)*a\.jsonl:10"):
         prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.05)
     data = prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.1)
     assert sum(len(split.examples) for split in data.splits.values()) == 28
     left_out = '--chat-template: what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
     assert f"2 rows left out (2 × {left_out})" in data.notes
-
-
-TOOLS = (QWEN3[0], [*QWEN3[1][:-1], "<tool_call>", "</tool_call>", "<|im_end|>"])
