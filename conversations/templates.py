@@ -81,12 +81,7 @@ class Template:
     # --- what the template writes, by trying it
 
     def render(self, chats, tools, generation=False):
-        """The texts that the template makes of some lists of messages.
-
-        Raises:
-            TemplateError: it raises an error over one of them.
-            UserError: it is not a template at all.
-        """
+        """The texts that the template makes of some lists of messages; whatever it raises is a `TemplateError`."""
         try:
             return self.tokenizer.apply_chat_template(
                 chats, tools=tools or None, tokenize=False, add_generation_prompt=generation
@@ -98,11 +93,7 @@ class Template:
             raise TemplateError(f"in a conversation of {roles}, it does not take them: {first_line(error)}") from error
 
     def find_end_of_turn(self):
-        """The control token that ends an answer, whether or not the conversation goes on after it.
-
-        Raises:
-            TemplateError: there is none.
-        """
+        """The control token that ends an answer, whether or not the conversation goes on after it."""
         try:
             texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], None)
         except TemplateError:  # a template that is for tools alone, as one of Hermes'
@@ -195,11 +186,7 @@ class Template:
         return value
 
     def prepare(self, messages):
-        """Messages and tools as the template takes them, and the sentinel that is in them.
-
-        Raises:
-            TemplateError: the template writes no tool calls, and there are tools.
-        """
+        """Messages and tools as the template takes them, and the sentinel that is in them."""
         texts = json.dumps(messages, ensure_ascii=False)
         sentinel = next((character for character in SENTINELS if character not in texts), None)
         if sentinel is None:
@@ -235,29 +222,22 @@ class Template:
     # --- from what the template takes to examples
 
     def turns(self, chat, wanted, tools):
-        """The `Turn`s of a conversation's answers, and the text of the conversation.
-
-        Raises:
-            TemplateError: a wanted answer does not begin with its prompt, or has no end.
-        """
+        """The `Turn`s of a conversation's answers, without those that are neither wanted nor valid, and its text."""
         answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
         prompts = self.render([chat[:number] for number in answers], tools, generation=True)
-        *texts, full_text = self.render([*(chat[: number + 1] for number in answers), chat], tools)
+        ends = dict.fromkeys([*(number + 1 for number in answers), len(chat)])
+        texts = self.render([chat[:end] for end in ends], tools)
         turns = []
-        for number, prompt, text in zip(answers, prompts, texts, strict=True):
+        for number, prompt, text in zip(answers, prompts, texts, strict=False):
             try:
                 turns.append(self.turn(number, prompt, text, chat[number], chat[number - 1] if number else None))
             except TemplateError:
                 if number in wanted:
                     raise
-        return turns, full_text
+        return turns, texts[-1]
 
     def turn(self, number, prompt, text, answer, question=None):
-        """The `Turn` of the last message of a rendered conversation, which is the answer to a rendered prompt.
-
-        Args:
-            answer, question: the last two messages, as the template takes them.
-        """
+        """The `Turn` of a rendered conversation's last message, the answer to a rendered prompt."""
         where = f"message {number + 1}"
         if not text.startswith(prompt):
             begin = self.find_answer(prompt, text, answer, question)
@@ -291,11 +271,8 @@ class Template:
             return None
         for start in (found.start() for found in re.finditer("<", prompt)):
             empty = NO_REASONING.match(prompt, start)
-            if (
-                empty
-                and text.startswith(prompt[:start])
-                and not text.startswith(tuple(re.findall(TAG, empty[0])), start)
-            ):
+            tags = tuple(re.findall(TAG, empty[0])) if empty else ()
+            if empty and text.startswith(prompt[:start]) and not text.startswith(tags, start):
                 return start
         return None
 
@@ -307,10 +284,6 @@ class Template:
 
         Returns:
             The examples, and the sentinel that is in their texts.
-
-        Raises:
-            TemplateError: the template cannot write it so that every answer stands where the model would begin it, or
-                it leaves out a part of a message.
         """
         chat, tools, sentinel = self.prepare(messages)
         wanted = {number for number, message in enumerate(messages) if message["train"]}
@@ -347,11 +320,7 @@ class Template:
         return encoder
 
     def encode(self, pieces, sentinel):
-        """The segments `(ids, answer)` of an example, checked; `answer` is a message's number, or None for context.
-
-        Raises:
-            TemplateError: the ids are not those of the text, or of an answer in it.
-        """
+        """The segments `(ids, answer)` of an example, checked; `answer` is a message's number, or None for context."""
         runs = list(self.split_at_tokens(pieces, sentinel))
         texts = iter(self.encoder.encode_batch_fast([run for is_token, run, _ in runs if not is_token], False))
         segments = [
@@ -428,11 +397,7 @@ def reasoning_keys(text):
 
 
 def parse_inline_call(text, number):
-    """The tool call that is written as JSON in a text.
-
-    Raises:
-        TemplateError: it is not one.
-    """
+    """The tool call that is written as JSON in a text."""
     try:
         call = json.loads(text)
         name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
@@ -524,7 +489,7 @@ def encode_texts(texts, tokenizer):
 
 
 def encode_prompt(messages, tokenizer):
-    """Ids of messages with the generation prompt, as at inference; a list."""
+    """The ids of messages with the generation prompt, as at inference; a list."""
     template = get_template(tokenizer)
     with with_conversation(messages):
         chat, tools, sentinel = template.prepare(template.extract_inline(messages))
