@@ -322,9 +322,10 @@ class Template:
     def encode(self, pieces, sentinel):
         """The segments `(ids, answer)` of an example, checked; `answer` is a message's number, or None for context."""
         runs = list(self.split_at_tokens(pieces, sentinel))
-        texts = iter(self.encoder.encode_batch_fast([run for is_token, run, _ in runs if not is_token], False))
+        texts = [run for is_token, run, _ in runs if not is_token]
+        encodings = iter(self.encoder.encode_batch_fast(texts, add_special_tokens=False))
         segments = [
-            ([self.tokenizer.convert_tokens_to_ids(run)] if is_token else next(texts).ids, answer)
+            ([self.tokenizer.convert_tokens_to_ids(run)] if is_token else next(encodings).ids, answer)
             for is_token, run, answer in runs
         ]
         for text, number in pieces:
@@ -339,9 +340,10 @@ class Template:
             piece.answer is not None and piece.text[:1].isspace() and not before.text.endswith(tuple(self.control))
             for before, piece in itertools.pairwise(pieces)
         )
-        full_ids = self.tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not differs and [token for run, _ in segments for token in run] != full_ids:
-            raise TemplateError("its tokenizer gives the parts other ids than the full text")
+        if not differs:
+            full_ids = self.tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
+            if [token for run, _ in segments for token in run] != full_ids:
+                raise TemplateError("its tokenizer gives the parts other ids than the full text")
         return segments
 
     def split_at_tokens(self, pieces, sentinel):

@@ -16,7 +16,7 @@ import trl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_data import say
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
@@ -497,6 +497,16 @@ def test_parts_with_other_ids_than_the_text_are_refused(tmp_path):
     loaded = save_and_load(tokenizer, LLAMA3, LLAMA_TOKENS, tmp_path)
     with pytest.raises(UserError, match="its tokenizer gives the parts other ids than the full text"):
         encode([say("How are you?", "fine.", "What?", "Hmm.")], loaded)
+
+
+def test_a_token_that_the_tokenizer_adds_by_itself_is_not_added(tmp_path):
+    tokenizer, bos = byte_tokenizer(LLAMA_TOKENS), LLAMA_TOKENS[0]
+    adding = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    tokenizer.backend_tokenizer.post_processor = adding
+    loaded = save_and_load(tokenizer, LLAMA3, LLAMA_TOKENS, tmp_path)
+    assert loaded("a")["input_ids"][0] == 0
+    (example,) = encode([say("a", "b")], loaded)
+    assert example.input_ids.tolist() == loaded.apply_chat_template(say("a", "b"), return_dict=False)
 
 
 def test_whitespace_that_the_template_trims_is_trimmed(tmp_path):
