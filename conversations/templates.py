@@ -263,8 +263,8 @@ class Template:
         as Mistral's, whose system message is part of the last question; and those that end with empty reasoning, as
         Gemma 4's, so that the model does not reason.
         """
-        asked = question["content"].strip() if question else ""
-        tail = prompt[prompt.rfind(asked) :] if asked else ""
+        question_text = question["content"].strip() if question else ""
+        tail = prompt[prompt.rfind(question_text) :] if question_text else ""
         if tail in text and self.pattern.search(tail):  # a text cannot contain a control token
             return text.rfind(tail) + len(tail)
         if answer.get("reasoning_content", "").strip() or answer["content"].lstrip().startswith("<think>"):

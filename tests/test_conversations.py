@@ -61,33 +61,39 @@ FORMATS = {
 }
 
 
+@pytest.fixture
+def read(tmp_path):
+    """A function that reads rows from a file of JSON lines."""
+
+    def read(*rows, **options):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(lines(*rows))
+        return read_file(path, **options)
+
+    return read
+
+
 @pytest.mark.parametrize("row", FORMATS.values(), ids=FORMATS.keys())
-def test_a_format_is_known_by_its_keys(tmp_path, row):
-    path = tmp_path / "chats.jsonl"
-    path.write_bytes(lines(row))
-    (messages,) = read_file(path)
-    assert [{"role": message["role"], "content": message["content"]} for message in messages] == HELLO
-    assert messages[-1]["train"]
+def test_a_format_is_known_by_its_keys_and_a_system_prompt_may_stand_beside(read, row):
+    beside = {"system": "Be brief.", "tools": [], "function_call": None}
+    plain, prompted = read(row, {**row, **beside})
+    assert [{"role": message["role"], "content": message["content"]} for message in plain] == HELLO
+    assert plain[-1]["train"]
+    assert [message["content"] for message in prompted] == ["Be brief.", "Hi", "Hello."]
 
 
-@pytest.mark.parametrize("row", [*FORMATS.values()], ids=FORMATS.keys())
-def test_a_system_prompt_beside_the_messages_is_read(tmp_path, row):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({**row, "system": "Be brief.", "tools": [], "function_call": None}))
-    (messages,) = read_file(path)
-    assert [message["content"] for message in messages] == ["Be brief.", "Hi", "Hello."]
-
-
-def test_alpaca_history_is_earlier_turns(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({"instruction": "c", "output": "d", "history": [["a", "b"]]}))
-    (messages,) = read_file(path)
-    assert [(message["role"], message["content"]) for message in messages] == [
-        ("user", "a"),
-        ("assistant", "b"),
-        ("user", "c"),
-        ("assistant", "d"),
-    ]
+def test_alpaca_puts_the_system_first_the_history_next_and_the_input_below_the_instruction(read):
+    row = {
+        "system": "Be brief.",
+        "instruction": "Translate.",
+        "input": "Hund",
+        "output": "Dog",
+        "history": [["a", "b"]],
+    }
+    (messages,) = read(row)
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in messages] == roles
+    assert [message["content"] for message in messages] == ["Be brief.", "a", "b", "Translate.\n\nHund", "Dog"]
 
 
 ARRAY = json.dumps([GOOD, GOOD], indent=1).encode()
@@ -115,37 +121,31 @@ def test_a_syntax_error_in_an_array_is_never_left_out(tmp_path):
         read_file(path, skip_bad_rows=0.9)
 
 
-def test_alpaca_puts_the_input_below_the_instruction_and_the_system_first(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({"system": "Be brief.", "instruction": "Translate.", "input": "Hund", "output": "Dog"}))
-    assert [message["content"] for message in read_file(path)[0]] == ["Be brief.", "Translate.\n\nHund", "Dog"]
+def test_only_the_completion_is_trained(read):
+    (messages,) = read({"prompt": [*HELLO, user("And?")], "completion": [assistant("So.")]})
+    assert [message["train"] for message in messages] == [False, False, False, True]
 
 
-def test_only_the_completion_is_trained(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({"prompt": [*HELLO, user("And?")], "completion": [assistant("So.")]}))
-    assert [message["train"] for message in read_file(path)[0]] == [False, False, False, True]
+def test_a_message_may_say_that_it_is_not_trained(read):
+    answers = assistant("x", train=False), assistant("y", weight=0), assistant("z", weight=1)
+    assert [message["train"] for message in read({"messages": [*HELLO, *answers]})[0]] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
-def test_a_message_may_say_that_it_is_not_trained(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(
-        lines({"messages": [*HELLO, assistant("x", train=False), assistant("y", weight=0), assistant("z", weight=1)]})
-    )
-    assert [message["train"] for message in read_file(path)[0]] == [True, True, False, False, True]
-
-
-def test_every_role_is_read_wherever_it_stands(tmp_path):
+def test_every_role_is_read_wherever_it_stands(read):
     roles = ["assistant", "system", "user", "user", "tool", "assistant", "system", "user"]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({"messages": [{"role": role, "content": role} for role in roles]}))
-    assert [message["role"] for message in read_file(path)[0]] == roles
+    (messages,) = read({"messages": [{"role": role, "content": role} for role in roles]})
+    assert [message["role"] for message in messages] == roles
 
 
-def test_what_is_not_used_is_named(tmp_path):
-    path, report = tmp_path / "a.jsonl", ReadReport()
-    path.write_bytes(lines({**GOOD, "id": 1, "none": None}, {"messages": [{**HELLO[0], "name": "Ada"}, HELLO[1]]}))
-    read_file(path, report=report)
+def test_what_is_not_used_is_named(read):
+    report, named = ReadReport(), {"messages": [{**HELLO[0], "name": "Ada"}, HELLO[1]]}
+    read({**GOOD, "id": 1, "none": None}, named, report=report)
     assert (report.rows, dict(report.formats)) == (2, {"messages": 2})
     assert sorted(report.ignored) == ["id", "messages[].name"]
 
@@ -187,10 +187,9 @@ CALLS = {  # the same conversation, as different people write it
 
 
 @pytest.mark.parametrize("row", CALLS.values(), ids=CALLS)
-def test_tool_calls_are_the_same_however_they_are_written(tmp_path, row):
-    path, report = tmp_path / "a.jsonl", ReadReport()
-    path.write_bytes(lines(row))
-    (messages,) = read_file(path, report=report)
+def test_tool_calls_are_the_same_however_they_are_written(read, row):
+    report = ReadReport()
+    (messages,) = read(row, report=report)
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     assert messages == [
         {**user("q"), "train": True, "tools": [SCHEMA]},
@@ -201,22 +200,20 @@ def test_tool_calls_are_the_same_however_they_are_written(tmp_path, row):
     assert not report.ignored
 
 
-def test_parallel_results_are_matched_by_their_ids(tmp_path):
+def test_parallel_results_are_matched_by_their_ids(read):
     calls = [{"id": name, "function": {"name": name, "arguments": ""}} for name in "ab"]
     results = [{"role": "tool", "content": name, "tool_call_id": name} for name in "ba"]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(chat(user("q"), assistant(None, tool_calls=calls), *results, assistant("x", weight=0)))
-    messages = read_file(path)[1]
+    chat = [user("q"), assistant(None, tool_calls=calls), *results, assistant("x", weight=0)]
+    messages = read(GOOD, {"messages": chat})[1]
     assert [message.get("name") for message in messages] == [None, None, "b", "a", None]
     assert [call["id"] for call in messages[1]["tool_calls"]] == ["a", "b"]
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {}
 
 
-def test_a_thought_may_stand_beside_the_content_by_three_names(tmp_path):
-    path = tmp_path / "a.jsonl"
-    for name in ("thinking", "reasoning_content", "reasoning"):
-        path.write_bytes(chat(user("q"), assistant("x", **{name: "Hm."})))
-        assert read_file(path)[1][1] == {**assistant("x"), "train": True, "thinking": "Hm."}
+def test_reasoning_may_stand_beside_the_content_by_three_names(read):
+    names = ("thinking", "reasoning_content", "reasoning")
+    for messages in read(*({"messages": [user("q"), assistant("x", **{name: "Hm."})]} for name in names)):
+        assert messages[1] == {**assistant("x"), "train": True, "thinking": "Hm."}
 
 
 @pytest.mark.parametrize(
