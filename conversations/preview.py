@@ -19,7 +19,7 @@ td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: 
 .warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }
 """
 PAGE = "<!doctype html><meta name=generator content=plain-sft>"  # the beginning of each of these pages
-MASKS = """<meta charset=utf-8><title>{{ title }}</title><style>{{ style }}</style><h1>{{ title }}</h1>
+MASKS = """<meta charset=utf-8><title>{{ title }}</title><style>{{ style | safe }}</style><h1>{{ title }}</h1>
 {% for warning in data.warnings %}<p class=warning>{{ warning }}</p>{% endfor %}
 <ul>{% for note in data.notes %}<li>{{ note }}</li>{% endfor %}</ul>
 <table><tr><th><th>conversations<th>tokens<th>supervised<th>truncated<th>supervised tokens lost<th>nothing supervised
@@ -28,7 +28,7 @@ MASKS = """<meta charset=utf-8><title>{{ title }}</title><style>{{ style }}</sty
 {%- for count in (split.examples | length, split.tokens, split.supervised, split.truncated, split.supervised_lost,
                   split.dropped) %}<td>{{ "{:,}".format(count) }}{% endfor %}
 {% endfor %}</table>
-<h2>Length in tokens</h2><div class=bars>
+<h2>Length in tokens, up to {{ "{:,}".format(data.train.longest) }}</h2><div class=bars>
 {%- for bar in bars %}<i style="height: {{ bar.height }}%" title="{{ bar.title }}"></i>{% endfor %}</div>
 <h2>{{ shown | length }} conversations</h2>
 <p><span class=t>supervised</span> <span class=c>context only</span></p>
