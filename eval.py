@@ -20,9 +20,11 @@ from compute.memory import is_out_of_memory
 from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
 from config import Parser, UserError, flag_name, renaming, run_command
+from conversations.masking import Example
 from conversations.preview import refuse_other_file
+from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
-from data import DATA_FLAGS, Example, prepare, prepare_for_evaluation
+from data import DATA_FLAGS, prepare, prepare_for_evaluation
 from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
@@ -127,6 +129,8 @@ def main(argv):
     with renaming("--model ", ""):  # this command has no such flag
         candidates = [find_candidate(name, overrides) for name in options.models_or_runs]
         check_candidates(candidates, options)
+        if overrides.keys() & {"dataset", "eval_dataset"}:
+            check_sources(candidates[0].config)
         if options.chat:
             return chat(candidates[0], options)
         against = find_model(options.against)[0] if options.against else None

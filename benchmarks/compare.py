@@ -33,8 +33,8 @@ from compute.memory import keep_freed_memory
 from compute.self_check import choose_layout
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, run_command
 from conversations.formats import read_file
+from conversations.masking import IGNORE, Example, encode
 from conversations.tokenizer import load_tokenizer
-from data import IGNORE, Example, encode
 from model import choose_precision, load_model, token_loss
 from storage import hub
 from tests.reference import collator

@@ -13,8 +13,8 @@ import datasets
 
 from config import QUICKSTART_MODEL, Parser, run_command
 from conversations.formats import read_file
+from conversations.masking import IGNORE, encode
 from conversations.tokenizer import load_tokenizer
-from data import IGNORE, encode
 from storage import hub
 from tests import reference
 

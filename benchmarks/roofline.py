@@ -22,7 +22,7 @@ from compute import attention, cross_entropy
 from compute.layout import Layout
 from compute.self_check import use_layout
 from config import Parser, run_command
-from data import IGNORE, Example
+from conversations.masking import IGNORE, Example
 from model import Precision, token_loss
 
 aten = torch.ops.aten

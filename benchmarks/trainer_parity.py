@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, run_command
 from conversations.formats import read_file
+from conversations.masking import encode
 from conversations.tokenizer import load_tokenizer
-from data import encode
 from model import choose_precision, load_model
 from storage import hub
 from tests import parity, reference

@@ -13,7 +13,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from compute.processes import rank, shares_by_tokens, world_size
-from data import IGNORE, Example, window_at
+from conversations.masking import IGNORE, Example
+from data import window_at
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a file or the Hub to checked messages, their text in a chat template, encoded rows on disk, and previews.
+"""From a file or the Hub to masked examples: sources, formats, templates, masking, the corpus on disk, and previews.
 
-Imports `config` and `storage`. What is supervised is decided in `data.py`; models and devices are unknown here.
+Imports `config` and `storage`. Splits and windows are made in `data.py`; models and devices are unknown here.
 """

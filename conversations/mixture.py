@@ -1,4 +1,4 @@
-"""Several sources in one dataset: how much of each is used, how often it is trained on, and where copies go."""
+"""Several sources in one dataset: how much of each is used, how often it is trained on, and where duplicates go."""
 
 import math
 
@@ -34,21 +34,21 @@ def repeat_by_weight(rows, source_of, sources, seed):
     generator = torch.Generator().manual_seed(seed)
     repeated = []
     for number, source in enumerate(sources):
-        own = [row for row in rows if source_of[row] == number]
-        whole, part = divmod(max(1.0, source.weight), 1)
-        extra = torch.randperm(len(own), generator=generator)[: round(part * len(own))].tolist()
-        repeated += own * int(whole) + [own[i] for i in extra]
+        of_source = [row for row in rows if source_of[row] == number]
+        times, fraction = divmod(max(1.0, source.weight), 1)
+        extra = torch.randperm(len(of_source), generator=generator)[: round(fraction * len(of_source))].tolist()
+        repeated += of_source * int(times) + [of_source[i] for i in extra]
     return repeated
 
 
-def keep_copies_together(splits, digests):
-    """Splits in which all rows of one digest are where its first row was put; without copies, unchanged."""
-    home = {}
+def keep_duplicates_together(splits, digests):
+    """Splits in which all rows of one digest are where its first row was put; without duplicates, unchanged."""
+    split_of = {}
     for row, number in sorted((row, number) for number, rows in enumerate(splits) for row in rows):
-        home.setdefault(digests[row], number)
-    together = [[row for row in rows if home[digests[row]] == number] for number, rows in enumerate(splits)]
+        split_of.setdefault(digests[row], number)
+    together = [[row for row in rows if split_of[digests[row]] == number] for number, rows in enumerate(splits)]
     for number, rows in enumerate(splits):
         for row in rows:
-            if home[digests[row]] != number:
-                together[home[digests[row]]].append(row)
+            if split_of[digests[row]] != number:
+                together[split_of[digests[row]]].append(row)
     return together

@@ -5,6 +5,8 @@ import itertools
 import re
 from pathlib import Path
 
+import jinja2
+
 from config import UserError
 
 STYLE = """
@@ -13,10 +15,27 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ddd; bo
 .t { color: #0a5a2a; background: #dff3e4 } .c { color: #8a2a2a; background: #fbeeee }
 pre:hover span { box-shadow: inset 1px 0 #999 } pre span:hover { outline: 2px solid #444 }
 td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: left }
-.bar { fill: #4a7fb5 } text { font-size: 11px; fill: #555 }
+.bars { display: flex; align-items: flex-end; gap: 1px; height: 160px } .bars i { flex: 1; background: #4a7fb5 }
 .warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }
 """
-PAGE = "<!doctype html><meta name=generator content=plain-sft>"  # how each of these pages begins
+PAGE = "<!doctype html><meta name=generator content=plain-sft>"  # the beginning of each of these pages
+MASKS = """<meta charset=utf-8><title>{{ title }}</title><style>{{ style | safe }}</style><h1>{{ title }}</h1>
+{% for warning in data.warnings %}<p class=warning>{{ warning }}</p>{% endfor %}
+<ul>{% for note in data.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+<table><tr><th><th>conversations<th>tokens<th>supervised<th>truncated<th>supervised tokens lost<th>nothing supervised
+{% for name, split in data.splits.items() -%}
+<tr><td>{{ name }}
+{%- for count in (split.examples | length, split.tokens, split.supervised, split.truncated, split.supervised_lost,
+                  split.dropped) %}<td>{{ "{:,}".format(count) }}{% endfor %}
+{% endfor %}</table>
+<h2>Length in tokens, up to {{ "{:,}".format(data.train.longest) }}</h2><div class=bars>
+{%- for bar in bars %}<i style="height: {{ bar.height }}%" title="{{ bar.title }}"></i>{% endfor %}</div>
+<h2>{{ shown | length }} conversations</h2>
+<p><span class=t>supervised</span> <span class=c>context only</span></p>
+{% for example in shown -%}
+<h3>{{ loop.index }}: {{ example.input_ids | length }} tokens, {{ example.supervised_tokens }} of them supervised</h3>
+<pre>{{ spans(example) | join | safe }}</pre>
+{% endfor %}"""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with which a text could write over the terminal
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
@@ -37,7 +56,7 @@ def preview(example, tokenizer, color):
 
 
 def refuse_other_file(path):
-    """Raise `UserError` where a page would overwrite something that is not an earlier page."""
+    """Raise `UserError` where a page would overwrite a file that is not an earlier page."""
     path = Path(path)
     if not is_replaceable(path):
         raise UserError(f"--html {path}: it exists and is not an earlier page; name another file")
@@ -52,20 +71,14 @@ def is_replaceable(path):
 
 def page(data, shown, tokenizer, name):
     """A self-contained HTML page about some `Data`, showing some of its examples; a token's id and text on hover."""
-    title = html.escape(f"Supervised tokens of {name}")
-    parts = [f"{PAGE}<meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
-    parts += [f"<p class=warning>{html.escape(warning)}</p>" for warning in data.warnings]
-    parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in data.notes), "</ul>", table(data)]
-    lengths = [len(example.input_ids) for example in data.train.examples[:10_000]]
-    parts += ["<h2>Length in tokens</h2>", histogram(lengths)]
-    parts += [
-        f"<h2>{len(shown)} conversations</h2><p><span class=t>supervised</span> <span class=c>context only</span></p>"
-    ]
-    for number, example in enumerate(shown, 1):
-        counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
-        parts.append(f"<h3>{number}: {counts}</h3>")
-        parts.append(f"<pre>{''.join(token_spans(example, tokenizer))}</pre>")
-    return "\n".join(parts) + "\n"
+    return PAGE + jinja2.Environment(autoescape=True).from_string(MASKS).render(
+        title=f"Supervised tokens of {name}",
+        style=STYLE,
+        data=data,
+        bars=histogram([len(example.input_ids) for example in data.train.examples[:10_000]]),
+        shown=shown,
+        spans=lambda example: token_spans(example, tokenizer),
+    )
 
 
 def token_spans(example, tokenizer):
@@ -82,30 +95,11 @@ def token_spans(example, tokenizer):
         begin = stop
 
 
-def table(data):
-    """A table of what is in each split, and what was truncated and left out."""
-    heads = ("conversations", "tokens", "supervised", "truncated", "supervised tokens lost", "nothing supervised")
-    rows = [f"<tr><th>{''.join(f'<th>{head}' for head in heads)}"]
-    for name, split in data.splits.items():
-        counts = (len(split.examples), split.tokens, split.supervised)
-        left_out = (split.truncated, split.supervised_lost, split.dropped)
-        rows.append(f"<tr><td>{name}{''.join(f'<td>{number:,}' for number in counts + left_out)}")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def histogram(lengths, bars=30, width=860, height=160):
-    """An SVG histogram of some lengths."""
-    longest = max(lengths)
-    size = max(1, -(-longest // bars))
-    counts = [0] * (longest // size + 1)
+def histogram(lengths, bars=30):
+    """The bars of a histogram of some lengths, dicts of `height` in percent and `title`."""
+    size = max(1, -(-max(lengths) // bars))
+    counts = [0] * (max(lengths) // size + 1)
     for length in lengths:
         counts[length // size] += 1
-    step, drawn = width / len(counts), []
-    for number, count in enumerate(counts):
-        tall = height * count / max(counts)
-        title = f"{number * size} to {number * size + size - 1} tokens: {count:,}"
-        box = f'x="{number * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
-        drawn.append(f"<rect class=bar {box}><title>{title}</title></rect>")
-    drawn.append(f'<text x="0" y="{height + 14}">0</text>')
-    drawn.append(f'<text x="{width}" y="{height + 14}" text-anchor="end">{longest:,}</text>')
-    return f'<svg width="{width}" height="{height + 20}">{"".join(drawn)}</svg>'
+    titles = (f"{number * size} to {number * size + size - 1} tokens: {count:,}" for number, count in enumerate(counts))
+    return [{"height": 100 * count // max(counts), "title": title} for count, title in zip(counts, titles, strict=True)]

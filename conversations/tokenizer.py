@@ -1,4 +1,4 @@
-"""The tokenizer of a model, made to write ChatML or the model's own chat template.
+"""The tokenizer of a model, with ChatML or the model's own chat template.
 
 ChatML writes every message as `<|im_start|>{role}\\n{content}<|im_end|>\\n`.
 """
@@ -19,7 +19,7 @@ from conversations.templates import encode_texts
 from storage.hub import LOADING_ERRORS, why_not_loaded
 
 START, END = "<|im_start|>", "<|im_end|>"
-NO_LIMIT = 2**31 - 1  # tokens, for a model that attends to any number of them
+NO_LIMIT = 2**31 - 1  # tokens, for a model without a context length
 # The marks around an answer are for TRL's `assistant_only_loss` and the like; rendering leaves no trace of them.
 CHATML = (
     "{% for message in messages %}"
@@ -35,7 +35,7 @@ CHATML = (
 
 
 def load_tokenizer(path, local_files_only=False, chat_template="chatml", template_options=()):
-    """The tokenizer of a model, made to speak ChatML or its own template: control tokens, stop and padding token.
+    """The tokenizer of a model, with ChatML or its own template: its control, stop and padding tokens are set.
 
     Args:
         path, local_files_only: as `hub.find_model` returns them.
@@ -43,12 +43,12 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         template_options: arguments of the template, each as `name=value`.
 
     Returns:
-        The tokenizer. What ends a turn is its eos token, `model_max_length` is what the model attends to. Where tokens
-        had to be added it has more of them than the model has embeddings: `model.load_model` resizes.
+        The tokenizer. Its eos token ends a turn, `model_max_length` is the model's context length. Where tokens were
+        added it has more of them than the model has embeddings: `model.load_model` resizes.
 
     Raises:
-        UserError: there is no tokenizer at `path`, it cannot keep control tokens apart from text, or its own template
-            is missing or cannot be masked.
+        UserError: there is no tokenizer at `path`, it reads typed control tokens as such, or its own template is
+            missing or cannot be masked.
     """
     try:
         options = {"local_files_only": local_files_only, "trust_remote_code": False}
@@ -64,15 +64,15 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         if template_options:
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
-        own = read_template(chat_template, tokenizer.chat_template, path)
-        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.naming([]):
-            tokenizer.chat_template = with_options(own, template_options)
+        template = read_template(chat_template, tokenizer.chat_template, path)
+        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
+            tokenizer.chat_template = with_options(template, template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
             tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
     missing = [token for token in control if token not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token
-    if padding in (None, end):  # whoever masks padding by its id would mask every stop
+    if padding in (None, end):  # code that masks padding by its id would mask every stop
         padding = "<|pad|>"
         missing.append(padding)
     if missing:
@@ -88,22 +88,18 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
     if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.naming([]):
-            if difference := templates.difference_of_marks(tokenizer):
+        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
+            if difference := templates.compare_marks(tokenizer):
                 print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer
 
 
-def read_template(name, own, path):
-    """The text of a chat template: a model's own, or that of a file.
-
-    Raises:
-        UserError: the model has none, or there is no such file.
-    """
+def read_template(name, of_model, path):
+    """The text of a chat template: that of the model at `path`, or that of a file."""
     if name == "model":
-        if own is None:
+        if of_model is None:
             raise UserError(f"--chat-template model: {path} has no chat template; use --chat-template chatml")
-        return own
+        return of_model
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -118,7 +114,7 @@ def read_template(name, own, path):
 
 
 def with_eos(template, eos):
-    """A chat template in which `eos_token` stays what it was, though the tokenizer's becomes the end of a turn."""
+    """A chat template in which `eos_token` is the original one, though the tokenizer's becomes the end of a turn."""
     if isinstance(template, dict):
         return {name: with_eos(text, eos) for name, text in template.items()}
     if not re.search(r"\beos_token\b", template):
@@ -127,16 +123,11 @@ def with_eos(template, eos):
 
 
 def with_options(template, options):
-    """A chat template in which some of its arguments have values unless a caller gives them.
-
-    The values become part of the template, so that whatever depends on it, and the model that is saved, has them.
+    """A chat template with other defaults for its arguments, so that the model that is saved has them too.
 
     Args:
         template: its text, or a dict of texts.
-        options: each as `name=value`; a value is JSON, or else a text.
-
-    Raises:
-        UserError: the template has no such argument.
+        options: each as `name=value`; a value is JSON, or else a string.
     """
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
@@ -146,7 +137,7 @@ def with_options(template, options):
             raise UserError(f"--template-option {option}: write it as name=value, such as enable_thinking=false")
         if name in ("messages", "tools", "add_generation_prompt") or name not in arguments_of(template):
             raise UserError(f"--template-option {option}: the chat template has no argument {name}")
-        with contextlib.suppress(ValueError):  # else a text without quotation marks
+        with contextlib.suppress(ValueError):  # else a string without quotation marks
             value = json.loads(value)
         literal = "none" if value is None else json.dumps(value)
         start, end = f"{{%- if {name} is not defined %}}{{%- set {name} = ", " %}{%- endif %}{{- '' }}"
@@ -156,14 +147,10 @@ def with_options(template, options):
 
 
 def arguments_of(template):
-    """The names that a chat template takes from outside.
-
-    Raises:
-        UserError: its syntax is wrong.
-    """
+    """The names that a chat template reads and does not set."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # transformers' own tag
     try:
         return jinja2.meta.find_undeclared_variables(environment.parse(plain))
     except jinja2.TemplateSyntaxError as error:
-        raise templates.not_a_template(error) from error
+        raise templates.syntax_error(error) from error

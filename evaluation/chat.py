@@ -9,7 +9,7 @@ import sys
 from transformers import TextStreamer
 
 from config import UserError
-from data import encode_prompt
+from conversations.masking import encode_prompt
 from evaluation.generation import derive_seed, generate
 
 HELP = "/reset starts a new conversation, /undo removes the last exchange; Ctrl-C stops an answer, Ctrl-D quits"

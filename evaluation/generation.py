@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
 
 from compute.attention import PACKED
 from compute.layers import in_eval_mode
+from conversations.masking import encode_prompt
 from conversations.templates import stop_ids
-from data import encode_prompt
 
 BATCH_TOKENS = 16_384  # prompts, padding and new tokens of a batch: what the KV cache holds at once
 

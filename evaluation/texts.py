@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from conversations.masking import IGNORE, Example
 from conversations.templates import encode_texts
-from data import IGNORE, Example
 
 MAX_SLICE = 2048  # tokens of a text that are read together, unless --max-length or the context length is smaller
 

@@ -10,7 +10,6 @@ from compute.processes import from_first, gathered
 from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_absolute_paths, with_tuples
 from running.checkpoint import MODEL, find_newest_valid
 from running.directory import locked
-from storage.durable import MANIFEST
 from storage.records import is_finished, read_metrics
 
 
@@ -93,10 +92,10 @@ def resumed_config(directory, named):
     Raises:
         UserError: there is no run in the directory, or another directory is named as well.
     """
-    if (directory / MANIFEST).exists():
-        run = directory.parent.parent
-        advice = f"resume the run: --resume {shlex.quote(str(run))}"
-        raise UserError(f"--resume {directory}: this is a part of a run; {advice}")
+    for parent in [*directory.parents][:3]:  # of run/best, run/checkpoints/step-N, run/checkpoints/step-N/model
+        if (parent / "metrics.jsonl").exists():
+            advice = f"resume the run: --resume {shlex.quote(str(parent))}"
+            raise UserError(f"--resume {directory}: this is a part of a run; {advice}")
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run in it")
     if Path(named.get("output_dir", directory)) != directory:

@@ -10,6 +10,7 @@ from compute.memory import keep_freed_memory, refuse_too_large
 from compute.processes import from_first, rank, smallest
 from compute.self_check import choose_layout
 from config import OF_THE_TEMPLATE
+from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from model import choose_precision, count_parameters, load_on_ranks, token_loss
@@ -30,6 +31,7 @@ def load_run(config, start=None, allow_changes=False):
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    check_sources(config)  # before a model is downloaded for data that is not there
     precision = choose_precision(config.device, config.dtype)
     if precision.device.type == "cpu":
         keep_freed_memory()

@@ -1,13 +1,12 @@
-"""Where a model or dataset is found, by its name: on this disk, on the Hub, or in its cache, within seconds.
+"""Models and datasets by name: on this disk, on the Hub, or in its cache, found within seconds.
 
-The libraries retry an unreachable Hub for about a minute before they fail; here it is asked once whether it answers.
+The libraries retry an unreachable Hub for about a minute before they fail; here one request decides whether it answers.
 """
 
 import contextlib
 import functools
 import json
-import re
-import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -23,24 +22,14 @@ from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
 from storage.durable import MANIFEST
 from storage.quickstart import quickstart_model
 
-ASK_SECONDS = 3
-# What the libraries raise over a model or dataset that is missing, damaged, or cut off on its way.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    httpx.HTTPError,
-    SafetensorError,
-    StrictDataclassError,
-    datasets.exceptions.DatasetsError,
-)
+HUB_TIMEOUT = 3  # seconds
+# Raised by the libraries for a model or dataset that is missing, corrupt, or cut off on its way.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, httpx.HTTPError)
+LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.DatasetsError)
 
 
 def find_model(name):
-    """Where to load a model from: `(path or Hub id, local_files_only)`.
+    """The place to load a model from: `(path or Hub id, local_files_only)`.
 
     Raises:
         UserError: no such directory, a file, a run's or an adapter's directory, no such model on the Hub, or a Hub that
@@ -59,30 +48,22 @@ def find_model(name):
         return str(quickstart_model()), True
     if looks_like_a_path(name):
         raise UserError(f"--model {name}: there is no such directory")
-    return name, only_cached("model", name)
+    return name, must_use_cache("model", name)
 
 
 def why_not_loaded(path, error):
-    """The reason why a model could not be loaded, in a line."""
-    files = sorted(Path(path).glob("*"))
-    for file in files:
+    """The reason why a model could not be loaded, in one line."""
+    for file in sorted(Path(path).glob("*")):
         if is_lfs_pointer(file):
             return f"{file} is a git-lfs pointer, not the file itself; run: git lfs pull"
-    of_tokenizers = [file for file in files if re.search(r"token|vocab|tekken|\.model$", file.name)]
-    if files and "backend tokenizer" in str(error) and not of_tokenizers:
-        return "there is no tokenizer in it"
+    reason = textwrap.shorten(str(error), 300) or type(error).__name__
     if isinstance(error, SafetensorError):
-        return f"its weights are damaged ({first_line(error)}); download or save them again"
-    if isinstance(error, StrictDataclassError):
-        return f"its config.json is not valid: {' '.join(str(error).split())}"
-    if other := re.search(r"models\.(\w+)\.\S+ for this kind of AutoModel", str(error)):
-        return f"{other[1]} is not a causal language model"
-    kind = f"{type(error).__name__}: " if isinstance(error, KeyError | TypeError) else ""
-    return kind + first_line(error)
+        return f"its weights are corrupt ({reason}); download or save them again"
+    return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError | TypeError) else reason
 
 
 def is_lfs_pointer(path):
-    """Whether a file is only git-lfs's note of where its content is."""
+    """Whether a file is git-lfs's note of where its content is, not the content."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -97,7 +78,7 @@ def load_hub_dataset(name, configuration, split):
         UserError: no such dataset or split, or a Hub that does not answer and nothing in its cache.
     """
     try:
-        with offline() if only_cached("dataset", name, configuration) else contextlib.nullcontext():
+        with offline() if must_use_cache("dataset", name, configuration) else contextlib.nullcontext():
             return datasets.load_dataset(name, configuration, split=split)
     except LOADING_ERRORS as error:
         named = name if configuration is None else f"{name}:{configuration}"
@@ -105,20 +86,24 @@ def load_hub_dataset(name, configuration, split):
 
 
 def looks_like_a_path(name):
-    """Whether a name that is not on this disk was meant to be."""
+    """Whether a name that is not on this disk was meant as one."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
-@functools.cache  # each name is asked for once
-def only_cached(kind, name, configuration=None):
-    """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True where it is silent.
+@functools.cache  # one request for each name
+def must_use_cache(kind, name, configuration=None):
+    """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True without an answer.
 
     Raises:
-        UserError: the Hub has it not, or wants a login, or is silent and the cache has it not.
+        UserError: the Hub does not have it, or wants a login, or does not answer and the cache does not have it.
     """
-    if hub_silence() is None:
+    if error := connection_error():
+        advice = "name a local file" if kind == "dataset" else f"use the quickstart's: --model {QUICKSTART_MODEL}"
+        problem = f"not on this disk, and the Hub does not answer ({first_line(error)}); check the network, or {advice}"
+    else:
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=ASK_SECONDS)
+            HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
+            return False
         except GatedRepoError as error:
             terms = f"accept its terms at {constants.ENDPOINT}/{name}, then run: hf auth login"
             raise UserError(f"--{kind} {name}: gated; {terms}") from error
@@ -126,40 +111,32 @@ def only_cached(kind, name, configuration=None):
             where = "neither on this disk nor on the Hub (if it is private: hf auth login)"
             raise UserError(f"--{kind} {name}: {where}") from error
         except LOADING_ERRORS as error:
-            if is_cached(kind, name, configuration):
-                return True
-            raise UserError(f"--{kind} {name}: the Hub fails ({first_line(error)}); try again later") from error
-        return False
+            problem = f"the Hub fails ({first_line(error)}); try again later"
     if not is_cached(kind, name, configuration):
-        advice = "check the network, or name a local file"
-        if kind == "model":
-            advice = f"check the network, name a local directory, or use the quickstart's: --model {QUICKSTART_MODEL}"
-        raise UserError(
-            f"--{kind} {name}: not on this disk, and the Hub does not answer ({first_line(hub_silence())}); {advice}"
-        )
+        raise UserError(f"--{kind} {name}: {problem}")
     return True
 
 
 @functools.cache
-def hub_silence():
-    """Why the Hub does not answer, as an exception; None where it does. Asked once, waited for ASK_SECONDS."""
-    heard = []
+def connection_error():
+    """The error of a request to the Hub, None where it answers; one request, of at most HUB_TIMEOUT."""
+    results = []
 
-    def ask():
+    def request():
         try:
-            get_session().head(constants.ENDPOINT, timeout=ASK_SECONDS)
-            heard.append(None)
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+            results.append(None)
         except Exception as error:  # whatever it is, it is reported by the thread that waits
-            heard.append(error)
+            results.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
-    thread.join(ASK_SECONDS)  # looking up a host name has no time limit of its own
-    return heard[0] if heard else TimeoutError(f"no answer within {ASK_SECONDS} s")
+    thread.join(HUB_TIMEOUT)  # looking up a host name has no time limit of its own
+    return results[0] if results else TimeoutError(f"no answer within {HUB_TIMEOUT} s")
 
 
 def is_cached(kind, name, configuration=None):
-    """Whether the Hub's cache on this disk holds a "model", all of it, or a prepared "dataset" of that name."""
+    """Whether the Hub's cache on this disk has a complete "model", or a prepared "dataset", of that name."""
     try:
         if kind == "dataset":
             # Offline, `datasets` takes any configuration it finds; only "default" is surely what the Hub would give.
@@ -172,30 +149,27 @@ def is_cached(kind, name, configuration=None):
     if not isinstance(config, str):
         return False
     index = Path(config).with_name("model.safetensors.index.json")  # of weights in several files
-    weights = (
-        json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if index.exists()
-        else ["model.safetensors"]
-    )
+    weights = ["model.safetensors"]
+    if index.exists():
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return all(index.with_name(file).exists() for file in weights)
 
 
 def push(directory, name):
     """Upload a model's directory to a repository on the Hub, which is private where this call makes it.
 
-    The manifest of its files stays here, as it is of use to this program only.
+    The manifest of its files is not uploaded, as it is of use to this program only.
 
     Returns:
         The repository's address, and whether it is private: one that was there stays as it was.
 
     Raises:
-        UserError: nobody is logged in, the Hub does not answer, or it refuses.
+        UserError: nobody is logged in, or the Hub does not answer, or returns an error.
     """
     if get_token() is None:
         raise UserError(f"--push-to-hub {name}: not logged in; run: hf auth login (or set HF_TOKEN)")
-    if hub_silence() is not None:
-        silence = first_line(hub_silence())
-        raise UserError(f"--push-to-hub {name}: the Hub does not answer ({silence}); check the network")
+    if error := connection_error():
+        raise UserError(f"--push-to-hub {name}: the Hub does not answer ({first_line(error)}); check the network")
     api = HfApi()
     try:
         address = api.create_repo(name, private=True, exist_ok=True)
@@ -225,27 +199,16 @@ def choose_preset(named):
         return "quickstart", "auto: there is no GPU"
     try:
         (dataset,) = PRESETS["ultrachat"]["dataset"]
-        cached = [only_cached("dataset", dataset, None)]
+        cached = [must_use_cache("dataset", dataset, None)]
         if "model" not in named:
-            cached.append(only_cached("model", PRESETS["ultrachat"]["model"]))
+            cached.append(must_use_cache("model", PRESETS["ultrachat"]["model"]))
     except UserError:
         return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
     return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"
 
 
-@contextlib.contextmanager
-def bar_on_a_terminal():
-    """Let `datasets` show its progress where somebody can see it move."""
-    if sys.stderr.isatty():
-        datasets.enable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.disable_progress_bars()
-
-
 def quiet_libraries():
-    """Leave the progress bars and warnings of the libraries out of the output; errors stay."""
+    """Turn off the progress bars and warnings of the libraries; errors stay."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     for library in (datasets.logging, transformers.utils.logging):

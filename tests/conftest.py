@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from compute.layout import Layout
 from config import QUICKSTART_MODEL, UserError
+from conversations.masking import Example
 from conversations.tokenizer import load_tokenizer
-from data import Example
 from storage import hub
 from storage.quickstart import quickstart_model
 

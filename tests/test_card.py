@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from config import Config
-from data import encode
+from conversations.masking import encode
 from running.card import is_hub_id, licence_of, model_card
 
 ROOT = Path(__file__).parent.parent

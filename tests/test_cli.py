@@ -28,6 +28,7 @@ from config import (
     run_command,
     with_absolute_paths,
 )
+from running import setup
 from storage import hub
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ MODEL, DATASET = {"model": "mine"}, {"dataset": ("mine.jsonl",)}
 def gpu(request, monkeypatch):
     """With and without a GPU; the Hub answers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
-    monkeypatch.setattr(hub, "only_cached", lambda *_: False)
+    monkeypatch.setattr(hub, "must_use_cache", lambda *_: False)
     return request.param
 
 
@@ -162,7 +163,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in BAD_VALUES.items() for value in values])
 def test_a_nonsense_value_is_refused_by_name_before_anything_is_loaded(flag, value, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_command, "load_model", None)
+    monkeypatch.setattr(setup, "load_on_ranks", None)
     arguments = [flag, value] if flag == "--preset" else ["--preset", "quickstart", flag, value]
     with pytest.raises(UserError, match=flag) as raised:
         train_command.main(arguments)

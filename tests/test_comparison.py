@@ -9,7 +9,7 @@ import torch
 
 import eval as eval_command
 from compute.self_check import use_layout
-from data import Example
+from conversations.masking import Example
 from eval import evaluate
 from evaluation import comparison
 from evaluation.comparison import BLOCK, by_thirds, compare, compare_texts, difference, mean_over_runs, turn_numbers

@@ -1,4 +1,4 @@
-"""A corpus on disk, its cache, and how its rows are shared out."""
+"""A corpus on disk, its cache, and how its rows become splits."""
 
 import copy
 import json
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_templates import STYLES, tokenizer_with
-from trl import chat_template_utils as templates_of
+from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
 
 import data as data_command
 from config import UserError, resolve
 from conversations import corpus
-from conversations.mixture import keep_copies_together
+from conversations.masking import encode
+from conversations.mixture import keep_duplicates_together
 from conversations.tokenizer import load_tokenizer
-from data import Split, encode, prepare, prepare_for_evaluation, warnings_about
-from storage.quickstart import cache_directory
+from data import Split, prepare, prepare_for_evaluation, warnings_about
+from storage.cache import cache_directory
 
 
 def a_chat(text, answer="Yes."):
@@ -93,7 +93,7 @@ def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_m
     monkeypatch.setattr(corpus, "make_corpus", lambda directory, *_: (_ for _ in ()).throw(LookupError(directory)))
     with pytest.raises(LookupError):
         prepared(changed, path)
-    monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
+    monkeypatch.setattr(corpus, "SOURCE_FILES", [*corpus.SOURCE_FILES, "train.py"])
     with pytest.raises(LookupError):
         prepared(tiny_tokenizer, path)
     assert set((cache_directory() / "corpora").glob("[!.]*")) == known  # nothing half made is left there
@@ -107,13 +107,13 @@ def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
     assert not train & test
     assert not evaluated & test
     assert sum(len(split.examples) for split in data.splits.values()) == 100
-    assert "75 are copies of another, always in the same split as it" in data.notes
+    assert "75 are duplicates of another, always in the same split as it" in data.notes
 
 
 def test_without_copies_the_splits_stay_as_they_are():
     splits = [[4, 2, 0], [1], [3]]
-    assert keep_copies_together(splits, list("abcde")) == splits
-    assert keep_copies_together(splits, list("aacde")) == [[4, 2, 0, 1], [], [3]]
+    assert keep_duplicates_together(splits, list("abcde")) == splits
+    assert keep_duplicates_together(splits, list("aacde")) == [[4, 2, 0, 1], [], [3]]
 
 
 def test_an_eval_dataset_of_ones_own(tiny_tokenizer, write):
@@ -175,13 +175,13 @@ def test_settings_that_say_something_else_than_what_happens_are_warned_about(tin
     tokenizer.model_max_length = 40
     too_long, split = prepared(tokenizer, chats, max_length=10_000, split="test").warnings
     assert too_long.startswith("--max-length: there are conversations of ")
-    assert too_long.endswith(" tokens, and the model was made for 40")
+    assert too_long.endswith(" tokens; the context length is 40")
     assert split == "--split test has no effect: files have no splits"
 
 
 def test_characters_that_the_tokenizer_does_not_know_are_warned_about():
     counted = {"truncated": 0, "dropped": 0, "tokens": 10, "supervised": 5, "supervised_lost": 0}
-    splits = {"train": Split([1], **counted, unknown=3), "eval": Split([1], **counted)}
+    splits = {"train": Split([1], **counted, unk_tokens=3), "eval": Split([1], **counted)}
     assert list(warnings_about(splits)) == ["3 supervised tokens are characters that the tokenizer does not know"]
 
 
@@ -207,27 +207,18 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
 
 
 def test_a_dataset_of_nothing_but_copies_is_an_error(tiny_tokenizer, write):
-    with pytest.raises(UserError, match=r"the eval split is empty, as all of its conversations are copies of others"):
+    with pytest.raises(UserError, match=r"the eval split is empty, as all of its conversations are duplicates"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat("x")] * 50))
 
 
-def test_a_refusal_in_one_of_several_processes_is_the_same_refusal(tmp_path, write, monkeypatch):
-    monkeypatch.setattr(corpus, "SEVERAL_PROCESSES", 10)
+def test_a_refusal_names_its_conversation(tmp_path, write):
     chats = [a_chat(f"{number}") for number in range(300)]
     chats[250]["messages"].insert(0, {"role": "assistant", "content": "Welcome!"})
-    tokenizer = tokenizer_with(*STYLES["Gemma"], tmp_path / "model")
+    tokenizer = tokenizer_with(GEMMA, GEMMA_TOKENS, tmp_path / "model")
     with pytest.raises(
         UserError, match=r"a\.jsonl:251: .* in a conversation of assistant, user, it does not take them"
     ):
         prepared(tokenizer, write("a.jsonl", chats), chat_template="model")
-
-
-def test_several_processes_give_the_same(tiny_tokenizer, write, monkeypatch):
-    path = write("a.jsonl", [a_chat(f"{number}") for number in range(300)])
-    one = prepared(tiny_tokenizer, path)
-    monkeypatch.setattr(corpus, "SEVERAL_PROCESSES", 10)
-    monkeypatch.setattr(corpus, "CODE", (*corpus.CODE, "train.py"))
-    assert prepared(tiny_tokenizer, path).fingerprint == one.fingerprint
 
 
 def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
@@ -250,7 +241,7 @@ def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     before = prepared(tiny_tokenizer, chats)
-    (rows,) = cache_directory().glob("corpora/*/rows/*.arrow")
+    (rows,) = cache_directory().glob("corpora/*/rows.arrow")
     content = rows.read_bytes()
     if damage == "removed":
         rows.unlink()
@@ -260,7 +251,7 @@ def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monke
         rows.unlink()
         rows.write_bytes(content[:half] if damage == "truncated" else flipped)
     assert prepared(tiny_tokenizer, chats).fingerprint == before.fingerprint
-    assert "the cached corpus is damaged and is made again: " in capsys.readouterr().err
+    assert "the cached corpus is corrupt and is made again: " in capsys.readouterr().err
     assert rows.read_bytes() == content
 
 
@@ -310,12 +301,9 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(tiny_tokenizer, writ
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]))
 
 
-QWEN3 = (templates_of.qwen3_chat_template, ["<|endoftext|>", "<|im_start|>", "<think>", "</think>", "<|im_end|>"])
-
-
 def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path):
     """Splits, amounts and copies are of conversations, windows of examples; both are counted."""
-    tokenizer = tokenizer_with(*QWEN3, tmp_path / "model")
+    tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     chats = [a_chat(f"{number}") for number in range(10)]
     for number in range(20):
         chats.append({"messages": a_chat(f"one {number}")["messages"] + a_chat(f"two {number}")["messages"]})
@@ -323,7 +311,7 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
     data = prepared(tokenizer, path, chat_template="model", template_option=())
     assert sum(split.conversations for split in data.splits.values()) == 31
     assert sum(len(split.examples) for split in data.splits.values()) == 10 + 2 * 21
-    assert "1 are copies of another, always in the same split as it" in data.notes
+    assert "1 are duplicates of another, always in the same split as it" in data.notes
     assert (
         "31 conversations, 52 examples: the template writes an earlier answer differently from the last" in data.notes
     )
@@ -332,13 +320,13 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
             name for name, split in data.splits.items() for text in texts(split, tokenizer) if f"one {number}<" in text
         ]
         assert len(set(homes)) == 1
-    assert data.train.empty_thoughts == len(data.train.examples)
-    assert any("are supervised with an empty thought" in warning for warning in data.warnings)
+    assert data.train.empty_reasoning == len(data.train.examples)
+    assert any("are supervised with empty reasoning" in warning for warning in data.warnings)
     assert len(prepared(tokenizer, path + "#5", chat_template="model", test_fraction=0.0).notes) > 0
 
 
 def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_path):
-    tokenizer = tokenizer_with(*TOOLS, tmp_path / "model")
+    tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     call = {"function": {"name": "f", "arguments": '{"a": "Ünï"}'}}
     answer = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
     chats = [a_chat(f"{number}") for number in range(10)]
@@ -356,23 +344,21 @@ def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_pat
         assert "Does it." in text
         assert "<tool_response>\n7\n" in text
     with pytest.raises(
-        UserError, match=r"10 of 10 rows are invalid(.|\n)*b\.jsonl:1: --chat-template chatml has no tools"
+        UserError, match=r"10 of 10 rows are invalid(.|\n)*10 × --chat-template chatml has no tools.*b\.jsonl:1, "
     ):
         prepared(tokenizer, write("b.jsonl", chats))
 
 
 def test_rows_that_a_template_refuses_can_be_left_out(write, tmp_path):
-    tokenizer = tokenizer_with(*TOOLS, tmp_path / "model")
+    tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     chats = [a_chat(f"{number}") for number in range(28)]
     chats[3:3], chats[9:9] = [a_chat("a", "<tool_call>{</tool_call>")], [a_chat("b", "<tool_call>[]</tool_call>")]
     path = write("a.jsonl", chats)
     with pytest.raises(UserError, match=r"a\.jsonl:4: --chat-template: .* message 2: what stands in <tool_call>"):
         prepared(tokenizer, path, chat_template="model")
-    with pytest.raises(UserError, match=r"2 of 30 rows are invalid; more than --skip-bad-rows 0\.05(.|\n)*a\.jsonl:10"):
+    with pytest.raises(UserError, match=r"2 of 30 rows are invalid, more than --skip-bad-rows 0\.05(.|\n)*a\.jsonl:10"):
         prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.05)
     data = prepared(tokenizer, path, chat_template="model", skip_bad_rows=0.1)
     assert sum(len(split.examples) for split in data.splits.values()) == 28
-    assert "2 rows left out (2 × the template cannot write it)" in data.notes
-
-
-TOOLS = (QWEN3[0], [*QWEN3[1][:-1], "<tool_call>", "</tool_call>", "<|im_end|>"])
+    left_out = '--chat-template: what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
+    assert f"2 rows left out (2 × {left_out})" in data.notes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data import Example
+from conversations.masking import Example
 from evaluation.generation import Answer
 from running.dashboard import LAYOUT, answer_text, curves_of, escaped, masked_table
 from running.meter import StepMeter, watched

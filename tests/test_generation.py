@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compute.self_check import use_layout
-from data import encode_prompt
+from conversations.masking import encode_prompt
 from evaluation import generation
 from evaluation.generation import GREEDY, Answer, Sampling, answers, batch_prompts
 from tests.conftest import layout_of, tiny_llama

@@ -50,7 +50,7 @@ CHATS = {"train": [chat(f"train {n}") for n in range(6)], "test_sft": [chat(f"te
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the libraries ask of the Hub to look up and download a repository.
+    """The requests of the libraries that look up and download a repository.
 
     `server.repositories` maps ("models" or "datasets", id) to a directory. Whoever lists the files of those with the id
     `server.severed` is cut off.
@@ -366,43 +366,23 @@ def test_the_program_says_it_in_one_line(without_hub):
     assert re.fullmatch(r"error: --dataset acme/other: [^\n]+\n", program["stderr"])
 
 
-def test_auto_is_ultrachat_with_a_gpu_and_a_hub_that_answers(with_hub):
+def test_auto_is_ultrachat_with_a_gpu_where_it_can_be_had_and_else_quickstart(with_hub, without_hub, without_answer):
     assert with_hub["preset with a GPU"] == "ultrachat"
-
-
-def test_auto_is_ultrachat_with_a_gpu_and_all_of_it_cached(without_hub):
     assert without_hub["preset with a GPU, cached"] == "ultrachat"
-
-
-def test_auto_is_quickstart_with_a_gpu_and_no_answer(without_hub, without_answer):
     assert without_hub["preset with a GPU"] == "quickstart"
     assert without_answer["silent"]["preset with a GPU"] == "quickstart"
-
-
-def test_auto_is_quickstart_without_a_gpu_and_nobody_is_asked(with_hub):
     assert with_hub["preset without a GPU"] == "quickstart"
     assert with_hub["contacted for it"] == []
 
 
-def test_a_model_that_is_half_downloaded_is_taken_from_the_hub(with_hub):
+def test_a_model_that_is_half_downloaded_is_not_taken_from_the_cache(with_hub, without_hub):
     assert with_hub["half a model"] == ["acme/sharded", False]
+    assert without_hub["half a model"].startswith("refused: --model acme/sharded: not on this disk, and the Hub does")
 
 
-def test_a_model_that_is_half_downloaded_is_not_in_the_cache(without_hub):
-    assert without_hub["half a model"].startswith(
-        "refused: --model acme/sharded: not on this disk, and the Hub does not"
-    )
-
-
-def test_a_half_prepared_dataset_is_prepared_again(with_hub):
+def test_what_another_program_cached_is_not_taken_for_the_dataset(with_hub):
     assert with_hub["half a dataset"] == CHATS["train"]
-
-
-def test_a_part_of_a_dataset_that_another_program_cached_is_not_taken_for_it(with_hub):
     assert with_hub["part of a dataset"] == CHATS["test_sft"]
-
-
-def test_another_configuration_that_another_program_cached_is_not_taken_for_the_default(with_hub):
     assert with_hub["another configuration"] == CHATS["train"]
 
 
@@ -415,13 +395,13 @@ def test_a_connection_that_drops_after_the_first_answer_is_a_refusal(with_hub, k
     assert with_hub[f"severed {kind}"].startswith(f"refused: --{kind} acme/severed")
 
 
-if __name__ == "__main__":
-    hub.quiet_libraries()
-    sys.addaudithook(keep_to_the_loopback)
-    print(json.dumps(globals()[sys.argv[1]]()))
-
-
 def test_a_configuration_can_be_named(with_hub, without_hub):
     for gave in (with_hub, without_hub):
         assert gave["named configuration"] == CHATS["test_sft"]
         assert gave["unknown configuration"].startswith("refused: --dataset acme/configured")
+
+
+if __name__ == "__main__":
+    hub.quiet_libraries()
+    sys.addaudithook(keep_to_the_loopback)
+    print(json.dumps(globals()[sys.argv[1]]()))

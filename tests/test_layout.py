@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compute.layout import PrefetchedWindows
-from data import IGNORE, Example, window_at
+from conversations.masking import IGNORE, Example
+from data import window_at
 from tests.conftest import layout_of, one_batch
 
 ROWS = [Example(torch.tensor([8]), torch.tensor([8])), Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORE, 6, 7]))]

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config import UserError
+from conversations.masking import IGNORE, encode
 from conversations.tokenizer import load_tokenizer
-from data import IGNORE, encode
 from model import choose_precision, load_model, save_model, ties_hold
 from tests.conftest import byte_tokenizer, tiny_llama
 

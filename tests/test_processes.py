@@ -15,7 +15,7 @@ from compute.memory import own_numbers
 from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, total, world_size
 from compute.self_check import use_layout
 from compute.sharding import put_apart, whole
-from data import IGNORE, Example
+from conversations.masking import IGNORE, Example
 from eval import evaluate
 from model import Precision, broadcast_sharded, ties_hold, token_loss
 from running.checkpoint import gather_state

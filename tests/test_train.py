@@ -9,7 +9,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from compute.layers import checkpoint_activations
 from compute.self_check import use_layout
-from data import Example
+from conversations.masking import Example
 from model import Precision
 from tests.conftest import layout_of, one_batch, tiny_llama
 from train import learning_rate, make_optimizer, train_step

@@ -9,7 +9,7 @@ from test_trainer_parity import CPU, USUAL, a_model, both, conversations, traine
 from transformers import AutoModelForCausalLM
 
 import train
-from data import IGNORE, Example, encode
+from conversations.masking import IGNORE, Example, encode
 from eval import evaluate
 from model import Precision, load_model
 from tests import parity, reference

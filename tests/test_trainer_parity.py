@@ -31,7 +31,7 @@ from transformers import (
 
 import train
 from config import QUICKSTART_MODEL, Config
-from data import IGNORE, encode
+from conversations.masking import IGNORE, encode
 from eval import evaluate
 from model import Precision, load_model, token_loss
 from storage import hub

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,17 +55,6 @@ def send_and_hang(number, *_, **__):
 
 
 def hang(*_, **__):
-    time.sleep(600)
-
-
-def hang_in_workers(sign):
-    """Encode in several processes, which leave a sign and do not come to their end."""
-    importlib.import_module("conversations.corpus").SEVERAL_PROCESSES = 1
-    on_call("data.encode_chatml", 1, partial(leave_and_hang, sign))
-
-
-def leave_and_hang(sign, *_, **__):
-    Path(sign).touch()
     time.sleep(600)
 
 

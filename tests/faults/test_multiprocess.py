@@ -23,6 +23,7 @@ from tests.conftest import tiny_llama
 from tests.faults.harness import BOUND, Life, assert_same, lines, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
+    corrupt_gradient,
     fail,
     full_disk,
     give_memory_back,
@@ -32,7 +33,6 @@ from tests.faults.inject import (
     on_call,
     pretend,
     send,
-    corrupt_gradient,
 )
 from tests.faults.test_signals import STOPPING, children, is_zombie
 

@@ -2,15 +2,14 @@
 
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from storage.quickstart import cache_directory
+from storage.cache import cache_directory
 from tests.faults.harness import assert_same, lines, on_dataset, some, steps_saved
-from tests.faults.inject import hang_in_workers, on_call, send, send_and_hang
+from tests.faults.inject import on_call, send, send_and_hang
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 STOPPING = "stopping after this update; press Ctrl-C again to quit now"
@@ -86,7 +85,7 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
     before = corpora()
     life = live(
         [*on_dataset(flags, data), "--output-dir", run],
-        partial(on_call, "data.encode_chatml", 1, partial(send, number)),
+        partial(on_call, "conversations.masking.encode_chatml", 1, partial(send, number)),
     )
     assert life.wait() == SIGNALS[number]
     assert (
@@ -94,22 +93,6 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
         == "\nstopping after this update; press Ctrl-C again to quit now\nstopped before training began\n"
     )
     assert not run.exists()
-    assert corpora() == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_encoding_leaves_no_process(flags, live, conversations, tmp_path, number):
-    data, sign = tmp_path / "new.jsonl", tmp_path / "sign"
-    data.write_text(conversations.read_text().replace("Count", f"Reckon {number}"))
-    before = corpora()
-    life = live([*on_dataset(flags, data), "--output-dir", tmp_path / "run"], partial(hang_in_workers, sign))
-    assert life.wait_for(sign.exists), life.complained
-    life.signal(number)
-    assert life.wait() == SIGNALS[number]
-    assert (
-        life.complained
-        == "\nstopping after this update; press Ctrl-C again to quit now\nstopped before training began\n"
-    )
     assert corpora() == before
 
 
@@ -156,19 +139,6 @@ def test_a_reader_of_the_output_that_vanishes_does_not_end_the_run(flags, unbrok
     life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 2, close_output))
     assert life.wait() == 0
     assert_same(run, unbroken)
-
-
-def test_a_killed_encoder_leaves_no_workers(flags, live, conversations, tmp_path):
-    data, sign = tmp_path / "other.jsonl", tmp_path / "sign"
-    data.write_bytes(conversations.read_bytes() * 2)
-    life = live([*on_dataset(flags, data), "--output-dir", tmp_path / "run"], partial(hang_in_workers, sign))
-    assert life.wait_for(sign.exists)
-    workers = children(life.process.pid)
-    assert workers
-    life.kill()
-    end = time.monotonic() + 10
-    while any(Path(f"/proc/{worker}").exists() and not is_zombie(worker) for worker in workers):
-        assert time.monotonic() < end
 
 
 def children(process):

@@ -1,0 +1,105 @@
+"""The masking: from the messages of a conversation to token ids and labels.
+
+What the assistant writes is supervised: its content, its `<|im_end|>` and the newline after it. Everything else is
+context, with the label -100. A conversation is one example, or a few where its template writes an answer differently
+once others follow it. docs/masking.md has the definition.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from conversations import templates
+from conversations.formats import ROLES
+from conversations.templates import encode_texts
+from conversations.tokenizer import CHATML, END, START
+
+IGNORE = -100  # torch's cross_entropy skips this label
+
+
+class Example(NamedTuple):
+    """An encoded conversation; `labels` are unshifted: `labels[i]` is `input_ids[i]` or IGNORE."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    labels: torch.Tensor  # (T,) int64
+
+    @property
+    def supervised(self):
+        """The mask of the tokens that have a label: (T,) bool."""
+        return self.labels != IGNORE
+
+    @property
+    def supervised_tokens(self):
+        """The number of labels that are predicted; nothing comes before the first token to predict it from."""
+        return int(self.supervised[1:].sum())
+
+    def truncated(self, length):
+        """The example's first `length` tokens."""
+        return Example(self.input_ids[:length], self.labels[:length])
+
+
+def encode(conversations: list, tokenizer, supervise: str = "all") -> list[Example]:
+    """Conversations to `Example`s, in their order, by the tokenizer's template; see `encode_each`."""
+    return [example for examples in encode_each(conversations, tokenizer, supervise) for example in examples]
+
+
+def encode_each(conversations: list, tokenizer, supervise: str = "all") -> list[list[Example]]:
+    """Conversations to their `Example`s: for each a list of one, or of as few as its template needs.
+
+    Args:
+        conversations: lists of messages, as `conversations.formats` makes them.
+        supervise: "all" of the assistant's messages, or the "last"; one with `"train": False` never is.
+
+    Raises:
+        UserError: the template cannot write a conversation, which is named.
+    """
+    marked = [mark_supervised(messages, supervise) for messages in conversations]
+    encode_segments = encode_chatml if tokenizer.chat_template == CHATML else templates.encode
+    return [[make_example(segments) for segments in examples] for examples in encode_segments(marked, tokenizer)]
+
+
+def mark_supervised(messages, supervise):
+    """The messages with `"train"` set in each: True for an assistant's message that is supervised, else False."""
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    chosen = set(answers if supervise == "all" else answers[-1:])
+    return [
+        {**message, "train": number in chosen and message.get("train", True)} for number, message in enumerate(messages)
+    ]
+
+
+def make_example(segments):
+    """An `Example` of segments `(ids, supervised)`, laid end to end."""
+    input_ids, labels = [], []
+    for ids, supervised in segments:
+        input_ids += ids
+        labels += ids if supervised else [IGNORE] * len(ids)
+    return Example(torch.tensor(input_ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long))
+
+
+def encode_chatml(conversations, tokenizer):
+    """Conversations in ChatML: for each a list of one example, a list of segments `(ids, supervised)`.
+
+    Contents are encoded one by one, as plain text, and the two control tokens are inserted as ids. So no text can
+    become a control token, and an answer is encoded as the model generates it, right after its header.
+    """
+    start, end = tokenizer.convert_tokens_to_ids([START, END])
+    header = {role: [start, *encode_texts([role + "\n"], tokenizer)[0]] for role in ROLES}
+    footer = [end, *encode_texts(["\n"], tokenizer)[0]]
+    texts = [message["content"] for messages in conversations for message in messages]
+    contents = iter(encode_texts(texts, tokenizer))
+    encoded = []
+    for messages in conversations:
+        segments = []
+        for message in messages:
+            segments += [(header[message["role"]], False), (next(contents) + footer, message["train"])]
+        encoded.append([segments])
+    return encoded
+
+
+def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:
+    """A user's prompt, or messages, with the header of the answer, which the model generates next: ids (T,)."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer.chat_template != CHATML:
+        return torch.tensor(templates.encode_prompt(messages, tokenizer))
+    (example,) = encode([[*messages, {"role": "assistant", "content": "x"}]], tokenizer, "last")
+    return example.input_ids[: example.supervised.int().argmax()]
