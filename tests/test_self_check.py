@@ -165,7 +165,7 @@ def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypat
     layout = choose_layout(model, token_loss, Config(compile=True), 0, FP32)
     loss, compiled_gradient = loss_and_gradient(model, token_loss, layout, FP32)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-6)
+    assert (compiled_gradient - gradient).norm() <= 1e-5 * gradient.norm()
     graphs = compiled_graphs()
     for count in range(2, 9):
         token_loss(model, one_batch(ragged_window[:count], packed=True)).backward()
