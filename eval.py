@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -338,7 +338,6 @@ def evaluate_model(model_name, config, whole_dataset, options):
     model = load_model(path, tokenizer, precision.device, local_files_only)
     window = min(WINDOW, tokenizer.model_max_length, config.max_length or WINDOW)
     lengths = [split.longest for split in splits.values()] + ([] if ids is None else [window])
-    config = replace(config, compile=False)
     layout = choose_layout(
         model, token_loss, config, tokenizer.pad_token_id, precision, longest=max(lengths, default=1024), training=False
     )

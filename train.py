@@ -208,7 +208,7 @@ def update(run, windows):
     run.step += 1
     if run.scaler.is_enabled():
         numbers["overflows"] = run.overflows
-    if config.compile:
+    if run.layout.compiled:
         numbers["compiled_graphs"] = compiled_graphs()
     seconds = time.perf_counter() - began
     numbers["tokens_per_second"] = numbers["tokens"] / seconds
@@ -219,12 +219,6 @@ def update(run, windows):
         run.log.write("train", run.step, numbers)
         run.log.add_later(run.step, {f"update_ratio/{name}": ratio for name, ratio in run.meter.ratios.items()})
     return numbers
-
-
-def tokens_of_run(config, data):
-    """How many tokens a run trains on, padding not counted."""
-    updates = windows_per_epoch(len(data.train.examples), config.batch_size)
-    return data.train.tokens * (config.max_steps / updates if config.max_steps else config.epochs)
 
 
 def evaluate_split(run, split, signals):
@@ -302,11 +296,9 @@ def set_up(config, start=None, allow_changes=False):
         tokenizer.pad_token_id,
         precision,
         longest=max(split.longest for split in data.splits.values()),
-        total_tokens=tokens_of_run(config, data),
         budget=from_first(recorded_budget, start, config, precision),
     )
     layout = dataclasses.replace(layout, tokens=smallest(layout.tokens))  # of all processes
-    config = dataclasses.replace(config, compile=layout.compiled)
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it

@@ -14,8 +14,9 @@ from compute.layers import checkpoint_activations, compile_layers, compiled_grap
 from compute.memory import own_numbers
 from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, total, world_size
 from compute.reading import fill
-from compute.self_check import use_layout
+from compute.self_check import choose_layout, use_layout
 from compute.sharding import put_apart, shard, whole
+from config import Config
 from data import IGNORE, Example
 from eval import evaluate
 from model import Precision, put_together, ties_hold, token_loss, without_weights
@@ -64,10 +65,10 @@ def windows(vocabulary):
     return every[:8], every[8:], every[5:6], every[2:5], every[4:5], every
 
 
-def divided(model, count, dtype, device=CPU):
-    """A model whose weights processes share."""
+def divided(model, count, dtype, device=CPU, compute_dtype=None):
+    """A sharded copy of a model."""
     empty = without_weights(model.config, model.generation_config).to(dtype)
-    shard(empty, count, device, None)
+    shard(empty, count, device, compute_dtype)
     fill(empty, lambda: model)
     return empty
 
@@ -223,6 +224,27 @@ def test_a_process_holds_its_part(companies):
     for own, every, sound in companies(3).call(held, 3):
         assert abs(own - every / 3) < 0.03 * every
         assert sound
+
+
+def chosen_layouts():
+    """Whether the self-check packs a sharded model, by precision, and what it finds in one that caps its logits."""
+    packed = []
+    for precision in (Precision("fp32", CPU), Precision("bf16", CPU)):
+        model = divided(tiny_llama(259), 2, torch.float32, compute_dtype=precision.dtype)
+        packed.append(choose_layout(model, token_loss, Config(), 0, precision).packed)
+    real = model.forward
+
+    def capped(**inputs):
+        output = real(**inputs)
+        output.logits = 30 * (output.logits / 30).tanh()
+        return output
+
+    model.forward = capped
+    return packed, choose_layout(model, token_loss, Config(), 0, precision).why
+
+
+def test_the_self_check_of_a_sharded_model(companies):
+    assert companies(2).call(chosen_layouts) == [([True, True], "its output head is more than a matrix product")] * 2
 
 
 def put_together_again():
