@@ -136,11 +136,7 @@ class Config:
     shard: int = setting(
         1, "processes that shard one copy of the weights; changes speed and memory, never the result", AT_LEAST_ONE
     )
-    compile: bool = setting(
-        None,
-        "compile the model's layers with torch.compile: faster after a minute; default: in runs of more than five "
-        "minutes on a GPU",
-    )
+    compile: bool = setting(False, "compile the model's layers with torch.compile: faster after about a minute")
     deterministic: bool = setting(
         False, "bit-identical results on a GPU too, with slower attention; on a CPU they always are"
     )
@@ -322,8 +318,6 @@ def is_of_type(value, expected):
     """Whether a value out of JSON is what a field of `Config` holds."""
     if expected is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
-    if expected is bool and value is None:  # for `set_up` to decide
-        return True
     if expected in (int, bool, str):
         return type(value) is expected
     return isinstance(value, list) and all(isinstance(part, str) for part in value)

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -259,7 +259,7 @@ def evaluate_model(name, config, options):
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
     longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=1024)
-    model, config = load_model(path, tokenizer, precision.device, local_files_only), replace(config, compile=False)
+    model = load_model(path, tokenizer, precision.device, local_files_only)
     pad_id = tokenizer.pad_token_id
     layout = choose_layout(model, token_loss, config, pad_id, precision, longest=longest, training=False)
     examples = {split: splits[split].examples for split in splits} | {"text": text}

@@ -171,7 +171,7 @@ def updates(run):
         metrics["epoch"] = run.step / windows_per_epoch(len(examples), config.batch_size)
         if run.scaler.is_enabled():
             metrics["overflows"] = run.overflows
-        if config.compile:
+        if run.layout.compiled:
             metrics["compiled_graphs"] = compiled_graphs()
         yield metrics
 

@@ -111,8 +111,7 @@ def sum_seconds(kernels, bandwidth, flops, launch):
 def trace_update(tokens, length, supervised):
     """The kernels of a forward and backward pass, without AdamW, over conversations of one length; and the weights."""
     with ExitStack() as stack:
-        for name in ("has_flash_kernel", "has_efficient_kernel"):
-            stack.enter_context(mock.patch.object(attention, name, return_value=True))
+        stack.enter_context(mock.patch.object(attention, "has_varlen_kernel", return_value=True))
         stack.enter_context(mock.patch.object(cross_entropy, "CHUNK", cross_entropy.GPU_CHUNK))
         stack.enter_context(mock.patch.object(cross_entropy, "BLOCK", 2**60))  # a GPU takes a chunk at once
         labels = torch.arange(length).where(torch.arange(length) < supervised * length, IGNORE)

@@ -1,33 +1,33 @@
-"""The loss of hidden states under an output head, and its gradient, without ever holding all of their logits.
+"""Cross-entropy of hidden states under an output head, and its gradient, without ever holding all logits.
 
-Logits are V / H times as large as the hidden states they are made of: 85 times in SmolLM2. Here they exist for one
-chunk of tokens at a time, which becomes its part of the loss and of the gradient at once.
+Logits are V / H times as large as hidden states (V: vocabulary, H: hidden size): 85 times in SmolLM2. Here the logits
+of one chunk of tokens exist at a time, and are turned into their part of the loss and of the gradient at once.
 """
 
 import torch
 from torch.nn import functional as F
 
 CHUNK = 2**25  # logits of one matrix product: enough to keep it fast; 64 MB in 16 bits
-GPU_CHUNK = 2**27  # the same on a GPU, where each chunk also reads and writes the whole gradient of the weights
-ROWS = 512  # of it at least: each product's part of the weights' gradient has to be added to the rest of it
-BLOCK = 2**20  # logits of one softmax on a CPU: few enough for its caches; 4 MB in fp32
+GPU_CHUNK = 2**27  # the same on a GPU, where each chunk also reads and writes the full gradient of the weights
+ROWS = 512  # tokens of a chunk at least: each chunk adds a gradient of the weights, (V, H), to the sum
+BLOCK = 2**20  # logits of one softmax on a CPU: they fit its caches; 4 MB in fp32
 
 
 def linear_cross_entropy(hidden, head, targets, compiled=False):
-    """Sum of the token losses of hidden states, (N, H), under an output head: cross-entropy with (N,) targets.
+    """Sum of the cross-entropy of hidden states, (N, H), under an output head, with (N,) targets.
 
     Matrix products run in autocast's precision; softmax, losses, and the sum of the weights' gradient in fp32 (fp64 for
-    fp64). It can go backward once.
+    fp64). The result supports one backward pass.
 
     Args:
-        compiled: let `torch.compile` make one kernel of softmax, losses and gradient; on a GPU.
+        compiled: on a GPU, compute softmax, losses and gradient in one kernel made by `torch.compile`.
     """
     return LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, compiled and hidden.is_cuda)
 
 
 @torch.no_grad()
 def loss_and_correct(hidden, head, targets):
-    """The token losses, and which targets are ranked first: (2, N), in fp64, without a gradient."""
+    """The token losses, and 1 where the target is ranked first, else 0: (2, N), in fp64, without a gradient."""
     found = [hidden.new_zeros(2, 0, dtype=torch.float64)]
     for rows, logits in logits_by_chunk(*cast_for_matmul(hidden, head.weight, head.bias)):
         found += [loss_and_correct_of_logits(*block) for block in by_block(logits, targets[rows])]
@@ -35,13 +35,13 @@ def loss_and_correct(hidden, head, targets):
 
 
 def loss_and_correct_of_logits(logits, targets):
-    """The token losses of logits, (n, V), and which targets they rank first: (2, n), in fp64."""
+    """The same of logits, (n, V): (2, n), in fp64."""
     losses = F.cross_entropy(logits.to(accumulation_dtype(logits)), targets, reduction="none")
     return torch.stack([losses.double(), (logits.argmax(-1) == targets).double()])
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradient in the forward pass, while the logits exist: the gradient of a sum needs nothing else."""
+    """Computes the gradient in the forward pass, while the logits exist; the backward pass only scales it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, compiled):
@@ -49,10 +49,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(hidden))
-        change = compiled_softmax_gradient if compiled else logits_to_gradients
+        overwrite = compiled_softmax_gradient if compiled else logits_to_gradients
         for rows, logits in logits_by_chunk(states, matrix, shift):
             for part, target, loss in by_block(logits, targets[rows], losses[rows]):
-                change(part, target, loss)
+                overwrite(part, target, loss)
             grad_hidden[rows] = logits @ matrix
             if sums_in_fp32(logits):
                 torch.addmm(grad_weight, logits.T, states[rows], out_dtype=torch.float32, out=grad_weight)
@@ -65,15 +65,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        gradients, ctx.gradients = ctx.gradients, ()  # scaled where they are, so only once
+        gradients, ctx.gradients = ctx.gradients, ()  # scaled in place, so only once
         return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None, None
 
 
 def logits_to_gradients(logits, targets, losses):
-    """Overwrite (n, V) logits with the gradient of the token losses: softmax, less 1 at the target.
+    """Overwrite logits, (n, V), with the gradient of the token losses: softmax, less 1 at the target.
 
     Args:
-        losses: (n,), for the token losses.
+        losses: (n,), overwritten with the token losses.
     """
     targets = targets[:, None]
     log_p = F.log_softmax(logits, -1, dtype=accumulation_dtype(logits))
@@ -83,7 +83,7 @@ def logits_to_gradients(logits, targets, losses):
 
 
 def softmax_gradient(logits, targets, losses):
-    """The same, in a form that compiles into one kernel: it reads the logits twice and writes them once."""
+    """The same in a form that compiles into one kernel, which reads the logits twice and writes them once."""
     log_p = logits.to(accumulation_dtype(logits))
     log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
@@ -95,24 +95,24 @@ compiled_softmax_gradient = torch.compile(softmax_gradient, dynamic=True)
 
 
 def sums_in_fp32(logits):
-    """Whether a product of these is added to an fp32 sum by the matrix product itself: in 16 bits on a GPU."""
+    """True if a matrix product of these can add to an fp32 sum itself: in 16 bits on a GPU."""
     return logits.is_cuda and logits.dtype.itemsize == 2
 
 
 def cast_for_matmul(hidden, weight, bias):
-    """Hidden states, weights and bias in the precision that they are multiplied in here."""
+    """Hidden states, weights and bias in the precision of the matrix product: autocast's, or the weights'."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def accumulation_dtype(tensor):
-    """The precision that softmax and sums are computed in."""
+    """The precision of softmax and sums."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def logits_by_chunk(hidden, weight, bias):
-    """Pairs of a slice of the rows and their logits, (n, V)."""
+    """Yield pairs of a slice of the N rows and their logits, (n, V)."""
     size = max(ROWS, (GPU_CHUNK if hidden.is_cuda else CHUNK) // len(weight))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
@@ -120,6 +120,6 @@ def logits_by_chunk(hidden, weight, bias):
 
 
 def by_block(logits, *others):
-    """Blocks of logits, views, each with its part of the others, such as targets; a GPU takes them all at once."""
+    """Views of blocks of logits, each with its part of the others, such as targets; on a GPU one block."""
     size = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     return zip(*(tensor.split(size) for tensor in (logits, *others)), strict=True)

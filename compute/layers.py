@@ -1,4 +1,4 @@
-"""How a model's layers run: compiled, with their activations recomputed, deterministically, without dropout."""
+"""Ways to run a model's layers: compiled, with recomputed activations, deterministic, without dropout."""
 
 import contextlib
 
@@ -6,42 +6,43 @@ import torch
 
 
 def checkpoint_activations(model):
-    """Let a model recompute its activations in the backward pass instead of keeping them."""
+    """Make a model recompute its activations in the backward pass instead of keeping them."""
     newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the older one
     enable = newer or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-def compile_layers(model, **how):
-    """Have `torch.compile` compile a model's layers, all into the same few graphs, when they are first called.
+def compile_layers(model, **options):
+    """Compile a model's layers with `torch.compile` when they are first called.
 
-    One layer at a time, because they are alike: 30 of them compile as fast as one.
+    Each layer is compiled by itself; as they are alike they share a few graphs, and 30 compile as fast as one.
 
     Args:
-        how: more for `torch.compile`.
+        options: more arguments of `torch.compile`.
     """
-    torch.fx.experimental._config.use_duck_shape = False  # as many conversations as heads are so by chance, and once
+    # Two dimensions that are equal by chance, such as the numbers of conversations and of heads, are not always equal.
+    torch.fx.experimental._config.use_duck_shape = False
     for layer in layers_of(model):
-        layer.compile(dynamic=True, **how)
+        layer.compile(dynamic=True, **options)
 
 
 def layers_of(model):
-    """The layers of a model, by transformers' list of their classes; FSDP puts its name before theirs."""
+    """The layers of a model, by transformers' list of their classes. FSDP puts a prefix before a class's name."""
     for module in model.modules():
         if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or ()):
             yield module
 
 
 def compiled_graphs():
-    """How many graphs `torch.compile` has made in this process; it should stop growing after the first update."""
+    """The number of graphs that `torch.compile` has made in this process; constant after the first update."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted):
-    """Let a GPU add in one order: in FlashAttention's backward pass, for one, which otherwise adds as threads come.
+    """Use torch's deterministic algorithms, so that a GPU adds in one order, as in FlashAttention's backward pass.
 
-    For updates only: what samples an answer has no such algorithm.
+    For updates only: the sampling of answers has no deterministic algorithm.
     """
     torch.use_deterministic_algorithms(wanted)
     try:
@@ -52,7 +53,7 @@ def deterministic_algorithms(wanted):
 
 @contextlib.contextmanager
 def in_eval_mode(model):
-    """Switch a model's dropout and the like off, and afterwards back to what it was."""
+    """Switch a model to eval mode, without dropout, and afterwards back to the mode it was in."""
     was_training = model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""How the conversations of a window lie in memory: cut into micro-batches, packed end to end or padded to rows.
+"""Collation: the conversations of a window become micro-batches, packed end to end or padded to rows.
 
-A window decides what is learned (`data.py`). Nothing here does: it decides how much memory an update takes, and how
-long.
+A window decides what is learned (`data.py`). A layout decides only how much memory an update takes, and how long.
+Shapes: B rows of T tokens; B is 1 where conversations are packed. N supervised tokens. V words in the vocabulary.
 """
 
 from bisect import bisect_right
@@ -19,17 +19,17 @@ from data import window_at
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch as a model takes it. B is 1 where conversations are packed; T is then all of their tokens."""
+    """A micro-batch as a model takes it."""
 
-    inputs: dict  # what the model is called with: `input_ids`, (B, T), and what says which tokens belong together
-    predicting: torch.Tensor  # (N,): the positions, counted through B × T, whose next token is supervised
+    inputs: dict  # the model's arguments: `input_ids`, (B, T), and what says which tokens belong together
+    predicting: torch.Tensor  # (N,): the positions in B × T whose next token is supervised
     targets: torch.Tensor  # (N,): those next tokens
-    tokens: int  # of its conversations; padding is not counted
-    own_logits: bool = False  # whether the model must make its logits itself; see `Layout`
-    compiled: bool = False  # whether the loss is, too
+    tokens: int  # in its conversations, without padding
+    own_logits: bool = False  # as in `Layout`
+    compiled: bool = False  # as in `Layout`; then the loss is compiled too
 
     def map(self, change):
-        """The batch with every tensor of it changed."""
+        """The batch with `change` applied to each of its tensors."""
         inputs = {
             name: change(value) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
         }
@@ -42,74 +42,62 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become micro-batches. `self_check.choose_layout` finds the one for a model."""
+    """How examples are collated into micro-batches; `self_check.choose_layout` finds the best for a model."""
 
-    packed: bool  # conversations end to end, each attending to itself; else rows, padded to the longest
-    tokens: int  # in a micro-batch at most, padding counted; a conversation that is longer is one by itself
+    packed: bool  # conversations end to end, each attending to itself; False: padded rows
+    tokens: int  # most tokens of a micro-batch, padding counted; a longer conversation is a micro-batch by itself
     pad_id: int
-    own_logits: bool = False  # the model does more than multiply by its output head, so it makes all (B, T, V) of them
-    pinned: bool = False  # for copies to a GPU that do not wait
-    compiled: bool = False  # whether the model's layers are
-    why: str = ""  # where it is not packed
+    own_logits: bool = False  # the output head is more than a matrix product: the model computes all logits, (B, T, V)
+    pinned: bool = False  # in page-locked memory, for asynchronous copies to a GPU
+    compiled: bool = False  # the model's layers are compiled
+    why: str = ""  # the reason if it is not packed
 
     def describe(self):
-        """The layout, as the plan prints it."""
+        """The layout as the plan prints it."""
         name = "packed: conversations end to end" if self.packed else "padded: conversations in rows"
         head = ", all logits made by the model itself" if self.own_logits else ""
         why = f" (not packed: {self.why})" if self.why else ""
-        compiled = ", compiled (--no-compile: not)" if self.compiled else ""
-        return f"{name}{head}, {self.tokens:,} tokens at a time{why}{compiled}"
+        return f"{name}{head}, {self.tokens:,} tokens at a time{why}{', compiled' if self.compiled else ''}"
 
     def batches(self, examples):
-        """The micro-batches of some examples, those with the most tokens first."""
+        """Iterate over the micro-batches of some examples, those with the most tokens first."""
         return map(self.batch, self.cut(examples))
 
     def share(self, examples):
-        """The micro-batches of this process' share of some examples."""
+        """Iterate over the micro-batches of this rank's share of some examples."""
         return map(self.batch, self.shares(examples)[rank()])
 
     def shares(self, examples):
-        """Each process' share of some examples, as lists of lists: all have equally many micro-batches.
+        """The examples of each rank's micro-batches, equally many for all ranks.
 
-        Whoever would have fewer gets empty ones, since every process has to take part in every forward pass of a model
-        whose weights they share.
+        Ranks with fewer get empty ones: in a sharded model every rank takes part in every forward pass.
         """
         cuts = [self.cut(share) for share in shares_by_tokens(examples, world_size())]
         most = max(map(len, cuts))
         return [cut + [[]] * (most - len(cut)) for cut in cuts]
 
+    def cut(self, examples):
+        """Plan the micro-batches of some examples: lists of them, the one with the most tokens first."""
+        if self.packed:
+            return sorted(cut_packed(examples, self.tokens), key=lambda batch: -sum(map(length, batch)))
+        return cut_padded(examples, self.tokens)
+
     def batch(self, examples):
-        """Examples as one micro-batch; of none two tokens that nobody said, neither counted nor supervised."""
-        lay = pack if self.packed else self.pad
-        inputs, next_tokens = lay(examples or [Example(*torch.tensor([[self.pad_id] * 2, [IGNORE] * 2]))])
+        """Collate examples into one micro-batch; no examples into two padding tokens that count for nothing."""
+        collate = collate_packed if self.packed else collate_padded
+        inputs, next_tokens = collate(
+            examples or [Example(*torch.tensor([[self.pad_id] * 2, [IGNORE] * 2]))], self.pad_id
+        )
         predicting = (next_tokens != IGNORE).nonzero()[:, 0]
         tokens = sum(map(length, examples))
         batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits, self.compiled)
         return batch.map(torch.Tensor.pin_memory) if self.pinned else batch
 
-    def cut(self, examples):
-        """Lists of examples, the largest first."""
-        if self.packed:
-            return sorted(cut_packed(examples, self.tokens), key=lambda batch: -sum(map(length, batch)))
-        return cut_padded(examples, self.tokens)
 
-    def pad(self, examples):
-        """Examples as rows padded on the right: the model's inputs, (B, T), and what comes after each position."""
+def collate_packed(examples, _pad_id):
+    """Examples end to end: the model's inputs, (1, T), and the label of the token after each position, (T,).
 
-        def padded(rows, value):
-            return pad_sequence(rows, batch_first=True, padding_value=value)
-
-        inputs = {
-            "input_ids": padded([example.input_ids for example in examples], self.pad_id),
-            "attention_mask": padded([torch.ones_like(example.input_ids) for example in examples], 0),
-        }
-        return inputs, padded([shifted(example.labels) for example in examples], IGNORE).flatten()
-
-
-def pack(examples):
-    """Examples end to end: the model's inputs, (1, T), and what comes after each position.
-
-    `position_ids` start anew with each conversation; `attention.packed_attention` takes the sequence boundaries.
+    `position_ids` restart with each conversation; `attention.packed_attention` takes the sequence boundaries.
     """
     lengths = list(map(length, examples))
     inputs = {
@@ -118,24 +106,37 @@ def pack(examples):
         "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         "max_seqlen": max(lengths),
     }
-    return inputs, torch.cat([shifted(example.labels) for example in examples])
+    return inputs, torch.cat(shift_labels(examples))
 
 
-def shifted(labels):
-    """The label of the token after each position, (T,): the one place where labels are shifted."""
-    return torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
+def collate_padded(examples, pad_id):
+    """Examples as rows padded on the right: the model's inputs, (B, T), and the label after each position, (B · T,)."""
+
+    def pad(rows, value):
+        return pad_sequence(rows, batch_first=True, padding_value=value)
+
+    inputs = {
+        "input_ids": pad([example.input_ids for example in examples], pad_id),
+        "attention_mask": pad([torch.ones_like(example.input_ids) for example in examples], 0),
+    }
+    return inputs, pad(shift_labels(examples), IGNORE).flatten()
+
+
+def shift_labels(examples):
+    """Of each example, the label of the token after each position, (T,). Labels are shifted here and nowhere else."""
+    return [torch.cat([example.labels[1:], example.labels.new_full((1,), IGNORE)]) for example in examples]
 
 
 def length(example):
-    """The tokens of an example."""
+    """The number of an example's tokens."""
     return len(example.input_ids)
 
 
 def cut_padded(examples, budget):
-    """Cut examples into lists of at most `budget` padded tokens, longest first; one that is too long is alone."""
+    """Lists of examples of at most `budget` padded tokens, longest first; an example that is too long is alone."""
     batches = []
     for example in sorted(examples, key=length, reverse=True):
-        # The first of a batch is its longest, which all of its rows are padded to.
+        # The first example of a batch is its longest: all its rows are padded to that length.
         if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= budget:
             batches[-1].append(example)
         else:
@@ -144,41 +145,38 @@ def cut_padded(examples, budget):
 
 
 def cut_packed(examples, budget):
-    """Cut examples into lists of at most `budget` tokens: the longest that is left and the longest that still fit."""
-    left, batches = sorted(examples, key=length), []
-    while left:
-        batch = [left.pop()]
+    """Lists of examples of at most `budget` tokens: the longest that remains, then the longest that still fit."""
+    remaining, batches = sorted(examples, key=length), []
+    while remaining:
+        batch = [remaining.pop()]
         room = budget - length(batch[0])
-        while fitting := bisect_right(left, room, key=length):
-            batch.append(left.pop(fitting - 1))
+        while fitting := bisect_right(remaining, room, key=length):
+            batch.append(remaining.pop(fitting - 1))
             room -= length(batch[-1])
         batches.append(batch)
     return batches
 
 
 def random_examples(lengths, vocabulary):
-    """Examples of random tokens, all of them supervised; always the same."""
+    """Examples of random tokens, all supervised; the same at every call."""
     ids = torch.randint(vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     return [Example(part, part) for part in ids.split(lengths)]
 
 
 class PrefetchedWindows:
-    """This process' shares of the windows, each made in a thread when the update before it is under way."""
+    """This rank's micro-batches of each window, collated in a thread while the update before it runs."""
 
     def __init__(self, examples, batch_size, seed, layout):
         self.arguments, self.layout = (examples, batch_size, seed), layout
         self.thread, self.ahead = ThreadPoolExecutor(max_workers=1), {}
 
     def at(self, step):
-        """The micro-batches of the window that update `step` (from 0) sees: all of them, or this process' share."""
+        """This rank's micro-batches of the window that update `step` (from 0) sees."""
         self.prefetch(step)
         self.ahead = {step: self.ahead[step]}
         return self.ahead[step].result()
 
     def prefetch(self, step):
-        """Begin to make a window; on a GPU once it has its work, as this takes Python's time from what launches it."""
+        """Start to collate a window; called once a GPU has its work, as this takes Python's time from launching it."""
         if step not in self.ahead:
-            self.ahead[step] = self.thread.submit(self.make, step)
-
-    def make(self, step):
-        return list(self.layout.share(window_at(step, *self.arguments)))
+            self.ahead[step] = self.thread.submit(lambda: list(self.layout.share(window_at(step, *self.arguments))))

@@ -12,7 +12,7 @@ from compute.self_check import choose_layout
 from config import OF_THE_TEMPLATE
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
-from data import prepare, windows_per_epoch
+from data import prepare
 from model import choose_precision, count_parameters, load_on_ranks, token_loss
 from running import report
 from running.resume import check_same_run, recorded_budget
@@ -55,11 +55,9 @@ def load_run(config, start=None, allow_changes=False):
         tokenizer.pad_token_id,
         precision,
         longest=max(split.longest for split in data.splits.values()),
-        total_tokens=count_training_tokens(config, data),
         budget=from_first(recorded_budget, start, config, precision),
     )
     layout = dataclasses.replace(layout, tokens=smallest(layout.tokens))  # of all ranks
-    config = dataclasses.replace(config, compile=layout.compiled)
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     return Run(config, precision, layout, tokenizer, data, model, scaler=precision.grad_scaler(), changes=changes)
 
@@ -78,9 +76,3 @@ def load_run_tokenizer(config, start):
     else:
         path, local_files_only = hub.find_model(config.model)
     return path, local_files_only, load_tokenizer(path, local_files_only, template, options)
-
-
-def count_training_tokens(config, data):
-    """How many tokens a run trains on in all, padding not counted."""
-    updates = windows_per_epoch(len(data.train.examples), config.batch_size)
-    return data.train.tokens * (config.max_steps / updates if config.max_steps else config.epochs)

@@ -4,9 +4,11 @@ import math
 
 import torch
 import transformers
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compute.layers import checkpoint_activations
 from compute.self_check import choose_layout
+from compute.sharding import whole
 from data import Data, Split, window_at
 from model import Precision, token_loss
 from running.run import Run
@@ -37,8 +39,31 @@ def train(model, examples, eval_examples, tokenizer, config):
     return witness.updates
 
 
-def compare(ours, trainers, our_model, trainers_model, loss=1e-6, grad_norm=1e-6, weights=1e-6):
-    """The largest differences between two runs, by quantity; the tolerances are relative, that of the weights absolute.
+class GradientFloor:
+    """Within a `with`, each weight's smallest gradient in any update, relative to its tensor's root mean square.
+
+    AdamW divides a gradient by its size: where a gradient is a rounding error, the step has a random sign and the size
+    of the learning rate. Weights can be compared only where the floor is well above rounding.
+    """
+
+    def __init__(self, model):
+        self.model, self.values = model, None
+
+    def __enter__(self):
+        self.hook = register_optimizer_step_pre_hook(self.look)
+        return self
+
+    def look(self, *_):
+        gradients = [whole(weights.grad).abs() for weights in self.model.parameters()]
+        relative = flatten(each / each.square().mean().sqrt() for each in gradients)  # NaN where there is no gradient
+        self.values = relative if self.values is None else relative.minimum(self.values)
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+def compare(ours, trainers, our_model, trainers_model, floor=None, loss=1e-5, grad_norm=1e-5, weights=1e-4):
+    """The largest differences between two runs, by quantity; relative, and for weights as in `flat_difference`.
 
     Raises:
         AssertionError: a quantity is beyond its tolerance; the message says which, in which update, and by how much.
@@ -57,14 +82,34 @@ def compare(ours, trainers, our_model, trainers_model, loss=1e-6, grad_norm=1e-6
                 f"relative difference {difference:.1e}, tolerance {tolerance:.0e}"
             )
             largest[quantity] = max(largest[quantity], difference)
-    largest["weights"] = weight_difference(our_model, trainers_model)
+    rate = sum(our.learning_rate for our in ours)
+    largest["weights"] = weight_difference(our_model, trainers_model, floor, rate)
     assert largest["weights"] <= weights, (
         f"weights: {whose} ends up to {largest['weights']:.1e} from ours, tolerance {weights:.0e}"
     )
     return largest
 
 
-def weight_difference(model, other):
-    """The largest absolute difference between two models' weights; NaN, within no tolerance, where one of them is."""
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return torch.stack([(ours.double() - theirs.double()).abs().max() for ours, theirs in pairs]).max().item()
+def weight_difference(model, other, floor=None, rate=1.0):
+    """The largest difference between two models' weights, as `flat_difference` has it."""
+    return flat_difference(flatten(model.parameters()), flatten(other.parameters()), floor, rate)
+
+
+def flat_difference(weights, others, floor=None, rate=1.0):
+    """The largest difference between weights, one long tensor each; NaN, within no tolerance, where one of them is.
+
+    Without a `gradient_floor` it is absolute. With one it is relative to the sum of the learning rates, and leaves out
+    the weights whose gradient was rounding in some update, and what the weights themselves are rounded by.
+    """
+    apart = (weights.double() - others.double()).abs()
+    if floor is None:
+        return apart.max().item()
+    beyond_rounding = (apart - 8 * torch.finfo(weights.dtype).eps * others.abs()).clamp(min=0)
+    compared = floor > 1e-2
+    assert compared.float().mean() > 0.3, "most gradients are rounding: too few weights can be compared"
+    return beyond_rounding[compared].max().item() / rate
+
+
+def flatten(tensors):
+    """Tensors as one of one dimension, on the CPU; all ranks call this where they are sharded."""
+    return torch.cat([whole(tensor.detach()).flatten().cpu() for tensor in tensors])

@@ -1,6 +1,6 @@
-"""CPU kernels in the place of those that only a GPU has, so that the code around them runs in the tests.
+"""CPU kernels in the place of GPU kernels, so that tests run the code around them.
 
-They compute in fp64, a conversation at a time, and refuse what the real ones refuse.
+They compute in fp64, one conversation at a time, and assert what the real kernels require.
 """
 
 import torch
@@ -14,16 +14,9 @@ LIBRARY = torch.library.Library("aten", "IMPL")
 calls = []  # the names of the kernels that ran
 
 
-def flash_attention(monkeypatch):
-    """Let the CPU pass for an Ampere GPU in `compute.attention`."""
-    monkeypatch.setattr(attention, "has_flash_kernel", lambda _: True)
-    monkeypatch.setattr(attention, "has_efficient_kernel", lambda _: True)
-    calls.clear()
-
-
-def efficient_attention(monkeypatch):
-    """Let the CPU pass for an older GPU."""
-    monkeypatch.setattr(attention, "has_efficient_kernel", lambda _: True)
+def varlen_attention(monkeypatch):
+    """Make the CPU pass for an Ampere GPU in `compute.attention`."""
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda _: True)
     calls.clear()
 
 
@@ -94,36 +87,6 @@ def backward(upstream, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is
     return gradients(upstream, query, key, value, cu_q, scale)
 
 
-def efficient_forward(query, key, value, bias, cu_q, cu_k, max_q, max_k, dropout, mask, keep=False, *, scale=None, **_):
-    calls.append("efficient")
-    check(query[0], key[0], value[0], cu_q, cu_k, max_q, max_k)
-    assert len(query) == 1
-    assert query.shape == key.shape  # this kernel does not know grouped heads
-    assert query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    assert bias is None
-    assert mask == 1
-    assert keep
-    assert dropout == 0.0
-    lse = torch.zeros(len(cu_q) - 1, query.shape[2], -(-max_q // 32) * 32)
-    nothing = torch.zeros((), dtype=torch.long)
-    return (
-        attend(query[0], key[0], value[0], cu_q, scale)[None].contiguous(),
-        lse,
-        nothing,
-        nothing.clone(),
-        max_q,
-        max_k,
-    )
-
-
-def efficient_backward(upstream, query, key, value, bias, out, cu_q, cu_k, max_q, max_k, *_, scale=None, **__):
-    calls.append("efficient backward")
-    check(query[0], key[0], value[0], cu_q, cu_k, max_q, max_k)
-    assert (upstream.shape, upstream.dtype, upstream.stride(-1), bias) == (out.shape, out.dtype, 1, None)
-    found = gradients(upstream[0], query[0], key[0], value[0], cu_q, scale)
-    return *(one[None] for one in found), torch.empty(0)
-
-
 def addmm_dtype_out(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
     """A product of 16 bits added to an fp32 sum, which on a GPU the matrix product does itself."""
     calls.append("addmm")
@@ -136,8 +99,6 @@ def addmm_dtype_out(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
 
 varlen._varlen_attn.register_kernel("cpu", forward)
 varlen._varlen_attn_backward.register_kernel("cpu", backward)
-LIBRARY.impl("_efficient_attention_forward", efficient_forward, "CPU")
-LIBRARY.impl("_efficient_attention_backward", efficient_backward, "CPU")
 LIBRARY.impl("addmm.dtype_out", addmm_dtype_out, "CPU")
 
 

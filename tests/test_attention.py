@@ -14,10 +14,11 @@ from tests.conftest import one_batch, tiny_llama
 LENGTHS = (130, 1, 5, 300, 128)
 
 
-def a_row(dtype, heads=6, key_heads=2, width=16):
+def a_row(dtype, key_heads=2, width=16, value_width=None):
     """Query, key and value over all conversations, each (1, heads, T, D)."""
     torch.manual_seed(0)
-    shapes = [(1, count, sum(LENGTHS), width) for count in (heads, key_heads, key_heads)]
+    heads = ((6, width), (key_heads, width), (key_heads, value_width or width))
+    shapes = [(1, count, sum(LENGTHS), size) for count, size in heads]
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -30,8 +31,8 @@ def with_gradients(output, inputs):
     return [output.detach(), *torch.autograd.grad(output.square().sum(), inputs)]
 
 
-def one_by_one(query, key, value):
-    """What each conversation's attention is when it is alone, by torch in fp64."""
+def per_sequence(query, key, value):
+    """The attention of each conversation alone, by torch in fp64."""
     inputs = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     rows = zip(*(tensor.split(LENGTHS, 2) for tensor in inputs), strict=True)
     alone = [F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows]
@@ -49,13 +50,13 @@ def off(ours, theirs):
 def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
     row = a_row(dtype)
     ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
-    assert off(ours, one_by_one(*row)) < tolerance
+    assert off(ours, per_sequence(*row)) < tolerance
 
 
 def test_conversations_that_see_each_other_would_be_noticed():
     row = a_row(torch.float32)
     contaminated = with_gradients(packed_attention(None, *row, None, **boundaries((sum(LENGTHS),)))[0], row)
-    assert off(contaminated, one_by_one(*row)) > 0.1
+    assert off(contaminated, per_sequence(*row)) > 0.1
 
 
 @pytest.mark.parametrize("key_heads", [1, 3, 6])
@@ -96,32 +97,27 @@ def test_what_a_model_asks_beyond_it_is_refused(asked):
         packed_attention(None, *a_row(torch.float32), None, **boundaries(), **{asked: 4})
 
 
-KERNELS = {
-    "varlen": (stand_in.flash_attention, torch.bfloat16, 1e-2),
-    "varlen in fp16": (stand_in.flash_attention, torch.float16, 2e-3),
-    "efficient": (stand_in.efficient_attention, torch.float32, 1e-5),
-    "efficient in fp16": (stand_in.efficient_attention, torch.float16, 2e-3),
-}
-
-
-@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), KERNELS.values(), ids=KERNELS.keys())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
-def test_a_gpus_kernel_is_called_as_it_wants_to_be(monkeypatch, kernel, dtype, tolerance, key_heads):
-    kernel(monkeypatch)
+def test_the_varlen_kernel_is_called_as_it_requires(monkeypatch, dtype, tolerance, key_heads):
+    stand_in.varlen_attention(monkeypatch)
     row = a_row(dtype, key_heads=key_heads)
     ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
-    assert off(ours, one_by_one(*row)) < tolerance
-    name = "varlen" if kernel is stand_in.flash_attention else "efficient"
-    assert stand_in.calls == [name, f"{name} backward"]
+    assert off(ours, per_sequence(*row)) < tolerance
+    assert stand_in.calls == ["varlen", "varlen backward"]
 
 
-@pytest.mark.parametrize("width", [12, 264])
-def test_heads_that_no_kernel_takes_go_one_by_one(monkeypatch, width):
-    stand_in.flash_attention(monkeypatch)
-    row = a_row(torch.bfloat16, width=width)
+@pytest.mark.parametrize(
+    "changes",
+    [{"width": 12}, {"width": 264}, {"value_width": 8}, {"dtype": torch.float32}],
+    ids=["12 wide", "264 wide", "narrower values", "fp32"],
+)
+def test_what_the_varlen_kernel_does_not_take_is_computed_per_sequence(monkeypatch, changes):
+    stand_in.varlen_attention(monkeypatch)
+    row = a_row(**{"dtype": torch.bfloat16} | changes)
     ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
-    assert off(ours, one_by_one(*row)) < 1e-2
-    assert stand_in.calls == ([] if width == 12 else ["efficient", "efficient backward"])
+    assert off(ours, per_sequence(*row)) < 1e-2
+    assert stand_in.calls == []
 
 
 def graphs_of(model, batches):
@@ -138,7 +134,7 @@ def graphs_of(model, batches):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_compiled_layers_are_one_graph_for_all_layers_and_lengths(monkeypatch, ragged_window, checkpointing):
     """With activation checkpointing too, where a broken graph would leave nothing compiled."""
-    stand_in.flash_attention(monkeypatch)
+    stand_in.varlen_attention(monkeypatch)
     model, eager = (tiny_llama(259, hidden_size=64).train() for _ in range(2))
     for each in (model, eager):
         each.set_attn_implementation(attention.PACKED)

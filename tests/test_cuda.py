@@ -10,13 +10,13 @@ from compute import cross_entropy
 from compute.attention import packed_attention
 from compute.layers import checkpoint_activations, compiled_graphs, deterministic_algorithms
 from compute.layout import Layout
-from compute.memory import fitting_tokens
+from compute.memory import measure_micro_batch_budget
 from compute.self_check import choose_layout
 from config import Config
 from eval import evaluate
 from model import Precision, token_loss
 from tests.conftest import layout_of, tiny_llama
-from tests.test_attention import a_row, boundaries, off, one_by_one, with_gradients
+from tests.test_attention import a_row, boundaries, off, per_sequence, with_gradients
 from train import make_optimizer, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -32,7 +32,7 @@ def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
     row = [tensor.detach().to(GPU).requires_grad_() for tensor in a_row(dtype)]
     there = boundaries()
     there["cu_seqlens"] = there["cu_seqlens"].to(GPU)
-    assert off(with_gradients(packed_attention(None, *row, None, **there)[0], row), one_by_one(*row)) < tolerance
+    assert off(with_gradients(packed_attention(None, *row, None, **there)[0], row), per_sequence(*row)) < tolerance
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
@@ -112,8 +112,8 @@ def test_deterministic_updates_repeat_bit_for_bit(ragged_window, compile, checkp
     assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
 
 
-def test_what_fits_is_measured():
+def test_the_micro_batch_budget_is_measured():
     model, precision = tiny_llama(259, **SHAPE, max_position_embeddings=2048).to(GPU), Precision("bf16", GPU)
-    tokens = fitting_tokens(model, token_loss, Layout(False, 2**20, 0), precision, 2048, training=True)
+    tokens = measure_micro_batch_budget(model, token_loss, Layout(False, 2**20, 0), precision, 2048, training=True)
     assert tokens % 1024 == 0
     assert 1024 <= tokens <= 2**16

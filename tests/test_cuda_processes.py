@@ -25,4 +25,4 @@ def everyone():
 def test_processes_on_gpus_give_the_updates_of_one(everyone, case, dtype, shard):
     alone = updates(Case(dtype, device="cuda", **case))
     for ours in everyone.call(updates, Case(dtype, device="cuda", shard=shard, **case)):
-        assert_equal(ours, alone, Case(dtype, shard=2).tolerances())
+        assert_equal(ours, alone)

@@ -1,4 +1,4 @@
-"""How many tokens fit, against an allocator of the tests' own that counts what lives on the CPU."""
+"""The measured micro-batch budget, against an allocator of the tests' own that counts live storages on the CPU."""
 
 import weakref
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compute import memory
 from compute.layers import checkpoint_activations
 from compute.layout import Layout, random_examples
-from compute.self_check import choose_layout, use_layout
+from compute.self_check import use_layout
 from config import Config, UserError
 from model import Precision, count_parameters, token_loss
 from tests.conftest import tiny_llama
@@ -70,10 +70,10 @@ def small_sample(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["packed", "checkpointed", "own logits", "quadratic attention"])
-def test_what_is_said_to_fit_does_and_is_not_much_too_little(monkeypatch, kind):
+def test_the_budget_fits_and_is_not_much_too_small(monkeypatch, kind):
     model, layout = model_of(kind)
     with Allocator(monkeypatch) as allocator:
-        tokens = memory.measured_tokens(model, token_loss, layout, FP32, LONGEST, training=True)
+        tokens = memory.measure_micro_batch_budget(model, token_loss, layout, FP32, LONGEST, training=True)
         assert LONGEST < tokens < memory.GPU_TOKENS
         assert allocator.now == 0
         assert not model.training
@@ -90,21 +90,24 @@ def test_checkpointing_and_the_longest_conversation_change_what_fits(monkeypatch
     def tokens(kind, longest=LONGEST, training=True):
         model, layout = model_of(kind)
         with Allocator(monkeypatch):
-            return memory.measured_tokens(model, token_loss, layout, FP32, longest, training)
+            return memory.measure_micro_batch_budget(model, token_loss, layout, FP32, longest, training)
 
     assert tokens("checkpointed") > 1.5 * tokens("packed")
     assert tokens("quadratic attention", longest=256) < 0.8 * tokens("quadratic attention", longest=64)
     assert tokens("own logits", training=False) > 1.5 * tokens("own logits")
 
 
-def test_a_conversation_that_does_not_fit_by_itself_is_one_line():
+def test_a_conversation_that_does_not_fit_by_itself_is_one_line(monkeypatch):
     model, layout = model_of("packed")
 
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"a conversation of 128 tokens does not fit .* --gradient-checkpointing"):
-        memory.measured_tokens(model, too_large, layout, FP32, LONGEST, training=True)
+    with (
+        Allocator(monkeypatch),
+        pytest.raises(UserError, match=r"a conversation of 128 tokens does not fit .* --gradient-checkpointing"),
+    ):
+        memory.measure_micro_batch_budget(model, too_large, layout, FP32, LONGEST, training=True)
 
 
 def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(monkeypatch, tiny_model_dir):
@@ -119,20 +122,3 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(monkeypat
         memory.refuse_too_large(parameters, head, GPU, Config(model="mine"))
     memory.refuse_too_large(parameters, head, GPU, Config(model="mine", shard=2))
     memory.refuse_too_large(10**12, 0, FP32, Config(model="mine"))
-
-
-def test_compiling_is_for_long_runs_on_a_gpu(monkeypatch):
-    model, layout = model_of("packed")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-
-    def pays(total_tokens, device="cuda"):
-        precision = Precision("fp32", torch.device(device))
-        monkeypatch.setattr(memory, "one_pass", lambda *_: 4096)
-        times = iter((0.0, 1.0))  # 4,096 tokens a second
-        monkeypatch.setattr(memory.time, "perf_counter", lambda: next(times))
-        return memory.compiling_pays(model, token_loss, layout, precision, LONGEST, total_tokens)
-
-    assert pays(301 * 4096)
-    assert not pays(299 * 4096)
-    assert not pays(10**9, device="cpu")
-    assert choose_layout(tiny_llama(259), token_loss, Config(), 0, FP32, total_tokens=10**12).compiled is False

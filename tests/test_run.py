@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_command
 import train as train_command
-from compute import memory
+from compute import self_check
 from config import UserError
 from eval import Evaluation
 from running import checkpoint, validation
@@ -189,10 +189,10 @@ def test_a_resumed_run_may_change_its_layout_but_not_its_result(flags, tmp_path,
 def test_a_resumed_run_takes_the_budget_it_was_begun_with(flags, tmp_path, monkeypatch):
     at = flags.index("--micro-batch-tokens")
     flags, run, cut = flags[:at] + flags[at + 2 :], tmp_path / "run", []
-    monkeypatch.setattr(memory, "CPU_TOKENS", 123)
+    monkeypatch.setattr(self_check, "CPU_TOKENS", 123)
     train_command.main([*flags, "--max-steps", "2", "--output-dir", str(run)])
     assert json.loads((run / "config.json").read_text())["micro_batch_tokens"] == 123
-    monkeypatch.setattr(memory, "CPU_TOKENS", 321)  # as what a GPU measures differs a little every time
+    monkeypatch.setattr(self_check, "CPU_TOKENS", 321)  # as what a GPU measures differs a little every time
     for more, expected in (([], 123), (["--gradient-checkpointing"], 321), (["--micro-batch-tokens", "99"], 99)):
         forget_the_end(run)
         monkeypatch.setattr(train_command, "train", lambda run, *_, **__: cut.append(run.layout.tokens))

@@ -79,12 +79,12 @@ MODELS = {
     ),
     "capped logits": (
         Gemma2ForCausalLM,
-        Gemma2Config(**GEMMA | PLAIN | {"final_logit_softcapping": 0.05}),
+        Gemma2Config(**GEMMA | PLAIN | {"final_logit_softcapping": 30.0}),
         "own",
-        "off by",
+        "more than a matrix",
     ),
-    "scaled logits": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=4.0), "own", "off by"),
-    "scaled the other way": (CohereForCausalLM, CohereConfig(**SMALL), "own", "off by"),
+    "scaled logits": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=4.0), "own", "more than a matrix"),
+    "scaled the other way": (CohereForCausalLM, CohereConfig(**SMALL), "own", "more than a matrix"),
     "a head of two layers": (BertLMHeadModel, BertConfig(**BERT), "own", "more than a matrix"),
     "no interface": (
         BloomForCausalLM,
@@ -150,6 +150,18 @@ def test_nothing_of_it_is_saved_and_answers_are_the_same(tiny_model, tiny_tokeni
     assert not any(weights.grad is not None for weights in tiny_model.parameters())
 
 
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_micro_batch_are_refused(rope):
+    """By the longest conversation; shorter ones have the same positions however a window is cut."""
+    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = tiny_llama(259, rope_parameters=parameters)
+    assert choose_layout(model, token_loss, Config(), 0, FP32, longest=64).packed
+    with pytest.raises(UserError, match=rf"beyond 64 tokens its {rope} positions .*; use --max-length 64"):
+        choose_layout(model, token_loss, Config(), 0, FP32, longest=65)
+
+
 def compiled_by(monkeypatch, backend):
     """Have another backend compile, as inductor takes its time."""
     compile = torch.nn.Module.compile
@@ -165,7 +177,7 @@ def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypat
     layout = choose_layout(model, token_loss, Config(compile=True), 0, FP32)
     loss, compiled_gradient = loss_and_gradient(model, token_loss, layout, FP32)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-6)
+    assert (compiled_gradient - gradient).norm() <= 1e-5 * gradient.norm()
     graphs = compiled_graphs()
     for count in range(2, 9):
         token_loss(model, one_batch(ragged_window[:count], packed=True)).backward()
@@ -185,7 +197,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_a_model_that_cannot_be_packed(mon
     def mistaken(*_, **__):
         raise TypeError("got an unexpected keyword argument 'enable_gqa'")
 
-    stand_in.flash_attention(monkeypatch)
+    stand_in.varlen_attention(monkeypatch)
     monkeypatch.setattr(attention, "varlen_attn", mistaken)
     with pytest.raises(TypeError, match="enable_gqa"):
         choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
@@ -201,7 +213,7 @@ def test_what_compiles_to_nothing_is_refused(monkeypatch):
 
 def test_one_update_reads_two_numbers_from_the_device_when_all_of_it_is_submitted(monkeypatch, ragged_window):
     """The loss and the gradient's norm; nothing else that the CPU would wait for a GPU for."""
-    stand_in.flash_attention(monkeypatch)
+    stand_in.varlen_attention(monkeypatch)
     model, precision = tiny_llama(259, hidden_size=64), Precision("bf16", CPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=80), 0, precision)
     assert layout.packed

@@ -98,6 +98,6 @@ def test_it_logs_the_mean_of_several_losses_as_one(tiny_tokenizer, rows, tmp_pat
 
 
 def test_we_keep_its_first_update_without_a_learning_rate(tiny_tokenizer, tmp_path):
-    ours, trainers, our_model, trainers_model = both(tiny_tokenizer, tmp_path, {"max_steps": 1})
+    ours, trainers, our_model, trainers_model, _ = both(tiny_tokenizer, tmp_path, {"max_steps": 1})
     assert ours[0].learning_rate == trainers[0].learning_rate == 0.0
     assert parity.weight_difference(our_model, a_model()) == parity.weight_difference(trainers_model, a_model()) == 0

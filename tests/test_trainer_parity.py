@@ -66,8 +66,9 @@ CASES = {
     "another seed": {"seed": 7},
     "ten times the learning rate": {"learning_rate": 2e-3},
 }
-TOLERANCES = {  # what may differ: relative for loss and gradient norm, absolute for weights; rate and order are exact
-    torch.float32: {"loss": 1e-6, "grad_norm": 1e-6, "weights": 1e-6},
+# Relative; for weights to the learning rates in fp32 and absolute in fp64. Learning rate and order are exact.
+TOLERANCES = {
+    torch.float32: {"loss": 1e-5, "grad_norm": 1e-5, "weights": 1e-4},
     torch.float64: {"loss": 1e-12, "grad_norm": 1e-12, "weights": 1e-12},
 }
 CPU = torch.device("cpu")
@@ -122,10 +123,13 @@ def both(tokenizer, directory, arguments, examples=None, model=a_model, dtype=to
     eval_rows = [reference.encode(chat, tokenizer) for chat in eval_chats]
     examples = examples or encode(chats, tokenizer)
     theirs, our = model(dtype), model(dtype)  # two of the same, in this order
-    trainers, _ = reference.train(theirs, rows, eval_rows, tokenizer.pad_token_id, directory / "trainer", **arguments)
+    with parity.GradientFloor(theirs) as floor:
+        trainers, _ = reference.train(
+            theirs, rows, eval_rows, tokenizer.pad_token_id, directory / "trainer", **arguments
+        )
     config = our_settings(arguments, output_dir=str(directory / "ours"), micro_batch_tokens=400)
     ours = parity.train(our, examples, encode(eval_chats, tokenizer), tokenizer, config)
-    return ours, trainers, our, theirs
+    return ours, trainers, our, theirs, floor.values if dtype == torch.float32 else None
 
 
 # --- update by update
@@ -167,7 +171,7 @@ def test_16_bit_autocast_is_near_that_of_trainer(tiny_tokenizer, tmp_path, preci
     On a CPU, `Trainer` runs fp16 without a loss scale; ours has one, which is a power of two and changes nothing.
     """
     runs = both(tiny_tokenizer, tmp_path, {precision: True})
-    parity.compare(*runs, loss=1e-4, grad_norm=2e-3, weights=1e-4)
+    parity.compare(*runs, loss=1e-4, grad_norm=1e-2, weights=0.2)
 
 
 def test_a_checkpoint_stored_in_bf16_is_trained_in_fp32_by_both(tiny_tokenizer, tmp_path):
@@ -176,7 +180,7 @@ def test_a_checkpoint_stored_in_bf16_is_trained_in_fp32_by_both(tiny_tokenizer, 
     ours = load_model(tmp_path / "bf16", tiny_tokenizer, CPU, local_files_only=True)
     in_turn = iter([theirs, ours])
     runs = both(tiny_tokenizer, tmp_path, {}, model=lambda _: next(in_turn))
-    assert {weights.dtype for model in runs[2:] for weights in model.parameters()} == {torch.float32}
+    assert {weights.dtype for model in runs[2:4] for weights in model.parameters()} == {torch.float32}
     parity.compare(*runs)
 
 
@@ -201,14 +205,15 @@ def test_the_whole_program_is_trainer(tiny_tokenizer, tmp_path):
         for split in (held_out["train"], evaluated)
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    trainers, eval_loss = reference.train(
-        model, rows, eval_rows, tokenizer.pad_token_id, tmp_path / "trainer", **USUAL, learning_rate=5e-4
-    )
+    with parity.GradientFloor(model) as floor:
+        trainers, eval_loss = reference.train(
+            model, rows, eval_rows, tokenizer.pad_token_id, tmp_path / "trainer", **USUAL, learning_rate=5e-4
+        )
     for update in trainers:
         update.conversations = []  # metrics.jsonl does not name them
     our_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-14", dtype=torch.float32)
     assert len(ours) == 14
-    parity.compare(ours, trainers, our_model, model)
+    parity.compare(ours, trainers, our_model, model, floor.values)
     examples = encode(evaluated["messages"], tiny_tokenizer)
     assert trainers_eval_loss(our_model, examples, batch_size=4) == pytest.approx(eval_loss, rel=1e-6)
 
@@ -273,8 +278,7 @@ def test_real_weights_on_real_conversations(real_tokenizer, tmp_path):
         model=lambda _: load_model(path, real_tokenizer, CPU, local_files_only),
     )
     assert len(runs[0]) == 2
-    # Adam divides by the size of a gradient: where that is a rounding error, among 134 million, so is the step's sign.
-    parity.compare(*runs, weights=1e-5)
+    parity.compare(*runs, weights=1e-2)  # the worst of 134 million
 
 
 # --- a Trainer that has changed: the comparison fails, and says what moved
@@ -328,10 +332,10 @@ def test_a_changed_trainer_is_named_by_what_moved(tiny_tokenizer, tmp_path, monk
 
 
 def test_another_number_of_updates_and_other_weights_are_named(tiny_tokenizer, tmp_path):
-    ours, trainers, our_model, trainers_model = both(tiny_tokenizer, tmp_path, {})
+    ours, trainers, our_model, trainers_model, floor = both(tiny_tokenizer, tmp_path, {})
     with pytest.raises(AssertionError, match=r"^number of updates: .* made 5, we made 6"):
-        parity.compare(ours, trainers[:-1], our_model, trainers_model)
+        parity.compare(ours, trainers[:-1], our_model, trainers_model, floor)
     with torch.no_grad():
         trainers_model.model.norm.weight[0] += 2e-6
-    with pytest.raises(AssertionError, match=r"^weights: .* ends up to 2.\de-06 from ours, tolerance 1e-06"):
-        parity.compare(ours, trainers, our_model, trainers_model)
+    with pytest.raises(AssertionError, match=r"^weights: .* ends up to .* from ours, tolerance 1e-04"):
+        parity.compare(ours, trainers, our_model, trainers_model, floor)
