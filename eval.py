@@ -21,18 +21,20 @@ from compute.layers import in_eval_mode
 from compute.memory import is_out_of_memory
 from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
-from config import FREE_TO_CHANGE, OF_THE_DATASET, Parser, UserError, flag_name, read_record, resolve, with_tuples
+from config import FREE_TO_CHANGE, OF_THE_DATASET, Parser, UserError, flag_name, resolve, with_tuples
 from conversations.preview import refuse_other_file
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, encode_prompt, prepare, prepare_for_evaluation
 from evaluation.chat import Chat, run_chat
+from evaluation.facts import run_facts
 from evaluation.forgetting import MAX_SLICE, overlapping_slices, read_text
 from evaluation.generation import GREEDY, Sampling, answers, system_message, user_message
 from evaluation.page import page
-from evaluation.report import compare_models, format_report, over_runs
+from evaluation.report import compare_models, format_report, over_runs, page_sections
 from model import choose_precision, load_model, loss_and_correct, token_loss
 from storage import hub
 from storage.durable import Damaged, replace_file, verify
+from storage.records import read_record
 
 VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
 
@@ -301,7 +303,7 @@ def report_on(model, run, config, against, whole_dataset, options):
         report |= {"against": evaluated[1].report, **compare_models(*evaluated[::-1])}
     if options["html"]:
         shown = evaluated[0].splits["train"].examples[:3] if evaluated[0].splits else []
-        replace_file(options["html"], page(run, shown, evaluated[0].tokenizer, report))
+        replace_file(options["html"], page(run_facts(run), shown, evaluated[0].tokenizer, page_sections(report)))
     return report
 
 

@@ -36,15 +36,14 @@ from config import OF_THE_TEMPLATE, Parser, UserError, resolve, with_absolute_pa
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from eval import VIBE_PROMPTS, evaluate, greedy_and_sampled
+from evaluation.facts import run_facts
 from evaluation.generation import Sampling, answers
 from model import choose_precision, count_parameters, load_model, load_sharded, ties_hold, token_loss
 from running import report
-from running.dashboard import hyper_parameters
 from running.diagnostics import explain_failed_update, explain_failed_write, explain_out_of_memory, refuse_non_finite
 from running.directory import locked, new_directory, refuse_foreign
 from running.estimate import estimate
-from running.meter import StepMeter, peak_memory
-from running.metrics import Log, Unheard
+from running.metrics import Log, NullLog, peak_memory
 from running.resume import (
     check_agreement,
     check_same_run,
@@ -58,7 +57,7 @@ from running.signals import Signals, Stopped
 from running.state import Run, ensure_best, restore, save, save_best
 from running.together import together
 from storage import hub
-from storage.records import final_numbers, is_finished
+from storage.records import describe, is_finished, write_record
 
 RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: that of --output-dir, if it holds a run"
 
@@ -154,7 +153,6 @@ def fit(run, signals):
     """
     config, last = run.config, run.total_steps
     windows = PrefetchedWindows(run.data.train.examples, config.batch_size, config.seed, run.layout)
-    run.meter = StepMeter(run.model, run.optimizer)
     run.model.train()
     # disable=None: a progress bar only on a terminal
     with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
@@ -188,7 +186,6 @@ def update(run, windows):
     """
     began = time.perf_counter()
     config, examples = run.config, run.data.train.examples
-    logging = run.meter.measuring = (run.step + 1) % config.log_every == 0
     with explain_failed_update(run), deterministic_algorithms(config.deterministic):
         window = windows.at(run.step)
         waited = time.perf_counter() - began
@@ -212,12 +209,11 @@ def update(run, windows):
         numbers["compiled_graphs"] = compiled_graphs()
     seconds = time.perf_counter() - began
     numbers["tokens_per_second"] = numbers["tokens"] / seconds
-    numbers |= {"seconds": seconds, "seconds_data": waited, "seconds_optimizer": run.meter.seconds}
+    numbers |= {"seconds": seconds, "seconds_data": waited}
     numbers["peak_memory"] = peak_memory(run.precision.device)
     numbers["epoch"] = run.step / windows_per_epoch(len(examples), config.batch_size)
-    if logging:
+    if run.step % config.log_every == 0:
         run.log.write("train", run.step, numbers)
-        run.log.add_later(run.step, {f"update_ratio/{name}": ratio for name, ratio in run.meter.ratios.items()})
     return numbers
 
 
@@ -288,7 +284,7 @@ def set_up(config, start=None, allow_changes=False):
     checkpoint = start.path if start else None
     path, local_files_only, tokenizer = tokenizer_of(config, start)
     data = prepare(config, tokenizer)
-    now = report.describe(config, precision, data)
+    now = describe(config, precision, data)
     changed = check_same_run(config.output_dir, start.described, now, allow_changes) if start else []
     if precision.device.type == "cuda":
         refuse_too_large(*count_parameters(path, local_files_only), precision, config)
@@ -341,8 +337,8 @@ def train(run, signals, resumed):
     began = time.perf_counter()
     check_agreement(run)
     if is_first():
-        report.write_record(run.directory, run.described, run.changes)
-    run.log = Log(run.directory, run.step if resumed else None, **run.logged) if is_first() else Unheard()
+        write_record(run.directory, run.described, run.changes)
+    run.log = Log(run.directory, run.step if resumed else None, **run.logged) if is_first() else NullLog()
     try:
         with explain_failed_write(run):
             signals.check()
@@ -350,9 +346,9 @@ def train(run, signals, resumed):
             fit(run, signals)
             finish(run, signals)
             if is_first():
-                report.write_page(run)
-                row = hyper_parameters(run.config, run.precision.name, final_numbers(run.directory))
-                run.log.close(row, run.step)
+                facts = run_facts(run.directory)
+                report.write_page(run, facts)
+                run.log.close(facts)
     except Stopped as stop:
         with explain_failed_write(run):
             if run.begun < run.step and run.optimizer:  # `finish` has freed it
@@ -367,7 +363,7 @@ def train(run, signals, resumed):
     if not is_first():
         return 0
     seconds = f"{time.perf_counter() - began:.0f} s, {run.seconds_saving:.0f} s of it for checkpoints"
-    print(f"\n{run.step} updates, {seconds}\n\n{report.summary(run.directory)}")
+    print(f"\n{run.step} updates, {seconds}\n\n{report.summary(facts)}")
     return 0
 
 
@@ -378,7 +374,6 @@ def begin(run, signals):
     if run.step == 0:
         evaluation = evaluate_split(run, "eval", signals)
         with signals.deferred():
-            run.log.show_run(run.config, run.data.train.examples[:3], run.tokenizer)
             run.log.write("eval", 0, evaluation.report())
             run.log.write_losses("eval", "before", evaluation)
         test_and_answer(run, "before", 0, signals)
@@ -387,7 +382,7 @@ def begin(run, signals):
 def finish(run, signals):
     """What follows the last update: the test loss and the answers of the best model, loaded from disk."""
     from_first(ensure_best, run)
-    run.optimizer = run.model = run.meter = None  # free their memory
+    run.optimizer = run.model = None  # free their memory
     run.model = load(run.directory / "best", run.tokenizer, run.precision, run.config.shard)
     use_layout(run.model, run.layout)
     if not ties_hold(run.model):
@@ -418,7 +413,7 @@ def resume_run(directory, named, allow_changes, dry_run, signals):
     changed = differences(recorded, {**recorded, "config": dataclasses.asdict(config)})
     finished = from_first(is_finished, directory)
     if finished and not changed:
-        print(f"{directory} is finished already" + ("" if dry_run else f"\n\n{report.summary(directory)}"))
+        print(f"{directory} is finished already" + ("" if dry_run else f"\n\n{report.summary(run_facts(directory))}"))
         return 0
     with in_first(locked, directory):
         start = from_first(find_start, directory, recorded)

@@ -1,6 +1,7 @@
 """What `eval.py` reports: two models compared, several runs together, and all of it for reading."""
 
 import sys
+import textwrap
 
 import numpy as np
 
@@ -100,6 +101,14 @@ def format_report(report):
         lines.append(f"\n  {report['finished']} of {len(report['answers'])} answers ended by themselves")
         lines[-1] += f", of {other['model']} {other['finished']}" if other else ""
     return "\n".join(lines)
+
+
+def page_sections(report):
+    """The parts of a report that are not about the run's own files, for its page: pairs of a heading and text."""
+    sections = {"Plain text": [*format_text(report), *format_forgetting(report)]} if "text" in report else {}
+    for name, comparison in report.get("comparison", {}).items():
+        sections[f"Compared on the {name} split"] = format_comparison(name, comparison, names_of(report))
+    return [(heading, textwrap.dedent("\n".join(lines)).strip()) for heading, lines in sections.items()]
 
 
 def names_of(report):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compute.processes import from_first, gathered
-from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_absolute_paths, with_tuples
+from config import FREE_TO_CHANGE, UserError, as_text, flag_name, resolve, with_absolute_paths, with_tuples
 from running.checkpoints import newest_valid
 from running.directory import locked
 from storage.durable import MANIFEST
-from storage.records import is_finished, read_metrics
+from storage.records import is_finished, read_metrics, read_record
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from compute.processes import gathered, is_first, rank, world_size
 from compute.sharding import is_sharded, part_like, whole_in_first
 from config import Config, UserError
 from data import Data, windows_per_epoch
+from evaluation.facts import run_facts
 from model import Precision, put_together, save_model, saved_tensors, with_weights
-from running import report
 from running.background import Background, copies_made, on_host, saves_in_background
 from running.card import model_card
 from running.checkpoints import checkpoint_at, remove_older, save_checkpoint
-from running.meter import StepMeter
 from running.metrics import Log
 from running.shards import agreed, index_of, is_large, read_tensors, save_directory_together, write_tensors
 from storage.durable import Damaged, copy_directory, save_directory, verify
+from storage.records import describe
 
 torch.serialization.set_crc32_options(False)  # slow, and the manifest's SHA-256 notices more
 
@@ -50,7 +50,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: Log | None = None
-    meter: StepMeter | None = None
     step: int = 0  # updates done: the position in training; epoch and window are arithmetic on it
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
@@ -76,7 +75,7 @@ class Run:
     @property
     def described(self):
         device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
-        return report.describe(self.config, self.precision, self.data) | device
+        return describe(self.config, self.precision, self.data) | device
 
 
 def save(run):
@@ -147,7 +146,7 @@ def save_best(run):
     """Make `best/` the model as it is now."""
     with timed(run, "best"):
         about, path = {"step": run.step, **run.described}, run.directory / BEST
-        card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
+        card = model_card(run_facts(run.directory)) if is_first() else None
 
         def write_rest_of(model, directory, weights):
             save_model(model, run.tokenizer, directory, weights)

@@ -9,7 +9,7 @@ from compute.layers import checkpoint_activations
 from compute.self_check import choose_layout
 from data import Data, Split, window_at
 from model import Precision, token_loss
-from running.metrics import Unheard
+from running.metrics import NullLog
 from running.signals import Signals
 from running.state import Run
 from tests.reference import Witness
@@ -39,7 +39,7 @@ def train(model, examples, eval_examples, tokenizer, config):
     data = Data(Split(examples, 0, 0), Split(eval_examples, 0, 0), Split([], 0, 0))
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
-    run.log = Unheard()
+    run.log = NullLog()
     run.log.write = write
     run.begun, run.best_loss = run.total_steps, -math.inf  # so that nothing is saved
     fit(run, Signals())

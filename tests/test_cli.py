@@ -23,12 +23,12 @@ from config import (
     UserError,
     make_output_last,
     print_error,
-    read_record,
     resolve,
     run_command,
     with_absolute_paths,
 )
 from storage import hub
+from storage.records import read_record
 
 ROOT = Path(__file__).parent.parent
 

@@ -304,7 +304,7 @@ def test_a_run_goes_on_under_another_number_of_processes(flags, lives, live, unb
 def test_resume_auto_begins_and_goes_on_and_ends(flags, live, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
-    assert live(argv, partial(on_call, "running.report.replace_file", 1, kill)).wait() == 137  # before there is a run
+    assert live(argv, partial(on_call, "storage.records.replace_file", 1, kill)).wait() == 137  # before there is a run
     assert live(argv, partial(on_call, "train.update", 8, kill)).wait() == 137
     life = live(argv)
     assert life.wait() == 0, life.complained
