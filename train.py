@@ -44,6 +44,7 @@ from running.diagnostics import explain_failed_update, explain_failed_write, exp
 from running.directory import locked, new_directory, refuse_foreign
 from running.estimate import estimate
 from running.metrics import Log, NullLog, peak_memory
+from running.progress import Progress
 from running.resume import (
     check_agreement,
     check_same_run,
@@ -154,8 +155,7 @@ def fit(run, signals):
     config, last = run.config, run.total_steps
     windows = PrefetchedWindows(run.data.train.examples, config.batch_size, config.seed, run.layout)
     run.model.train()
-    # disable=None: a progress bar only on a terminal
-    with tqdm(total=last, initial=run.step, unit="update", disable=None) as progress:
+    with Progress(last, run.step) as progress:
         while True:
             if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= last):
                 began = time.perf_counter()
@@ -174,8 +174,7 @@ def fit(run, signals):
             with signals.deferred():
                 numbers = update(run, windows)
             if numbers:
-                progress.update()
-                progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:,.0f} tokens/s")
+                progress.update(numbers)
 
 
 def update(run, windows):
