@@ -26,6 +26,7 @@ def run_facts(run):
     config = record["config"]
     evaluated = [line for line in metrics if line["kind"] == "eval" and line["step"]]
     best_step = min(evaluated, key=lambda line: line["loss"])["step"] if evaluated else None
+    updates = max((line["step"] for line in metrics), default=0)
     model, datasets = short_name(config["model"]), [short_name(name) for name in config["dataset"]]
     return {
         "directory": str(run),
@@ -38,9 +39,10 @@ def run_facts(run):
         "data": record["data"],
         "versions": record["versions"],
         "metrics": metrics,
+        "updates": updates,
         "best_step": best_step,
         "losses": {kind: compare_losses(kind, metrics, best_step, losses) for kind in ("eval", "test")},
-        "cost": training_cost([line for line in metrics if line["kind"] == "train"]),
+        "cost": training_cost([line for line in metrics if line["kind"] == "train"], updates),
         "answers": pair_answers(read_answers(run)),
     }
 
@@ -64,15 +66,14 @@ def compare_losses(kind, metrics, best_step, losses):
     return {"before": before, "after": after, "difference": text}
 
 
-def training_cost(lines):
-    """Updates, seconds, tokens and memory (bytes) of a run's training, from its "train" lines; None without any."""
+def training_cost(lines, updates):
+    """Seconds, tokens and memory (bytes) of a number of updates, from the "train" lines; None where there are none."""
     if not lines:
         return None
-    share = lines[-1]["step"] / len(lines)  # --log-every leaves lines out
+    share = updates / len(lines)  # --log-every leaves lines out
     tokens, supervised = (sum(line[name] for line in lines) for name in ("tokens", "supervised_tokens"))
     seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines)
     return {
-        "updates": lines[-1]["step"],
         "seconds": share * seconds,
         "tokens": round(share * tokens),
         "supervised_share": supervised / tokens,

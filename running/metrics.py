@@ -89,18 +89,13 @@ class Log:
         """Close the log; of a finished run, its `run_facts` become a row in TensorBoard's table of hyperparameters."""
         if facts:
             settings = {"model": facts["model"], "dataset": " ".join(facts["datasets"]), **facts["recipe"]}
-            final = {
-                f"final/{kind}_{name}": loss["after"][name]
-                for kind, loss in facts["losses"].items()
-                if loss["after"]
-                for name in ("loss", "accuracy")
-            }
-            if facts["cost"]:
-                final["final/tokens_per_second"] = facts["cost"]["tokens_per_second"]
-                # A run that is extended discards the row, as all events of its last step.
-                step = facts["cost"]["updates"]
-                self.call_tensorboard("flush")
-                self.call_tensorboard("add_hparams", settings, final, None, ".", step)
+            final = {"final/tokens_per_second": facts["cost"]["tokens_per_second"]} if facts["cost"] else {}
+            for kind, loss in facts["losses"].items():
+                if loss["after"]:
+                    final |= {f"final/{kind}_{name}": loss["after"][name] for name in ("loss", "accuracy")}
+            # At the last step: a run that is extended discards the row with all events of that step.
+            self.call_tensorboard("flush")
+            self.call_tensorboard("add_hparams", settings, final, None, ".", facts["updates"])
         self.call_tensorboard("close")
 
     # --- TensorBoard

@@ -110,6 +110,9 @@ def test_lost_lines_of_the_log_lose_only_their_part(run, tiny_tokenizer):
         (run / "metrics.jsonl").write_text("".join(kept))
         assert page(run_facts(run), [], tiny_tokenizer).startswith(PAGE)
         assert "the best model" in summary(run_facts(run))
+    first, *_, last = [line for line in map(json.loads, lines) if line["kind"] == "train"]  # as --log-every 2 leaves
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, last)))
+    assert run_facts(run)["cost"]["tokens"] == round(3 / 2 * (first["tokens"] + last["tokens"]))
 
 
 def test_the_command_writes_the_page_anew_with_a_comparison(run, tiny_model_dir, tmp_path):
