@@ -1,35 +1,37 @@
 """Is one model better than another on the same conversations, by how much, and is that more than chance?
 
 Both are scored on each conversation, so the comparison is paired. What is uncertain is which conversations were held
-out: an interval comes from drawing them anew, with replacement (a bootstrap over conversations).
+out: intervals come from a bootstrap, which draws the conversations anew with replacement.
 """
 
-import textwrap
+import itertools
+import sys
 
 import numpy as np
 import torch
 
 RESAMPLES = 2000
-FEWEST = 5  # conversations of which an interval is made
-TIE = 1e-3  # nats a token: below it nobody has won
-SHOWN = 10  # of the conversations that changed most
+MIN_CONVERSATIONS = 5  # for an interval
+TIE = 1e-3  # nats a token: a smaller difference is a tie
+MAX_SHOWN = 10  # conversations that got better most, and as many that got worse
+BLOCK = 64  # tokens of a text that the bootstrap draws together, because neighbours depend on each other
 
 
 def difference(before, after, tokens, seed=0):
     """The difference of two losses per token over the same conversations, with its 95 % interval.
 
     Args:
-        before, after, tokens: (n,) each: of each conversation both loss sums, and how many tokens they are over.
+        before, after, tokens: (n,) each: both loss sums of each conversation, and its number of tokens.
 
     Returns:
-        A dict of "before", "after", "difference" (of these two, so below 0 where it got better), "interval" ([low,
-        high], None of fewer than FEWEST conversations), "conversations", "tokens".
+        A dict of "before", "after", "difference" (after - before: below 0 is better), "interval" ([low, high], or None
+        for fewer than MIN_CONVERSATIONS), "conversations", "tokens".
     """
     before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (before, after, tokens))
     n, change = len(tokens), after - before
     interval = None
-    if n >= FEWEST:
-        interval = np.quantile(resampled(change, tokens, seed), [0.025, 0.975]).tolist()
+    if n >= MIN_CONVERSATIONS:
+        interval = np.quantile(bootstrap(change, tokens, seed), [0.025, 0.975]).tolist()
     return {
         "before": before.sum() / tokens.sum(),
         "after": after.sum() / tokens.sum(),
@@ -40,20 +42,20 @@ def difference(before, after, tokens, seed=0):
     }
 
 
-def resampled(change, tokens, seed):
+def bootstrap(change, tokens, seed):
     """The difference per token in RESAMPLES draws of n of the n conversations, (RESAMPLES,)."""
     random, n = np.random.default_rng(seed), len(tokens)
-    drawn = (random.integers(n, size=n) for _ in range(RESAMPLES))
-    return np.array([change[rows].sum() / tokens[rows].sum() for rows in drawn])
+    draws = (random.integers(n, size=n) for _ in range(RESAMPLES))
+    return np.array([change[rows].sum() / tokens[rows].sum() for rows in draws])
 
 
-def compare(before, after, examples, locations, openings):
-    """Everything a comparison of two models over a split says, as a dict.
+def compare(before, after, examples, locations, excerpts):
+    """The comparison of two models over a split, as a dict: in total, by group, and what changed most.
 
     Args:
-        before, after: for each example the losses of its supervised tokens, as `Evaluation.token_losses` holds them.
-        locations: where each conversation was read, "file:line".
-        openings: how each begins, to recognise it by.
+        before, after: the token losses of each example, as in `Evaluation.token_losses`.
+        locations: the "file:line" of each conversation.
+        excerpts: the beginning of each conversation, to recognise it by.
     """
     sums = np.array([[float(one.sum()) for one in losses] for losses in (before, after)])
     tokens = np.array([len(one) for one in before])
@@ -62,7 +64,7 @@ def compare(before, after, examples, locations, openings):
     rows = [
         {
             "location": locations[row],
-            "opening": openings[row],
+            "opening": excerpts[row],
             "before": sums[0][row] / tokens[row],
             "after": sums[1][row] / tokens[row],
         }
@@ -77,8 +79,8 @@ def compare(before, after, examples, locations, openings):
         "by_turn": by_turn(before, after, examples),
         "by_length": by_group(sums, tokens, by_thirds([len(example.input_ids) for example in examples])),
         "by_source": by_group(sums, tokens, [(source, source) for source in sources]),
-        "better": [row for row in rows[:SHOWN] if row["after"] < row["before"]],
-        "worse": [row for row in rows[::-1][:SHOWN] if row["after"] > row["before"]],
+        "better": [row for row in rows[:MAX_SHOWN] if row["after"] < row["before"]],
+        "worse": [row for row in rows[::-1][:MAX_SHOWN] if row["after"] > row["before"]],
     }
 
 
@@ -86,7 +88,7 @@ def by_group(sums, tokens, groups):
     """The `difference` of each group of conversations, with its "name".
 
     Args:
-        groups: for each conversation what sorts its group, and the group's name.
+        groups: `(sort key, name)` of each conversation's group.
     """
     return [
         {"name": name, **difference(*sums[:, rows], tokens[rows])}
@@ -96,74 +98,97 @@ def by_group(sums, tokens, groups):
 
 
 def by_thirds(lengths):
-    """Which third of the conversations each belongs to by its length in tokens: `(third, name)`."""
+    """The third, by length in tokens, that each conversation belongs to: `(third, name)`."""
     edges = np.quantile(lengths, [1 / 3, 2 / 3]).astype(int).tolist()
     names = (f"to {edges[0]} tokens", f"to {edges[1]} tokens", f"above {edges[1]} tokens")
-    thirds = [int(np.searchsorted(edges, length)) for length in lengths]
-    return [(third, names[third]) for third in thirds]
+    return [(third, names[third]) for third in np.searchsorted(edges, lengths).tolist()]
 
 
 def by_turn(before, after, examples):
     """The `difference` of each turn: of the first supervised answer of each conversation, of the second, …"""
-    parts = {}
-    for one, other, example in zip(before, after, examples, strict=True):
-        turns = turns_of(example)
-        for turn in sorted(set(turns.tolist())):
-            chosen = turns == turn
-            part = (float(one[chosen].sum()), float(other[chosen].sum()), int(chosen.sum()))
-            parts.setdefault(turn, []).append(part)
-    return [{"name": f"turn {turn}", **difference(*zip(*parts[turn], strict=True))} for turn in sorted(parts)]
+    sums, tokens, groups = [], [], []
+    for losses, others, example in zip(before, after, examples, strict=True):
+        turns = turn_numbers(example)
+        for turn in turns.unique().tolist():
+            sums.append([float(losses[turns == turn].sum()), float(others[turns == turn].sum())])
+            tokens.append(int((turns == turn).sum()))
+            groups.append((turn, f"turn {turn}"))
+    return by_group(np.array(sums).T, np.array(tokens), groups)
 
 
-def turns_of(example):
-    """Which of the conversation's supervised answers each of its scored tokens belongs to, from 1."""
+def turn_numbers(example):
+    """The number, from 1, of the supervised answer that each scored token belongs to, (tokens,)."""
     supervised = example.supervised
-    begins = supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])
-    return begins.cumsum(0)[1:][supervised[1:]]
+    starts = supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])
+    return starts.cumsum(0)[1:][supervised[1:]]  # the first token of a conversation is never scored
 
 
-def format_comparison(split, found, names):
-    """A comparison for reading, as lines.
+def compare_models(before, after):
+    """The differences of two `ModelReport`s, as parts of a report.
+
+    Returns:
+        A dict of "comparison", the `compare` of each split, and of "forgetting", if both were evaluated on a text. What
+        the models read differently is left out with a warning: losses over different tokens cannot be compared.
+    """
+    found = {"comparison": {}}
+    for name in [name for name in before.evaluations if name in after.evaluations]:
+        losses = [model.evaluations[name].token_losses for model in (before, after)]
+        examples, others = list(before.examples[name]), list(after.examples[name])
+        pairs = itertools.zip_longest(examples, others)
+        if not all(one and other and one.labels.equal(other.labels) for one, other in pairs):
+            why = "as the two models read it differently (tokenizer, template or context length)"
+            print(f"warning: {name}: not compared, {why}", file=sys.stderr)
+        elif name == "text":
+            found["forgetting"] = compare_texts(*losses)
+        else:
+            locations = [before.examples[name].location(row) for row in range(len(examples))]
+            starts = [before.tokenizer.decode(one.input_ids[:60], skip_special_tokens=True) for one in examples]
+            excerpts = [" ".join(text.split())[:60] for text in starts]
+            found["comparison"][name] = compare(*losses, examples, locations, excerpts)
+    return found
+
+
+def compare_texts(before, after):
+    """The `difference` of two models on a text, over blocks of BLOCK tokens instead of conversations.
 
     Args:
-        names: of the two models, the first one first.
+        before, after: the token losses of its slices, as in `Evaluation.token_losses`.
     """
-    yield f"  {split}: {names[1]} against {names[0]}"
-    yield f"    loss {found['before']:.4f} -> {found['after']:.4f}: {verdict(found)}"
-    counts = "won {won}, lost {lost}, tied {tied} of {conversations} conversations".format(**found)
-    yield f"    {counts}"
-    for title in ("by_turn", "by_length", "by_source"):
-        if len(found[title]) > 1:
-            yield f"    {title.replace('_', ' ')}"
-            yield from (f"      {group['name']:<22} {described(group)}" for group in found[title])
-    for title, rows in (("got better most", found["better"]), ("got worse most", found["worse"])):
-        if rows:
-            yield f"    {title}"
-        for row in rows:
-            numbers = f"{row['before']:.3f} -> {row['after']:.3f}"
-            yield f"      {numbers}  {row['location'].rsplit('/', 1)[-1]}  {row['opening']}"
+    blocks = [torch.cat(losses).double().split(BLOCK) for losses in (before, after)]
+    sums = [[block.sum().item() for block in model] for model in blocks]
+    found = difference(*sums, [len(block) for block in blocks[0]])
+    found["blocks"] = found.pop("conversations")
+    return found
 
 
-def described(found):
-    """A `difference` in a few words."""
-    interval = "too few for an interval"
-    if found["interval"]:
-        interval = "[{:+.4f}, {:+.4f}]".format(*found["interval"])
-    return f"{found['difference']:+.4f} {interval} ({found['conversations']} conversations, {found['tokens']:,} tokens)"
+def mean_over_runs(reports):
+    """The mean and standard deviation over runs of each loss that all of them have, as a dict by its name.
+
+    Each run is evaluated on its own held-out conversations: another seed's run has trained on some of them.
+    """
+    runs, found = [get_losses(report) for report in reports], {}
+    for name in runs[0]:
+        if all(name in losses for losses in runs):
+            values, differences = zip(*(losses[name] for losses in runs), strict=True)
+            found[name] = {**spread(values), "difference": None if None in differences else spread(differences)}
+    return found
+
+
+def get_losses(report):
+    """The losses in a report by name: (loss, difference from the other model or None)."""
+    compared = report.get("comparison", {}) | {"text": report.get("forgetting", {})}
+    losses = report["splits"] | ({"text": report["text"]} if "text" in report else {})
+    return {f"{name} loss": (losses[name]["loss"], compared.get(name, {}).get("difference")) for name in losses}
+
+
+def spread(values):
+    return {"values": list(values), "mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}  # of a sample
 
 
 def verdict(found):
-    """What a `difference` allows to say."""
+    """A `difference` in words: better, worse, or within chance."""
     if not found["interval"]:
         return f"{found['difference']:+.4f}, too few for an interval"
     low, high = found["interval"]
     better = "better" if high < 0 else "worse" if low > 0 else "no difference beyond chance"
     return f"{found['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]: {better}"
-
-
-def side_by_side(left, right, width=54):
-    """Two texts wrapped into columns, line by line."""
-    columns = [[line for part in text.splitlines() for line in textwrap.wrap(part, width)] for text in (left, right)]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return [f"  {row[0]:<{width}} | {row[1]}".rstrip() for row in rows]

@@ -1,11 +1,12 @@
-"""Answers of a model to prompts, many at a time; each is what the model would say to that prompt alone."""
+"""Generate answers to prompts, many at a time; each is what the model would answer to that prompt alone."""
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -18,7 +19,7 @@ from compute.layers import in_eval_mode
 from conversations.templates import stop_ids
 from data import encode_prompt
 
-BATCH_TOKENS = 16_384  # prompts, padding and new tokens together: what the cache of keys and values holds at once
+BATCH_TOKENS = 16_384  # prompts, padding and new tokens of a batch: what the KV cache holds at once
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sampling:
     seed: int = 42
 
     @property
-    def greedy(self):
+    def greedy(self) -> bool:
         return self.temperature == 0
 
 
@@ -40,7 +41,7 @@ GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a prompt, and whether it ended by itself (with its stop token) rather than at the limit."""
+    """The answer to a prompt; finished where it ended with a stop token rather than at the length limit."""
 
     prompt: str
     text: str
@@ -50,53 +51,61 @@ class Answer:
 
 
 @torch.no_grad()
-def answers(model, tokenizer, prompts, sampling=GREEDY, max_new_tokens=50, system=""):
-    """A model's `Answer` to each of some prompts, in their order, after a system message if there is one.
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling = GREEDY,
+    max_new_tokens: int = 50,
+    system: str = "",
+) -> list[Answer]:
+    """A model's `Answer` to each prompt, in their order.
 
-    The global random state is left as it was, so asking a model something never changes its training. What is sampled
-    depends on the seed and the prompt, not on the prompts beside it. An answer ends where the model attends to no
-    further token; it is empty where the prompt is longer than that.
+    A sampled answer depends on the seed and its prompt, not on the other prompts. The global random state is left
+    unchanged, so generating answers never changes training. An answer ends at the model's context length; it is empty
+    if the prompt alone is longer.
+
+    Args:
+        system: the system message before each prompt; none if empty.
     """
-    encoded = [encode_prompt([*system_message(system), user_message(prompt)], tokenizer) for prompt in prompts]
-    said = {number: encoded[0][:0] for number in range(len(prompts))}
-    for batch in cut(encoded, tokenizer.model_max_length, max_new_tokens):
-        seeds = [seed_of(sampling.seed, encoded[number]) for number in batch]
+    encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
+    generated = [ids[:0] for ids in encoded]
+    for batch in batch_prompts(encoded, tokenizer.model_max_length, max_new_tokens):
+        seeds = [derive_seed(sampling.seed, encoded[number]) for number in batch]
         new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens, seeds)
-        said |= zip(batch, new, strict=True)
+        for number, ids in zip(batch, new, strict=True):
+            generated[number] = ids
     stops = torch.tensor(stop_ids(tokenizer))
     return [
         Answer(
             prompt,
-            tokenizer.decode(said[number], skip_special_tokens=True).strip(),
-            bool(torch.isin(said[number][-1:], stops).any()),
-            len(said[number]),
+            tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            bool(torch.isin(ids[-1:], stops).any()),
+            len(ids),
             sampling.greedy,
         )
-        for number, prompt in enumerate(prompts)
+        for prompt, ids in zip(prompts, generated, strict=True)
     ]
 
 
-def system_message(text):
-    """A list with a system message of a text, empty where the text is."""
-    return [{"role": "system", "content": text}] if text else []
+def encode_with_system(prompt, tokenizer, system=""):
+    """The ids of a system message (none if empty) and a prompt up to where the assistant answers, (T,)."""
+    before = [{"role": "system", "content": system}] if system else []
+    return encode_prompt([*before, {"role": "user", "content": prompt}], tokenizer)
 
 
-def user_message(text):
-    """A user's message."""
-    return {"role": "user", "content": text}
+def batch_prompts(encoded, context_length, max_new_tokens):
+    """The indices of prompts as batches of similar length within BATCH_TOKENS.
 
-
-def cut(encoded, longest, max_new_tokens):
-    """Lists of the numbers of prompts that are answered together: of similar length, within BATCH_TOKENS.
-
-    Prompts near the end of what the model attends to have less room for an answer, and each is alone.
+    A prompt without room for `max_new_tokens` is in a batch of its own, as it shortens the answers beside it. One that
+    fills the context length is left out.
     """
     batches, batch = [], []
-    for number in sorted(range(len(encoded)), key=lambda each: len(encoded[each])):
-        length = len(encoded[number])
-        if length >= longest:
-            continue
-        if batch and (length + max_new_tokens > longest or (len(batch) + 1) * (length + max_new_tokens) > BATCH_TOKENS):
+    for number in sorted(range(len(encoded)), key=lambda number: len(encoded[number])):
+        length = len(encoded[number]) + max_new_tokens
+        if len(encoded[number]) >= context_length:
+            break
+        if batch and (length > context_length or (len(batch) + 1) * length > BATCH_TOKENS):
             batches.append(batch)
             batch = []
         batch.append(number)
@@ -105,12 +114,12 @@ def cut(encoded, longest, max_new_tokens):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streamer=None):
-    """The ids that a model says to prompts, a tensor each, up to and with its stop token.
+    """The generated ids for each prompt, a list of (T,), up to and including its stop token.
 
     Args:
-        prompts: ids, (T,) each, which are padded on the left to the longest.
+        prompts: ids, (T,) each; they are padded on the left to the longest.
         seeds: one for each prompt.
-        streamer: of transformers; it gets the ids of a single prompt's answer as they come.
+        streamer: a `BaseStreamer` of transformers; receives the ids of a single prompt's answer as they are generated.
     """
     length, stops = max(map(len, prompts)), stop_ids(tokenizer)
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id)  # (B, T)
@@ -119,35 +128,32 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
     settings = GenerationConfig(
-        do_sample=False,  # `chosen_by` samples, so that each prompt has a generator of its own
+        do_sample=False,  # `GumbelNoise` samples, with a generator for each prompt
         max_new_tokens=min(max_new_tokens, tokenizer.model_max_length - length),
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    processors = chosen_by(sampling, seeds, tokenizer.pad_token_id, length)
-    # A compiled model would be recompiled, as the cache grows by a token at a time.
     with (
         in_eval_mode(model),
         masked_attention(model),
         torch.random.fork_rng(devices),
-        torch.compiler.set_stance("force_eager"),
+        torch.compiler.set_stance("force_eager"),  # the KV cache grows with each token: layers would be recompiled
     ):
         out = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
-            logits_processor=processors,
+            logits_processor=logits_processors(sampling, seeds, tokenizer.pad_token_id, length),
             streamer=streamer,
-        ).cpu()
-    said = out[:, length:]
-    ends = [torch.isin(row, torch.tensor(stops)).nonzero()[:1, 0] for row in said]
-    return [row[: end.item() + 1] if len(end) else row for row, end in zip(said, ends, strict=True)]
+        ).cpu()[:, length:]
+    ends = [torch.isin(row, torch.tensor(stops)).nonzero()[:1, 0] for row in out]
+    return [row[: end.item() + 1] if len(end) else row for row, end in zip(out, ends, strict=True)]
 
 
 @contextlib.contextmanager
 def masked_attention(model):
-    """Attention that respects padding; packed attention has no mask."""
+    """Attention that respects padding, which packed attention does not."""
     usual = model.config._attn_implementation
     if usual == PACKED:
         model.set_attn_implementation("sdpa")
@@ -158,29 +164,29 @@ def masked_attention(model):
             model.set_attn_implementation(PACKED)
 
 
-def chosen_by(sampling, seeds, pad_id, length):
-    """The processors of logits after which the highest is the next token."""
+def logits_processors(sampling, seeds, pad_id, length):
+    """The processors of logits after which the argmax is the next token."""
     chain = []
     if sampling.repetition_penalty != 1:
         chain.append(RepetitionPenalty(sampling.repetition_penalty, pad_id, length))
     if not sampling.greedy:
-        chain += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), Noise(seeds)]
+        chain += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), GumbelNoise(seeds)]
     return chain
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """transformers' penalty on tokens that were said, but not on padding: a prompt's answer does not depend on it."""
+    """transformers' repetition penalty without the padding, which would make an answer depend on the batch."""
 
     def __init__(self, penalty, pad_id, length):
         self.penalize, self.pad_id, self.last = RepetitionPenaltyLogitsProcessor(penalty), pad_id, length - 1
 
     def __call__(self, input_ids, scores):
-        said = torch.where(input_ids == self.pad_id, input_ids[:, self.last :][:, :1], input_ids)
-        return self.penalize(said, scores)
+        last = input_ids[:, self.last, None]  # of the prompt, (B, 1): it stands in for the padding
+        return self.penalize(torch.where(input_ids == self.pad_id, last, input_ids), scores)
 
 
-class Noise(LogitsProcessor):
-    """Gumbel noise on logits: the highest sum is a sample of their softmax. Each row has a generator of its own."""
+class GumbelNoise(LogitsProcessor):
+    """Gumbel noise on logits, so that their argmax is a sample of their softmax; each row has its own generator."""
 
     def __init__(self, seeds):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -192,7 +198,7 @@ class Noise(LogitsProcessor):
         return scores - noise.log().to(scores)
 
 
-def seed_of(seed, prompt):
-    """The seed of the answer to a prompt, from the ids of it: the same beside any others."""
+def derive_seed(seed, prompt):
+    """A seed for the answer to a prompt, from its ids: the same whatever other prompts there are."""
     digest = hashlib.sha256(f"{seed} {prompt.tolist()}".encode()).digest()
     return int.from_bytes(digest[:7], "big")

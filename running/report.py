@@ -8,8 +8,8 @@ from compute.processes import world_size
 from config import PRESETS, as_text
 from conversations.preview import is_replaceable
 from data import window_at, windows_per_epoch
-from evaluation.comparison import side_by_side
 from evaluation.facts import format_bytes
+from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
 from storage.durable import replace_file
 

@@ -1,10 +1,11 @@
-"""Talking to a model: what it remembers, what stops it, and how it reads prompts from a pipe and a terminal."""
+"""Chatting with a model: what it remembers, what stops it, and how it reads prompts from a pipe and a terminal."""
 
 import fcntl
 import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from config import UserError
 from evaluation import chat as chat_module
 from evaluation.chat import Chat
 from evaluation.generation import GREEDY, answers
-from tests.test_generation import always_saying
+from tests.test_generation import always_generating
 
 ROOT = Path(__file__).parents[1]
 LETTER = 70  # the byte tokenizer's id of some letter
@@ -27,26 +28,28 @@ LETTER = 70  # the byte tokenizer's id of some letter
 
 @pytest.fixture
 def chat(tiny_model, tiny_tokenizer):
-    """With a model that says one letter, over and over."""
-    always_saying(LETTER, tiny_model, tiny_tokenizer)
+    """With a model that generates one letter, over and over."""
+    always_generating(LETTER, tiny_model, tiny_tokenizer)
     return Chat(tiny_model, tiny_tokenizer, GREEDY, 5, "Be brief.")
 
 
-def test_it_says_what_it_would_answer_and_remembers(chat, capsys):
+def test_it_gives_the_same_answer_as_to_the_prompt_alone_and_remembers_it(chat, capsys):
     alone = answers(chat.model, chat.tokenizer, ["Hi"], GREEDY, 5, "Be brief.")[0].text
-    chat.say("Hi")
+    chat.respond("Hi")
     assert capsys.readouterr().out.strip() == alone
-    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
-    assert chat.messages[2]["content"] == alone
-    chat.say("And?")
-    assert len(chat.messages) == 5
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1]["content"] == alone
+    chat.respond("And?")
+    text = chat.tokenizer.decode(chat.encode())
+    assert [message["content"] for message in chat.messages[:3]] == ["Hi", alone, "And?"]
+    assert re.search(r"Be brief\..*Hi.*And\?", text, re.DOTALL)
 
 
 def test_it_streams(chat, capsys, monkeypatch):
     seen, print_part = [], chat_module.Streamer.put
     monkeypatch.setattr(chat_module.Streamer, "put", lambda s, value: (print_part(s, value), seen.append(s.text))[0])
     chat.max_new_tokens = 3
-    chat.say("Hi")
+    chat.respond("Hi")
     assert len(seen) == 4  # the prompt and three tokens
     letter = chat.tokenizer.decode([LETTER])
     assert capsys.readouterr().out == 3 * letter + "\n"
@@ -62,7 +65,7 @@ def test_ctrl_c_stops_the_answer_and_its_beginning_is_remembered(chat, capsys, m
 
     monkeypatch.setattr(chat_module.Streamer, "put", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    chat.say("Hi")
+    chat.respond("Hi")
     signal.signal(signal.SIGINT, before)
     two = 2 * chat.tokenizer.decode([LETTER])
     assert capsys.readouterr().out == two + "\n"
@@ -70,52 +73,43 @@ def test_ctrl_c_stops_the_answer_and_its_beginning_is_remembered(chat, capsys, m
     assert chat.model.training  # as it was made
 
 
-def test_its_commands(chat, tmp_path):
-    assert chat.command("/undo") == "there is nothing to undo"
-    path = tmp_path / "said.jsonl"
-    assert chat.command(f"/save {path}") == "there is nothing to save yet"
-    assert not path.exists()
-    chat.say("Hi")
+def test_its_commands(chat):
+    assert chat.run_command("/undo") == "there is nothing to undo"
+    chat.respond("Hi")
     first = list(chat.messages)
-    chat.say("And?")
-    chat.command("/undo")
+    chat.respond("And?")
+    chat.run_command("/undo")
     assert chat.messages == first
-    assert chat.command(f"/save {path}") == f"written to {path}"
-    assert json.loads(path.read_text()) == {"messages": first}
-    assert chat.command(f"/save {path}") == f"{path} exists; name another file"
-    assert "no/x" in chat.command(f"/save {tmp_path}/no/x")
-    assert chat.command("/save") == "/save needs the name of a file"
-    chat.command("/reset")
-    assert chat.messages == first[:1]
-    assert "/undo" in chat.command("/help")
+    chat.run_command("/reset")
+    assert chat.messages == []
+    assert "/undo" in chat.run_command("/help")
 
 
-def test_an_answer_of_nothing_is_not_remembered(chat, capsys):
-    always_saying(chat.tokenizer.eos_token_id, chat.model, chat.tokenizer)
-    chat.say("Hi")
-    assert len(chat.messages) == 1
-    assert capsys.readouterr().err == "(no answer; the exchange is not kept)\n"
+def test_an_empty_answer_is_not_remembered(chat, capsys):
+    always_generating(chat.tokenizer.eos_token_id, chat.model, chat.tokenizer)
+    chat.respond("Hi")
+    assert chat.messages == []
+    assert capsys.readouterr().err == "(no answer; the prompt is not kept)\n"
 
 
-def test_the_first_exchanges_are_forgotten_where_there_is_no_more_room(chat, monkeypatch, capsys):
+def test_the_first_exchanges_are_dropped_beyond_the_context_length(chat, monkeypatch, capsys):
     monkeypatch.setattr(chat.tokenizer, "model_max_length", 120)
     for number in range(4):
-        chat.say(f"Hi {number}")
-    assert chat.messages[0]["role"] == "system"
-    assert chat.messages[1]["content"] != "Hi 0"
+        chat.respond(f"Hi {number}")
+    assert chat.messages[0]["content"] in ("Hi 1", "Hi 2", "Hi 3")
     assert chat.messages[-2]["content"] == "Hi 3"
-    before = list(chat.messages)
-    chat.say("far too long " * 20)
-    assert "too long" in capsys.readouterr().err
-    assert chat.messages[-1:] == before[-1:] or chat.messages == before[:1]
+    assert "Be brief." in chat.tokenizer.decode(chat.encode())
+    chat.respond("far too long " * 20)
+    assert "longer than the context length" in capsys.readouterr().err
+    assert chat.messages == []
 
 
 def test_piped_it_reads_prompts_line_by_line_and_prints_nothing_but_answers(tiny_model_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\n/nothing\nAnd?"))
-    said = []
-    monkeypatch.setattr(Chat, "say", lambda _, prompt: (said.append(prompt), print("answer")))
+    prompts = []
+    monkeypatch.setattr(Chat, "respond", lambda _, prompt: (prompts.append(prompt), print("answer")))
     assert eval_command.main([str(tiny_model_dir), "--chat"]) == 0
-    assert said == ["Hi", "And?"]
+    assert prompts == ["Hi", "And?"]
     printed = capsys.readouterr()
     assert printed.out == "answer\nanswer\n"
     assert "/undo" in printed.err
@@ -123,7 +117,7 @@ def test_piped_it_reads_prompts_line_by_line_and_prints_nothing_but_answers(tiny
 
 @pytest.fixture
 def terminal():
-    """Both ends of a terminal, and a function that starts a command in it; what it has started is killed at the end."""
+    """Our end of a terminal, and a function that starts a command in it, which is killed at the end."""
     (ours, theirs), started = pty.openpty(), []
 
     def take_terminal():
@@ -146,21 +140,21 @@ def terminal():
         os.close(descriptor)
 
 
-def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir, terminal):
+def test_in_a_terminal_ctrl_d_quits_and_lines_can_be_edited(tiny_model_dir, terminal):
     ours, start = terminal
-    process, said = start(sys.executable, str(ROOT / "eval.py"), str(tiny_model_dir), "--chat"), b""
+    process, output = start(sys.executable, str(ROOT / "eval.py"), str(tiny_model_dir), "--chat"), b""
 
     def until(text):
-        nonlocal said
-        while text not in said and select.select([ours], [], [], 120)[0]:
-            said += os.read(ours, 1000)
-        assert text in said
-        said = said.split(text, 1)[1]
+        nonlocal output
+        while text not in output and select.select([ours], [], [], 120)[0]:
+            output += os.read(ours, 1000)
+        assert text in output
+        output = output.split(text, 1)[1]
 
-    until(b"Ctrl-D leaves")
+    until(b"Ctrl-D quits")
     until(b"> ")
     while not select.select([ours], [], [], 1)[0]:  # Python misses a signal between the prompt and the wait for a key
-        os.write(ours, b"\x03")  # Ctrl-C where nothing is being said
+        os.write(ours, b"\x03")  # Ctrl-C while nothing is generated
     until(b"> ")
     os.write(ours, b"/undp\x7fo\n")  # a line with a mistake, corrected
     until(b"there is nothing to undo")
@@ -170,7 +164,7 @@ def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir, ter
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--temperature", "0"], "--temperature must be above 0 (--greedy"),
         (["--temperature", "nan"], "--temperature must be above 0"),
@@ -181,21 +175,21 @@ def test_in_a_terminal_ctrl_d_leaves_and_lines_can_be_edited(tiny_model_dir, ter
         (["--chat", "--against", "x"], "leave --against out"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(tiny_model_dir, arguments, said):
+def test_invalid_options_are_refused(tiny_model_dir, arguments, message):
     with pytest.raises(UserError) as raised:
         eval_command.main([str(tiny_model_dir), *arguments])
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_sampling_options_and_the_system_message_change_answers(tiny_model_dir, chats, capsys):
-    def said(*arguments):
+    def generated(*arguments):
         command = [str(tiny_model_dir), "--dataset", str(chats), "--json", "--prompts", "Hi", "--max-new-tokens", "20"]
         assert eval_command.main([*command, *arguments]) == 0
         return [one["text"] for one in json.loads(capsys.readouterr().out)["answers"]]
 
-    greedy, sampled = said()
+    greedy, sampled = generated()
     for arguments in (["--temperature", "50"], ["--top-p", "0.01"], ["--repetition-penalty", "0.01"], ["--seed", "1"]):
-        changed = said(*arguments)
+        changed = generated(*arguments)
         assert changed[0] == greedy
         assert changed[1] != sampled, arguments
-    assert said("--system", "Be brief.")[1] != sampled
+    assert generated("--system", "Be brief.")[1] != sampled

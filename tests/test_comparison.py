@@ -1,6 +1,7 @@
 """Comparisons: paired by conversation, of the losses that an evaluation reports, with intervals that mean something."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from compute.self_check import use_layout
 from data import Example
 from eval import evaluate
 from evaluation import comparison
-from evaluation.comparison import by_thirds, compare, difference, side_by_side, turns_of
+from evaluation.comparison import BLOCK, by_thirds, compare, compare_texts, difference, mean_over_runs, turn_numbers
+from evaluation.format import format_report, side_by_side
 from model import Precision
 from tests.conftest import CONTROL, byte_tokenizer, layout_of, tiny_llama
 
 FP32 = Precision("fp32", torch.device("cpu"))
+PLAIN_TEXT = Path(__file__).parents[1] / "examples" / "plain_text.txt"
 
 
 def example(*labels):
@@ -23,7 +26,7 @@ def example(*labels):
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_an_evaluation_says_the_losses_of_each_conversation_in_their_order(ragged_window, packed):
+def test_an_evaluation_has_the_losses_of_each_conversation_in_their_order(ragged_window, packed):
     model = tiny_llama(259)
     use_layout(model, layout_of(packed))
     whole = evaluate(model, ragged_window, layout_of(packed, 60), FP32)
@@ -38,7 +41,7 @@ def test_a_difference_is_that_of_the_losses_per_token():
     found = difference([10.0, 4.0], [8.0, 5.0], [10, 2])
     assert (found["before"], found["after"]) == (14 / 12, 13 / 12)
     assert found["difference"] == pytest.approx(-1 / 12)
-    assert found["interval"] is None  # of two conversations there is none
+    assert found["interval"] is None  # two conversations are too few
     assert (found["conversations"], found["tokens"]) == (2, 12)
 
 
@@ -72,16 +75,16 @@ def test_an_interval_that_ignored_pairing_or_counted_tokens_would_not(monkeypatc
 
 
 def test_turns_are_counted_by_supervised_answers():
-    assert turns_of(example(-100, 1, 2, -100, 4, -100, -100, 7, 8)).tolist() == [1, 1, 2, 3, 3]
-    assert turns_of(example(0, 1, -100, 3)).tolist() == [1, 2]  # the first token is never scored
+    assert turn_numbers(example(-100, 1, 2, -100, 4, -100, -100, 7, 8)).tolist() == [1, 1, 2, 3, 3]
+    assert turn_numbers(example(0, 1, -100, 3)).tolist() == [1, 2]  # the first token is never scored
 
 
-def test_thirds_are_told_by_their_lengths():
+def test_thirds_are_by_length():
     assert [third for third, _ in by_thirds([1, 2, 3, 4, 5, 6, 70])] == [0, 0, 0, 1, 1, 2, 2]
     assert {name for _, name in by_thirds([5, 5, 5, 5])} == {"to 5 tokens"}
 
 
-def test_a_comparison_says_where_it_got_better_and_worse():
+def test_a_comparison_shows_what_got_better_and_worse():
     examples = [example(-100, 1, 2), example(-100, 1, -100, 3), example(-100, 1, 2, 3, 4)]
     before = [torch.tensor(losses) for losses in ([2.0, 2.0], [3.0, 3.0], [1.0, 1.0, 1.0, 1.0])]
     after = [torch.tensor(losses) for losses in ([1.0, 1.0], [3.0, 4.0], [1.0, 1.0, 1.0, 1.0])]
@@ -97,16 +100,27 @@ def test_a_comparison_says_where_it_got_better_and_worse():
     json.dumps(found)
 
 
-def test_a_model_is_told_from_a_noisy_copy_of_it(tiny_model_dir, tiny_model, tiny_tokenizer, chats, tmp_path, capsys):
+@pytest.fixture
+def noisy_dir(tiny_model, tiny_tokenizer, tmp_path):
+    """The tiny model with noise on its weights."""
     with torch.no_grad():
         for weights in tiny_model.parameters():
             weights += 0.05 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
     tiny_model.save_pretrained(tmp_path / "noisy")
     tiny_tokenizer.save_pretrained(tmp_path / "noisy")
-    arguments = [str(tmp_path / "noisy"), "--against", str(tiny_model_dir), "--dataset", str(chats), "--greedy"]
-    arguments += ["--max-new-tokens", "2"]
-    assert eval_command.main([*arguments, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    return tmp_path / "noisy"
+
+
+def run(capsys, *arguments):
+    """The report of `eval.py --json`, and its warnings."""
+    arguments = [*map(str, arguments), "--greedy", "--max-new-tokens", "2", "--json"]
+    assert eval_command.main(arguments) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_a_model_is_compared_with_a_noisy_copy_of_it(tiny_model_dir, noisy_dir, chats, capsys):
+    report, _ = run(capsys, noisy_dir, "--against", tiny_model_dir, "--dataset", chats, "--text", PLAIN_TEXT)
     found = report["comparison"]["all"]
     assert found["after"] == pytest.approx(report["splits"]["all"]["loss"], rel=1e-12)
     assert found["before"] == pytest.approx(report["against"]["splits"]["all"]["loss"], rel=1e-12)
@@ -114,25 +128,61 @@ def test_a_model_is_told_from_a_noisy_copy_of_it(tiny_model_dir, tiny_model, tin
     assert found["interval"][0] <= found["difference"] <= found["interval"][1]
     assert found["better"][0]["location"].startswith(f"{chats}:")
     assert "Count to" in found["better"][0]["opening"]
+    forgetting = report["forgetting"]
+    assert report["text"]["file"] == str(PLAIN_TEXT)
+    assert forgetting["after"] == pytest.approx(report["text"]["loss"], rel=1e-6)
+    assert forgetting["before"] == pytest.approx(report["against"]["text"]["loss"], rel=1e-6)
+    assert forgetting["interval"][0] <= forgetting["difference"] <= forgetting["interval"][1]
 
-    assert eval_command.main(arguments) == 0
-    text = capsys.readouterr().out
-    assert "95 % interval [" in text
-    assert "by length" in text
-    assert "got better most" in text
-    assert "  answers of /" in text  # side by side
-    assert " | " in text
+    text = format_report(report)
+    for part in ("95 % interval [", "by length", "got better most", "  answers of /", " | "):
+        assert part in text
+    assert text.count("  text  loss ") == 2
+    assert f"\n  text: {noisy_dir} against {tiny_model_dir}\n    loss " in text
 
 
 def test_models_that_read_other_tokens_are_not_compared(tiny_model_dir, chats, tmp_path, capsys):
     tokenizer = byte_tokenizer([*CONTROL, "<|other|>"])
     tokenizer.save_pretrained(tmp_path / "other")
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "other")
-    arguments = [str(tiny_model_dir), "--against", str(tmp_path / "other"), "--dataset", str(chats), "--json"]
-    assert eval_command.main([*arguments, "--greedy", "--max-new-tokens", "1"]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["comparison"] == {}
-    assert "warning: all: not compared, as the two models read the conversations as different tokens" in printed.err
+    arguments = [tiny_model_dir, "--against", tmp_path / "other", "--dataset", chats, "--text", PLAIN_TEXT]
+    report, warnings = run(capsys, *arguments)
+    assert report["comparison"] == {}
+    assert "forgetting" not in report
+    for name in ("all", "text"):
+        assert f"warning: {name}: not compared, as the two models read it differently (tokenizer" in warnings
+
+
+def test_forgetting_is_compared_over_blocks_of_the_text():
+    before = [torch.ones(5 * BLOCK), torch.ones(10)]
+    after = [torch.full((5 * BLOCK,), 1.5), torch.full((10,), 1.5)]
+    found = compare_texts(before, after)
+    assert (found["before"], found["after"], found["difference"]) == (1.0, 1.5, 0.5)
+    assert (found["blocks"], found["tokens"]) == (6, 5 * BLOCK + 10)
+    assert found["interval"] == [0.5, 0.5]
+
+
+def test_runs_have_a_mean_and_a_spread(tiny_model_dir, noisy_dir, chats, capsys):
+    arguments = [noisy_dir, tiny_model_dir, "--against", tiny_model_dir, "--dataset", chats, "--text", PLAIN_TEXT]
+    report, _ = run(capsys, *arguments)
+    first, second = report["runs"]
+    loss = report["over_runs"]["all loss"]
+    assert loss["values"] == [first["splits"]["all"]["loss"], second["splits"]["all"]["loss"]]
+    assert loss["mean"] == pytest.approx(sum(loss["values"]) / 2)
+    assert loss["std"] == pytest.approx(abs(loss["values"][0] - loss["values"][1]) / 2**0.5)
+    assert loss["difference"]["values"] == [first["comparison"]["all"]["difference"], 0.0]
+    assert report["over_runs"]["text loss"]["difference"]["values"][0] == first["forgetting"]["difference"]
+
+    text = format_report(report)
+    assert f"over 2 runs                 mean      std   difference from {tiny_model_dir}" in text
+    assert f"  all loss               {loss['mean']:9.4f} {loss['std']:8.4f}   " in text
+
+
+def test_a_loss_that_one_run_lacks_has_no_mean():
+    one = {"splits": {"test": {"loss": 1.0}, "eval": {"loss": 2.0}}}
+    assert mean_over_runs([one, {"splits": {"test": {"loss": 2.0}}}]) == {
+        "test loss": {"values": [1.0, 2.0], "mean": 1.5, "std": pytest.approx(0.5**0.5), "difference": None}
+    }
 
 
 def test_columns_are_wrapped():

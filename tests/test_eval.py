@@ -1,22 +1,19 @@
 """Evaluation that does not depend on batching, and the command."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import eval as eval_command
 from compute.self_check import use_layout
-from config import Config, UserError
-from eval import Evaluation, evaluate, read_prompts
-from evaluation.forgetting import BLOCK, forgetting, overlapping_slices, read_text
-from evaluation.report import format_report, over_runs
+from config import UserError
+from eval import Evaluation, evaluate
+from evaluation.texts import load_text, read_prompts, slice_text
 from model import Precision
-from tests.conftest import CONTROL, byte_tokenizer, layout_of, tiny_llama
+from tests.conftest import layout_of, tiny_llama
 
 FP32 = Precision("fp32", torch.device("cpu"))
-PLAIN_TEXT = Path(__file__).parents[1] / "examples" / "plain_text.txt"
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -33,7 +30,7 @@ def test_the_loss_is_the_same_for_every_batch_size(ragged_window, budget, packed
 
 
 def test_a_mean_of_batch_means_would_depend_on_the_batch_size(ragged_window):
-    """The control: what `Trainer` reports for these rows moves with its batch size."""
+    """The control: what `Trainer` reports for these rows depends on its batch size."""
     model, rows = tiny_llama(259), [example for example in ragged_window if example.supervised_tokens][:6]
 
     def mean_of_means(size):
@@ -59,7 +56,7 @@ def test_perplexity_and_accuracy_are_means_over_tokens():
 
 def test_a_prompt_may_be_a_file_of_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
-    assert list(read_prompts(["zero", str(tmp_path / "prompts.txt")])) == ["zero", "one", "two"]
+    assert read_prompts(["zero", str(tmp_path / "prompts.txt")]) == ["zero", "one", "two"]
 
 
 def test_the_command_compares_two_models_on_a_whole_file(tiny_model_dir, chats, capsys):
@@ -87,7 +84,7 @@ def test_a_model_that_is_not_there_is_refused():
 
 
 def reported(capsys, *arguments):
-    """What `eval.py --json` says, and its warnings."""
+    """The report of `eval.py --json`, and its warnings."""
     assert eval_command.main([*map(str, arguments), "--json", "--max-new-tokens", "4"]) == 0
     printed = capsys.readouterr()
     return json.loads(printed.out), printed.err
@@ -99,33 +96,35 @@ def test_a_prompt_may_be_longer_than_a_file_name(tiny_model_dir, chats, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"caf\xe9\n", "not UTF-8 at byte 4; save it as UTF-8"),
         (b" \n", "there are no prompts in it"),
         (None, "there is no such file"),
-        ("directory", "a directory; name the files in it"),
+        ("directory", "a directory; name a file"),
     ],
 )
-def test_a_file_of_prompts_that_is_none_is_refused(tmp_path, content, said):
+def test_an_invalid_file_of_prompts_is_refused(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
     if content == "directory":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as raised:
-        list(read_prompts([str(path)]))
-    assert str(raised.value) == f"--prompts {path}: {said}"
+        read_prompts([str(path)])
+    assert str(raised.value) == f"--prompts {path}: {message}"
 
 
-def test_a_byte_order_mark_and_other_line_ends_are_no_part_of_a_prompt(tmp_path):
+def test_a_byte_order_mark_and_other_line_ends_are_not_part_of_a_prompt(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    assert list(read_prompts([str(tmp_path / "prompts.txt")])) == ["one", "two"]
+    assert read_prompts([str(tmp_path / "prompts.txt")]) == ["one", "two"]
 
 
-def test_a_prompt_longer_than_the_model_attends_to_is_refused(tiny_model_dir, chats):
+def test_a_prompt_longer_than_the_context_length_is_refused(tiny_model_dir, chats):
     arguments = [str(tiny_model_dir), "--dataset", str(chats), "--prompts", "Hi", "word " * 99]
-    with pytest.raises(UserError, match="prompt 2 has 514 tokens and --max-new-tokens asks for 50 more, but the model"):
+    with pytest.raises(
+        UserError, match="prompt 2 has 514 tokens and --max-new-tokens asks for 50 more, but the context"
+    ):
         eval_command.main(arguments)
     with pytest.raises(UserError, match="prompt 1 has 21 tokens and --max-new-tokens asks for 500 more"):
         eval_command.main([*arguments[:3], "--prompts", "Hi", "--max-new-tokens", "500"])
@@ -137,9 +136,9 @@ def test_a_prompt_longer_than_the_model_attends_to_is_refused(tiny_model_dir, ch
 @pytest.mark.parametrize("length", [1, 2, 3, 16, 33, 64, 65, 500])
 def test_every_token_of_a_text_but_the_first_is_scored_once(length):
     ids = torch.arange(65)
-    scored = [token for one in overlapping_slices(ids, length) for token in one.labels[1:][one.supervised[1:]].tolist()]
+    scored = [token for one in slice_text(ids, length) for token in one.labels[1:][one.supervised[1:]].tolist()]
     assert scored == list(range(1, 65))
-    for number, one in enumerate(overlapping_slices(ids, length)):
+    for number, one in enumerate(slice_text(ids, length)):
         assert len(one.input_ids) <= max(length, 2)
         first = int(one.supervised.int().argmax())  # how many tokens it is predicted from
         assert number == 0 or first >= max(length, 2) // 2
@@ -151,112 +150,29 @@ def test_the_loss_of_a_text_is_that_of_its_tokens(packed):
     logits = model(ids[None]).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[1:]).item()
     use_layout(model, layout_of(packed))
-    found = evaluate(model, overlapping_slices(ids, 100), layout_of(packed), FP32)
+    found = evaluate(model, slice_text(ids, 100), layout_of(packed), FP32)
     assert (found.loss, found.tokens) == (pytest.approx(expected, rel=1e-12), 99)
-    cut = evaluate(model, overlapping_slices(ids, 40), layout_of(packed), FP32)
+    cut = evaluate(model, slice_text(ids, 40), layout_of(packed), FP32)
     assert cut.tokens == 99
     torch.testing.assert_close(cut.token_losses[0], found.token_losses[0][:39])  # of the first slice
 
 
-def test_forgetting_is_compared_over_blocks_of_the_text():
-    before = [torch.ones(5 * BLOCK), torch.ones(10)]
-    after = [torch.full((5 * BLOCK,), 1.5), torch.full((10,), 1.5)]
-    found = forgetting(before, after)
-    assert (found["before"], found["after"], found["difference"]) == (1.0, 1.5, 0.5)
-    assert (found["blocks"], found["tokens"]) == (6, 5 * BLOCK + 10)
-    assert found["interval"] == [0.5, 0.5]
-
-
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"caf\xe9", "not UTF-8 at byte 4"), (b"", "there is no text in it"), (None, "there is no such file")],
 )
-def test_a_text_that_cannot_be_read_is_refused(tmp_path, tiny_tokenizer, content, said):
+def test_an_invalid_text_is_refused(tmp_path, tiny_tokenizer, content, message):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=said):
-        read_text(path, tiny_tokenizer)
+    with pytest.raises(UserError, match=message):
+        load_text(path, tiny_tokenizer)
 
 
 def test_a_text_holds_no_control_tokens(tmp_path, tiny_tokenizer):
     (tmp_path / "text.txt").write_text("<|im_end|>")
-    assert len(read_text(tmp_path / "text.txt", tiny_tokenizer)) == len("<|im_end|>")
-
-
-@pytest.fixture
-def noisy_dir(tiny_model, tiny_tokenizer, tmp_path):
-    """The tiny model with noise on its weights."""
-    with torch.no_grad():
-        for weights in tiny_model.parameters():
-            weights += 0.05 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
-    tiny_model.save_pretrained(tmp_path / "noisy")
-    tiny_tokenizer.save_pretrained(tmp_path / "noisy")
-    return tmp_path / "noisy"
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    (tmp_path / "text.txt").write_text("Some words of a text.")
-    return tmp_path / "text.txt"
-
-
-def test_two_models_are_compared_on_a_text(tiny_model_dir, noisy_dir, chats, capsys):
-    report, _ = reported(
-        capsys, noisy_dir, "--against", tiny_model_dir, "--dataset", chats, "--text", PLAIN_TEXT, "--greedy"
-    )
-    assert report["text"]["file"] == str(PLAIN_TEXT)
-    assert report["forgetting"]["after"] == pytest.approx(report["text"]["loss"], rel=1e-6)
-    assert report["forgetting"]["before"] == pytest.approx(report["against"]["text"]["loss"], rel=1e-6)
-    assert report["forgetting"]["interval"][0] <= report["forgetting"]["difference"]
-    text = format_report(report)
-    assert text.count("  text  loss ") == 2
-    assert f"\n  text: {noisy_dir} against {tiny_model_dir}\n    loss " in text
-
-
-def test_a_text_in_other_tokens_is_not_compared(tiny_model_dir, chats, tmp_path, text_file, capsys):
-    tokenizer = byte_tokenizer([*CONTROL, "<|other|>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "other")
-    arguments = [tiny_model_dir, "--against", tmp_path / "other", "--dataset", chats, "--text", text_file]
-    report, warnings = reported(capsys, *arguments, "--prompts", "Hi", "--greedy")
-    assert "forgetting" not in report
-    assert "warning: text: not compared, as the two models read it as different tokens" in warnings
-
-
-# --- several runs
-
-
-def test_runs_have_a_mean_and_a_spread(tiny_model_dir, noisy_dir, chats, text_file, capsys):
-    arguments = [noisy_dir, tiny_model_dir, "--against", tiny_model_dir, "--dataset", chats]
-    report, _ = reported(capsys, *arguments, "--text", text_file, "--prompts", "Hi", "--greedy")
-    first, second = report["runs"]
-    loss = report["over_runs"]["all loss"]
-    assert loss["values"] == [first["splits"]["all"]["loss"], second["splits"]["all"]["loss"]]
-    assert loss["mean"] == pytest.approx(sum(loss["values"]) / 2)
-    assert loss["std"] == pytest.approx(abs(loss["values"][0] - loss["values"][1]) / 2**0.5)
-    assert loss["difference"]["values"] == [first["comparison"]["all"]["difference"], 0.0]
-    assert report["over_runs"]["text loss"]["difference"]["values"][0] == first["forgetting"]["difference"]
-
-    text = format_report(report)
-    assert f"over 2 runs                 mean      std   difference from {tiny_model_dir}" in text
-    assert f"  all loss               {loss['mean']:9.4f} {loss['std']:8.4f}   " in text
-
-
-def test_a_measure_that_one_run_lacks_has_no_mean():
-    one = {"splits": {"test": {"loss": 1.0}, "eval": {"loss": 2.0}}}
-    assert over_runs([one, {"splits": {"test": {"loss": 2.0}}}]) == {
-        "test loss": {"values": [1.0, 2.0], "mean": 1.5, "std": pytest.approx(0.5**0.5), "difference": None}
-    }
-
-
-def test_runs_that_differ_in_more_than_their_seed_are_told(capsys):
-    runs = [("best", "run", Config(seed=seed, device="cpu", output_dir=str(seed))) for seed in (1, 2)]
-    eval_command.warn_of_other_settings([*runs, ("model", None, Config(lr=1.0))])  # a model is no run
-    assert capsys.readouterr().err == ""
-    eval_command.warn_of_other_settings([*runs, ("best", "run", Config(lr=1.0, model="other"))])
-    said = [f"warning: the runs differ in {flag} too, not only in their seed" for flag in ("--model", "--lr")]
-    assert capsys.readouterr().err.splitlines() == said
+    (one,) = load_text(tmp_path / "text.txt", tiny_tokenizer)
+    assert len(one.input_ids) == len("<|im_end|>")
 
 
 @pytest.mark.parametrize("flag", [["--chat"], ["--html", "page.html"]])

@@ -8,7 +8,7 @@ import torch
 from compute.self_check import use_layout
 from data import encode_prompt
 from evaluation import generation
-from evaluation.generation import GREEDY, Answer, Sampling, answers, cut
+from evaluation.generation import GREEDY, Answer, Sampling, answers, batch_prompts
 from tests.conftest import layout_of, tiny_llama
 
 PROMPTS = ["Hi", "What is the capital of France?", "a b c d e f g h i j k l m", "Who?", "Count to 7"]
@@ -27,7 +27,7 @@ def test_a_batch_answers_as_each_prompt_alone(tiny_model, tiny_tokenizer, monkey
     assert [one.prompt for one in alone] == PROMPTS
 
 
-def test_padding_is_not_penalised_as_if_it_had_been_said():
+def test_padding_is_not_penalised():
     """The control: with transformers' own penalty the padded row's logits are others'."""
     ids, scores = torch.tensor([[0, 0, 5], [4, 3, 5]]), torch.ones(2, 8)
     assert generation.RepetitionPenalty(2.0, 0, 3)(ids, scores)[0].tolist() == [1, 1, 1, 1, 1, 0.5, 1, 1]
@@ -36,7 +36,7 @@ def test_padding_is_not_penalised_as_if_it_had_been_said():
 
 def test_samples_have_the_probabilities_of_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -float("inf")]])
-    noise = generation.Noise([7])
+    noise = generation.GumbelNoise([7])
     drawn = torch.stack([noise(None, logits).argmax(-1) for _ in range(20_000)]).flatten().bincount(minlength=4)
     torch.testing.assert_close(drawn / 20_000, logits[0].softmax(-1), atol=0.015, rtol=0)
 
@@ -58,14 +58,14 @@ def test_answers_are_seeded_and_leave_the_model_and_the_random_state_alone(tiny_
 
 
 def test_two_prompts_of_one_batch_do_not_share_their_noise(tiny_model, tiny_tokenizer):
-    with torch.no_grad():  # a head that knows nothing: all tokens are as likely, and the noise alone decides
+    with torch.no_grad():  # a head that knows nothing: all tokens are equally likely, and only the noise decides
         tiny_model.model.norm.weight.zero_()
     one, other = answers(tiny_model, tiny_tokenizer, ["Hi", "Ho"], SAMPLED, 8)
     assert one.text != other.text
 
 
-def always_saying(token, model, tokenizer):
-    """Make a model say one token whatever it is asked: the last hidden state is made its embedding."""
+def always_generating(token, model, tokenizer):
+    """Make a model generate one token whatever its prompt: the last hidden state is made its embedding."""
     with torch.no_grad():
         model.model.norm.weight.zero_()
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
@@ -74,18 +74,18 @@ def always_saying(token, model, tokenizer):
 
 
 def test_an_answer_ends_at_the_stop_token(tiny_model, tiny_tokenizer):
-    always_saying(tiny_tokenizer.eos_token_id, tiny_model, tiny_tokenizer)
-    said = answers(tiny_model, tiny_tokenizer, ["Hi", "Who are you?"])
-    assert said == [Answer(prompt, "", True, 1, True) for prompt in ("Hi", "Who are you?")]
+    always_generating(tiny_tokenizer.eos_token_id, tiny_model, tiny_tokenizer)
+    found = answers(tiny_model, tiny_tokenizer, ["Hi", "Who are you?"])
+    assert found == [Answer(prompt, "", True, 1, True) for prompt in ("Hi", "Who are you?")]
 
 
-def test_an_answer_ends_where_the_model_attends_to_no_more(tiny_tokenizer, monkeypatch):
+def test_an_answer_ends_at_the_context_length(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "model_max_length", 50)
     model = tiny_llama(len(tiny_tokenizer), max_position_embeddings=50)
     short, near, beyond = "Hi", "Hi " * 5, "Hi " * 50
-    said = answers(model, tiny_tokenizer, [beyond, near, short], max_new_tokens=30)
+    found = answers(model, tiny_tokenizer, [beyond, near, short], max_new_tokens=30)
     room = [50 - len(encode_prompt(prompt, tiny_tokenizer)) for prompt in (near, short)]
-    assert [one.tokens for one in said] == [0, min(30, room[0]), min(30, room[1])]
+    assert [one.tokens for one in found] == [0, min(30, room[0]), min(30, room[1])]
     assert room[0] < 30
     assert answers(model, tiny_tokenizer, []) == []
 
@@ -93,7 +93,7 @@ def test_an_answer_ends_where_the_model_attends_to_no_more(tiny_tokenizer, monke
 def test_batches_hold_a_bounded_number_of_tokens(monkeypatch):
     monkeypatch.setattr(generation, "BATCH_TOKENS", 100)
     lengths = [5, 60, 30, 7, 90, 200, 30]
-    batches = cut([torch.zeros(length) for length in lengths], 150, 20)
+    batches = batch_prompts([torch.zeros(length) for length in lengths], 150, 20)
     assert sorted(number for batch in batches for number in batch) == [0, 1, 2, 3, 4, 6]
     assert all(len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 20) <= 100 for batch in batches)
     assert len(batches) < 6

@@ -20,7 +20,7 @@ TOKEN = "hf_of_somebody"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the library asks of the Hub to make a repository and upload to it; `server.asked` is what it was sent."""
+    """Answers the requests that make a repository and upload to it, and keeps them in `server.requests`."""
 
     def do_GET(self):
         known = {"id": "me/tuned", "private": not self.server.public, "sha": COMMIT}
@@ -30,7 +30,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.asked.append((self.path, body))
+        self.server.requests.append((self.path, body))
         address = f"http://127.0.0.1:{self.server.server_port}/me/tuned"
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
@@ -54,13 +54,13 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Print nothing."""
 
 
 @contextmanager
 def serve(public=False):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.public = [], public
+    server.requests, server.public = [], public
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
@@ -99,11 +99,11 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
     address = f"http://127.0.0.1:{server.server_port}/me/tuned"
     visibility = "only you see it; to publish it, change its visibility in its settings"
     assert stdout == f"uploaded to {address}: {visibility}\n"
-    path, body = server.asked[0]
-    asked = json.loads(body)
+    path, body = server.requests[0]
+    settings = json.loads(body)
     assert path == "/api/repos/create"
-    assert asked.get("private") is True or asked.get("visibility") == "private"
-    (commit,) = [body for path, body in server.asked if "/commit/" in path]
+    assert settings.get("private") is True or settings.get("visibility") == "private"
+    (commit,) = [body for path, body in server.requests if "/commit/" in path]
     lines = [json.loads(line) for line in commit.splitlines()]
     sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
     assert {name: base64.b64decode(content) for name, content in sent.items()} == {
@@ -112,7 +112,7 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
 
 
 @pytest.mark.slow
-def test_a_repository_that_is_public_stays_so_and_it_is_said(run_dir):
+def test_a_public_repository_stays_public(run_dir):
     with serve(public=True) as server:
         status, stdout, _ = push(run_dir, server.server_port)
     assert status == 0
@@ -120,7 +120,7 @@ def test_a_repository_that_is_public_stays_so_and_it_is_said(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("token", "name", "said"),
+    ("token", "name", "message"),
     some(
         [
             (None, "me/tuned", "--push-to-hub me/tuned: not logged in; run: hf auth login (or set HF_TOKEN)"),
@@ -130,13 +130,13 @@ def test_a_repository_that_is_public_stays_so_and_it_is_said(run_dir):
         fast=1,
     ),
 )
-def test_a_refusal_is_one_line(run_dir, token, name, said):
+def test_a_refusal_is_one_line(run_dir, token, name, message):
     with serve() as server:
         status, stdout, stderr = push(run_dir, server.server_port, token, name)
     assert (status, stdout) == (1, "")
-    assert stderr.startswith(f"error: {said}")
+    assert stderr.startswith(f"error: {message}")
     assert stderr.count("\n") == 1
-    assert not any("/commit/" in path for path, _ in server.asked)
+    assert not any("/commit/" in path for path, _ in server.requests)
 
 
 def test_a_hub_that_does_not_answer_is_one_line(run_dir):
@@ -149,7 +149,7 @@ def test_a_hub_that_does_not_answer_is_one_line(run_dir):
 
 
 @pytest.mark.parametrize("what", ["missing", "model", "checkpoint", "unfinished"])
-def test_what_is_no_run_is_not_uploaded(run_dir, tiny_model_dir, what):
+def test_only_a_run_is_uploaded(run_dir, tiny_model_dir, what):
     (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
     name = {"missing": "./nowhere", "model": tiny_model_dir, "checkpoint": run_dir / "checkpoints" / "step-1"}
     if what == "unfinished":
@@ -158,7 +158,7 @@ def test_what_is_no_run_is_not_uploaded(run_dir, tiny_model_dir, what):
         eval_command.main([str(name.get(what, run_dir)), "--push-to-hub", "me/tuned"])
 
 
-def test_a_damaged_model_is_not_uploaded(run_dir):
+def test_a_corrupt_model_is_not_uploaded(run_dir):
     (run_dir / "best" / "MANIFEST.json").write_text("{")
     with pytest.raises(UserError, match="not uploaded"):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned"])

@@ -1,0 +1,81 @@
+"""What `eval.py` evaluates or uploads: the model that a name on its command line stands for, and its settings."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from config import OF_THE_DATASET, Config, UserError, flag_name, resolve, with_tuples
+from storage import hub
+from storage.durable import Damaged, verify
+from storage.records import read_record
+
+
+class Candidate(NamedTuple):
+    """A model to evaluate, the run it belongs to (None: none), and the settings to evaluate it under."""
+
+    model: str
+    run: Path | None
+    config: Config
+
+
+def find_candidate(name, overrides):
+    """The `Candidate` of that name on the command line, with the settings of its run, or else of a preset."""
+    model, run = find_model(name)
+    if run is None:
+        return Candidate(model, None, resolve({**overrides, "model": model}, hub.choose_preset(overrides)[0]))
+    settings = with_tuples(read_record(run)["config"])
+    if settings["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
+        settings |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
+    if "dataset" in overrides:
+        settings = {name: value for name, value in settings.items() if name not in OF_THE_DATASET}
+    else:
+        for name in ("seed", "eval_fraction", "test_fraction"):
+            if overrides.get(name, settings[name]) != settings[name]:
+                what = "gives other splits than the run's, which may have learned what it is evaluated on"
+                print(f"warning: {flag_name(name)} {overrides[name]} {what}", file=sys.stderr)
+    return Candidate(model, run, resolve({**settings, **overrides}, settings["preset"]))
+
+
+def find_model(name):
+    """The model of that name, and the run it belongs to: of a run its best model, else a directory or a Hub id."""
+    path = Path(name).expanduser().absolute()
+    run = next((each for each in (path, *path.parents[:3]) if is_run(each)), None)  # the run, or a model in it
+    if run != path:
+        return name, run
+    best = find_best(run)
+    try:
+        verify(best)
+    except Damaged as why:
+        print(f"warning: {why}", file=sys.stderr)
+    return str(best), run
+
+
+def is_run(path):
+    return (path / "metrics.jsonl").exists() and (path / "config.json").exists()
+
+
+def find_best(run):
+    """The directory of a run's best model; raises `UserError` where there is none."""
+    if not (run / "best").is_dir():
+        raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
+    return run / "best"
+
+
+def push(name, repository):
+    """Upload a run's best model to a repository on the Hub; returns the exit status.
+
+    Raises:
+        UserError: there is no such run, its best model is corrupt, or the upload failed.
+    """
+    run = Path(name).expanduser()
+    if not is_run(run):
+        raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
+    best = find_best(run)
+    try:
+        verify(best)
+    except Damaged as why:
+        raise UserError(f"{why}; not uploaded") from why
+    address, private = hub.push(best, repository)
+    who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
+    print(f"uploaded to {address}: {who}")
+    return 0

@@ -1,0 +1,68 @@
+"""Texts that the user names: prompts, and plain text as examples, which show whether a model forgets."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from config import UserError
+from conversations.templates import encode_texts
+from data import IGNORE, Example
+
+MAX_SLICE = 2048  # tokens of a text that are read together, unless --max-length or the context length is smaller
+
+
+def read_file(flag, path):
+    """The text of a file that a flag names; raises `UserError` if it is missing, a directory or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} {path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{flag} {path}: a directory; name a file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
+
+
+def read_prompts(texts):
+    """A list of prompts, where the name of a file stands for its lines; raises `UserError` as `read_file` does."""
+    prompts = []
+    for text in texts:
+        if not os.path.exists(text) and not re.fullmatch(r"\S+\.(txt|md)", text):
+            prompts.append(text)
+            continue
+        lines = [line for line in read_file("--prompts", text).splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {text}: there are no prompts in it")
+        prompts += lines
+    return prompts
+
+
+def load_text(path, tokenizer, max_length=0):
+    """A text file as overlapping slices of at most `max_length` tokens (0: MAX_SLICE), without a chat template.
+
+    Raises:
+        UserError: the file cannot be read, or has fewer than two tokens.
+    """
+    (ids,) = encode_texts([read_file("--text", path)], tokenizer)
+    if len(ids) < 2:
+        raise UserError(f"--text {path}: there is no text in it")
+    return slice_text(torch.tensor(ids), min(MAX_SLICE, tokenizer.model_max_length, max_length or MAX_SLICE))
+
+
+def slice_text(ids, length):
+    """`Example`s of `length` tokens (at least 2) that score each token of a text, (T,), but the first exactly once.
+
+    A slice begins in the middle of the one before it and scores only the tokens that are new. So every token is
+    predicted from at least half a slice, except at the beginning of the text.
+    """
+    length = max(length, 2)
+    examples, start, scored = [], 0, 0
+    while scored < len(ids):
+        end = min(start + length, len(ids))
+        labels = ids[start:end].clone()
+        labels[: scored - start] = IGNORE
+        examples.append(Example(ids[start:end], labels))
+        start, scored = end - length // 2, end
+    return examples
