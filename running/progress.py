@@ -15,8 +15,8 @@ class Progress:
     def __init__(self, total, done=0, clock=time.monotonic):
         """Start before update `done` + 1 of `total`."""
         self.total, self.done, self.clock = total, done, clock
-        self.start = self.last_line = self.last_update = clock()
-        self.first = done
+        self.first, self.start = done, clock()
+        self.last_line = self.last_update = self.start
         self.bar = tqdm(total=total, initial=done, unit="update", disable=None)  # None: only on a terminal
 
     def update(self, metrics):
@@ -29,9 +29,8 @@ class Progress:
         duration, self.last_update = now - self.last_update, now
         if self.bar.disable and now - self.last_line + duration > INTERVAL:  # the next update might end too late
             self.last_line = now
-            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            left = f"about {format_duration(left)} left"
-            print(f"  update {self.done:>5} of {self.total}   loss {metrics['loss']:.4f}   {speed}   {left}")
+            left = format_duration((now - self.start) / (self.done - self.first) * (self.total - self.done))
+            print(f"  update {self.done:>5} of {self.total}   loss {metrics['loss']:.4f}   {speed}   about {left} left")
 
     def __enter__(self):
         return self

@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+from pathlib import Path
 
 from compute.processes import world_size
 from config import PRESETS, as_text
@@ -96,7 +97,7 @@ def summary(facts):
         f"  the best model   {run}/best",
         f"  the report       {run}/{REPORT}",
         f"  ask it           python eval.py {shlex.quote(run)} --prompts 'Your question'",
-        f"  see the curves   tensorboard --logdir {shlex.quote(run.rpartition('/')[0] or '.')}",
+        f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(run).parent))}",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """What `--dry-run` says a run would take, and that it touches nothing."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_it_says_what_a_run_takes_and_touches_nothing(flags, clock, tiny_model, 
 @pytest.mark.usefixtures("clock")
 def test_what_does_not_fit_is_said(flags, monkeypatch, capsys):
     monkeypatch.setattr(estimate_module, "device_memory", lambda _: estimate_module.peak_memory(torch.device("cpu")))
-    monkeypatch.setattr(estimate_module, "from_first", lambda _: 0)
+    monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert train_command.main(flags) == 0
     printed = capsys.readouterr().out
     assert ": hardly fits, use a lower --micro-batch-tokens (" in printed
