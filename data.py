@@ -7,9 +7,6 @@ follow. A window is the examples that one update sees; it alone decides what is 
 As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
 """
 
-from config import run_command  # first, so that Ctrl-C during the imports below is one line
-
-# isort: split
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +21,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from config import Config, Parser, UserError, as_text, renaming, resolve
+from config import Config, Parser, UserError, as_text, renaming, resolve, run_command
 from conversations import templates
 from conversations.corpus import load_corpus
 from conversations.formats import ROLES
@@ -451,4 +448,4 @@ def main(argv):
 if __name__ == "__main__":
     from data import main  # not this copy of it: processes that encode import `encode` by its module's name
 
-    run_command(main, alone=True)
+    run_command(main, single_process=True)

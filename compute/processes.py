@@ -1,66 +1,61 @@
-"""What the processes of a run are to each other: ranks, sums over all of them, each one's share of a window.
+"""Ranks, collectives over all ranks, and each rank's part of a window.
 
-One that was started alone is the first of one: nothing is sent, and the functions return what they were given. Numbers
-travel between processors and gradients between devices, each by torch.distributed's backend for it.
+Without a process group the world size is 1, and every collective returns what it is given. Numbers are reduced on the
+CPU (gloo), tensors where they are (gloo or NCCL).
 """
 
 import contextlib
 import os
-from datetime import timedelta
 
 import torch
 from torch import distributed
 
-# Nobody waits for it: a process that fails is noticed in seconds (`running.together`). It is the longest time that one
-# may be busy while the others wait, with a corpus, say.
-TIMEOUT = timedelta(hours=12)
-
 
 def world_size():
-    """How many processes train together."""
+    """The number of processes that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank():
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0 to the world size - 1."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def is_first():
-    """Whether this process writes the files and talks to people."""
+    """True on rank 0, which alone writes files and prints."""
     return rank() == 0
 
 
 def local_rank():
-    """Which of its machine's processes this one is, from 0: the number of its GPU."""
+    """The number of this process among those of its machine, and of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if distributed.is_initialized() else 0
 
 
 def local_world_size():
-    """How many processes this machine has."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed.is_initialized() else 1
 
 
-# --- numbers and objects
+# --- collectives
 
 
 def total(*numbers):
-    """The sum of a number over all processes, or of each of several; integers stay exact."""
-    return reduced(numbers, distributed.ReduceOp.SUM)
+    """All-reduce one number or several by sum; returns one number or a list. Integers stay exact."""
+    return reduce_numbers(numbers, distributed.ReduceOp.SUM)
 
 
 def largest(*numbers):
-    """The largest of a number over all processes, or of each of several."""
-    return reduced(numbers, distributed.ReduceOp.MAX)
+    """All-reduce one number or several by maximum; returns one number or a list."""
+    return reduce_numbers(numbers, distributed.ReduceOp.MAX)
 
 
 def smallest(number):
-    """The smallest of a number over all processes."""
+    """All-reduce a number by minimum."""
     return -largest(-number)
 
 
-def reduced(numbers, operation):
-    """Numbers after a reduction over all processes: one as itself, several as a list."""
+def reduce_numbers(numbers, operation):
+    """All-reduce numbers, as integers or in double precision; returns one number or a list."""
     if world_size() > 1:
         dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
         tensor = torch.tensor(numbers, dtype=dtype)
@@ -70,14 +65,14 @@ def reduced(numbers, operation):
 
 
 def summed(tensor):
-    """A tensor's sum over all processes."""
+    """All-reduce a tensor by sum, in place; returns it."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def from_first(function, *arguments):
-    """What the first process gets from a function; it calls it alone, and tells the others."""
+    """Call a function on rank 0 alone, and broadcast its result."""
     if world_size() == 1:
         return function(*arguments)
     result = [function(*arguments) if is_first() else None]
@@ -87,13 +82,13 @@ def from_first(function, *arguments):
 
 @contextlib.contextmanager
 def in_first(manager, *arguments):
-    """A context that the first process enters alone; the others get what it yields."""
+    """Enter a context manager on rank 0 alone, and broadcast the value it yields."""
     with manager(*arguments) if is_first() else contextlib.nullcontext() as value:
         yield from_first(lambda: value)
 
 
 def gathered(value):
-    """What every process has under this name: a list, by rank."""
+    """All-gather a picklable value; returns a list by rank."""
     values = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)
@@ -101,16 +96,32 @@ def gathered(value):
 
 
 def wait_for_all():
-    """Return when every process has come here."""
+    """A barrier, on the CPU: torch's own would take the backend of the GPU."""
     total(0)
 
 
-def balance(micro_batches, waited):
-    """How evenly an update was shared out; of one process nothing.
+# --- a window's parts
+
+
+def shares_by_tokens(examples, count):
+    """Partition examples among `count` ranks by tokens: the longest first, each to the rank with the fewest so far.
+
+    The result is the same on every rank, without communication. A part may be empty.
+    """
+    parts, tokens = [[] for _ in range(count)], [0] * count
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)) if count > 1 else examples:
+        smallest_part = tokens.index(min(tokens))
+        parts[smallest_part].append(example)
+        tokens[smallest_part] += len(example.input_ids)
+    return parts
+
+
+def balance(micro_batches, sync_seconds):
+    """Metrics of how evenly a window was partitioned; none for one process.
 
     Args:
-        micro_batches: the tokens of each that this process had; an empty one only keeps it in step with the others.
-        waited: the seconds that this process waited for the others' gradients.
+        micro_batches: the tokens of each of this rank's micro-batches. An empty one keeps it in step with other ranks.
+        sync_seconds: the time that this rank waited for the gradients of the others.
     """
     if world_size() == 1:
         return {}
@@ -118,21 +129,5 @@ def balance(micro_batches, waited):
     return {
         "largest_share": largest(sum(micro_batches)) * world_size() / tokens,
         "empty_share": empty / count,
-        "waiting_seconds": largest(waited),
+        "waiting_seconds": largest(sync_seconds),
     }
-
-
-# --- shares
-
-
-def shares_by_tokens(examples, count):
-    """Examples shared out among `count` processes: the longest first, each to the one that has the fewest tokens.
-
-    Every process computes the same, so nothing has to be sent. A share may be empty.
-    """
-    shares, tokens = [[] for _ in range(count)], [0] * count
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)) if count > 1 else examples:
-        least = tokens.index(min(tokens))
-        shares[least].append(example)
-        tokens[least] += len(example.input_ids)
-    return shares

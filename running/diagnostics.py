@@ -9,7 +9,7 @@ from compute.processes import rank
 from config import UserError, first_line
 from data import window_indices
 from eval import evaluate
-from running.together import lost_process
+from running.distributed import lost_process
 from storage.durable import Damaged
 
 

@@ -1,75 +1,78 @@
-"""Signals that stop a run, deferred while it must not be interrupted."""
+"""Signals that stop a run: after the update, evaluation or checkpoint that is under way, on all ranks alike."""
 
 import contextlib
 import os
 import signal
 import time
-from functools import partial
 
 from compute.processes import is_first, largest, world_size
 
-# Ctrl-C, a shutdown, what batch systems send some time before they kill, and a closed terminal.
+# Ctrl-C, a shutdown, the warning that batch systems send before they kill, and a closed terminal.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-PASSED_ON = 10  # seconds within which a launcher passes on a signal that its processes may have had themselves
+FORWARDING_SECONDS = 10  # within which torchrun may forward a signal that its processes have received themselves
 
 
-class Stopped(BaseException):
-    """A signal asked the program to end; like KeyboardInterrupt, it is no error that somebody might handle."""
+class Stopped(KeyboardInterrupt):
+    """A stopping signal. It is not an `Exception`, which a library might handle."""
 
     def __init__(self, number):
-        super().__init__(number)
+        super().__init__("stopped before training began")  # the message, unless the run saves and says more
         self.number = number
 
 
 class Signals:
-    """A context in which the first stopping signal raises `Stopped` and a second one kills.
+    """A context in which the first stopping signal raises `Stopped`, and a second one ends the process at once.
 
-    Within `deferred()` it is raised at the end, so that an update or a checkpoint is never left half done. Several
-    processes that train stop at the same `check()`, whichever of them is signalled.
+    Inside `deferred()` it is raised at the end of the block. Once several ranks have called `check()`, it is raised
+    only there, on all ranks at the same call: they agree by an all-reduce.
     """
 
     def __init__(self):
-        self.received = None
+        self.received = None  # the number of the signal, which may have reached another rank
+        self.received_at = None  # the time of this rank's first signal
         self.deferring = False
-        self.checked = False  # by all processes
+        self.collective = False  # several ranks stop at `check()` only
 
     def __enter__(self):
         self.process = os.getpid()
-        # nohup starts a program with SIGHUP ignored, and it stays so
+        # nohup starts a program with SIGHUP ignored, which must stay so
         stopping = [each for each in STOPPING if (each, signal.getsignal(each)) != (signal.SIGHUP, signal.SIG_IGN)]
-        self.before = {number: signal.signal(number, self.handle) for number in stopping}
+        self.previous = {number: signal.signal(number, self.handle) for number in stopping}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def handle(self, number, _frame):
-        """The handler of the first signal."""
-        launched, now = "RANK" in os.environ, time.monotonic()
-        for each in self.before:
-            signal.signal(each, partial(handle_again, now + PASSED_ON) if launched else signal.SIG_DFL)
-        if os.getpid() != self.process:  # a worker process, which inherited this handler
-            os.kill(os.getpid(), number)
-            return
-        self.received = number
-        if is_first():
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping; once more to leave at once\n")  # the signal may have interrupted a print
-        if not (self.deferring or self.checked):
-            raise Stopped(number)
+        """The handler of all stopping signals."""
+        launched = "RANK" in os.environ
+        if os.getpid() != self.process:  # a forked worker has inherited this handler
+            end_process(number)
+        elif self.received_at is None:
+            self.received, self.received_at = number, time.monotonic()
+            for each in () if launched else self.previous:
+                signal.signal(each, signal.SIG_DFL)  # which needs no interpreter, where a library is busy
+            if is_first():
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    # not print(), as the signal may have interrupted one
+                    os.write(2, b"\nstopping after this update; press Ctrl-C again to quit now\n")
+            if not (self.deferring or self.collective):
+                raise Stopped(number)
+        elif launched and time.monotonic() > self.received_at + FORWARDING_SECONDS:
+            end_process(number)
 
     def check(self):
-        """Raise `Stopped` where this process, or any other of the run, was signalled: all call it at the same points.
+        """Raise `Stopped` if this rank, or any other, has received a signal; a collective.
 
-        Of several processes, none stops elsewhere after the first call.
+        A signal that arrives during the all-reduce is handled by the next check.
         """
         received = self.received
         if world_size() > 1:
-            self.checked = True
-            received = largest(received or 0) or None  # one that comes meanwhile is for the next check
-        if received is not None:
+            self.collective = True
+            received = largest(received or 0)
+        if received:
             self.received = received
             raise Stopped(received)
 
@@ -84,8 +87,7 @@ class Signals:
         self.check()
 
 
-def handle_again(since, number, _frame):
-    """The handler of a second signal where a launcher may send the first one twice: it counts only some time later."""
-    if time.monotonic() > since:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+def end_process(number):
+    """End this process as the signal does by default."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""Processes that wait for work together: a few functions' calls cost no new start, and one group serves many tests."""
+"""A pool of processes with a process group, which serves many tests: a call costs no new start."""
 
 import multiprocessing
 import os
@@ -10,11 +10,11 @@ from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.company", "tests.faults.harness"])
-SECONDS = 120  # that a call may take
+SECONDS = 120  # the longest time of a call
 
 
 def serve(rank, size, port, pipe):
-    """Take part in the group, and call what comes through the pipe."""
+    """Join the process group, and call the functions that come through the pipe."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     store = distributed.TCPStore("127.0.0.1", port, is_master=False)
@@ -32,7 +32,7 @@ def serve(rank, size, port, pipe):
 
 
 class Company:
-    """A group of processes."""
+    """A process group of `size` processes."""
 
     def __init__(self, size):
         self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -45,19 +45,19 @@ class Company:
             self.pipes.append(ours)
 
     def call(self, function, *arguments):
-        """What a function returns in each process, by rank."""
+        """Call a function on every rank; returns a list of its results, by rank."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
         replies = []
         for pipe in self.pipes:
-            assert pipe.poll(SECONDS), "a process does not answer"
+            assert pipe.poll(SECONDS), "a rank does not answer"
             replies.append(pipe.recv())
         failed = [trace for _, trace in replies if trace]
         assert not failed, failed[0]
         return [result for result, _ in replies]
 
     def close(self):
-        """Let them go."""
+        """End the processes."""
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:

@@ -1,4 +1,4 @@
-"""Several processes on GPUs, by NCCL: as many as there are, or one that shares with itself. Skipped without a GPU."""
+"""Several processes on GPUs, by NCCL: as many as there are, or one that shards with itself. Skipped without a GPU."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def everyone():
     company.close()
 
 
-@pytest.mark.parametrize("shard", [1, COUNT], ids=["whole", "shared"])
+@pytest.mark.parametrize("shard", [1, COUNT], ids=["whole", "sharded"])
 @pytest.mark.parametrize(
     "case", [{}, {"tied": False, "vocabulary": 263}, {"packed": False, "own_logits": True}], ids=str
 )

@@ -378,7 +378,7 @@ def one_pass_too_many():
 
 def test_a_gradient_that_was_sent_may_not_grow(companies):
     for said in companies(2).call(one_pass_too_many):
-        assert said == "a gradient has grown more often than there are backward passes: its sum is not whole"
+        assert said == "a gradient was accumulated more than `passes` times: its sum is not complete"
 
 
 def numbers_of_all():

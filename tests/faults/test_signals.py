@@ -13,13 +13,14 @@ from tests.faults.harness import assert_same, lines, on_dataset, some, steps_sav
 from tests.faults.inject import hang_in_workers, on_call, send, send_and_hang
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
+STOPPING = "stopping after this update; press Ctrl-C again to quit now"
 
 
 def stopped(life, run, status, step):
     """Assert that a life ended by a signal and told how to go on."""
     assert life.wait() == status, life.complained
     assert life.complained.splitlines()[-2:] == [
-        "stopping; once more to leave at once",
+        STOPPING,
         f"stopped after update {step}; to resume: python train.py --resume {run}",
     ]
 
@@ -87,7 +88,10 @@ def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, 
         partial(on_call, "data.encode_chatml", 1, partial(send, number)),
     )
     assert life.wait() == SIGNALS[number]
-    assert life.complained == "\nstopping; once more to leave at once\nstopped before training began\n"
+    assert (
+        life.complained
+        == "\nstopping after this update; press Ctrl-C again to quit now\nstopped before training began\n"
+    )
     assert not run.exists()
     assert corpora() == before
 
@@ -101,7 +105,10 @@ def test_a_signal_while_encoding_leaves_no_process(flags, live, conversations, t
     assert life.wait_for(sign.exists), life.complained
     life.signal(number)
     assert life.wait() == SIGNALS[number]
-    assert life.complained == "\nstopping; once more to leave at once\nstopped before training began\n"
+    assert (
+        life.complained
+        == "\nstopping after this update; press Ctrl-C again to quit now\nstopped before training began\n"
+    )
     assert corpora() == before
 
 
@@ -117,7 +124,7 @@ def test_twice_it_leaves_at_once_and_never_half_a_checkpoint(flags, unbroken, li
     run = tmp_path / "run"
     hang = partial(on_call, function, call, partial(send_and_hang, signal.SIGTERM))
     life = live([*flags, "--output-dir", run], hang)
-    assert life.wait_for(lambda: "once more to leave at once" in life.complained)
+    assert life.wait_for(lambda: "press Ctrl-C again" in life.complained)
     life.signal(signal.SIGTERM)
     assert life.wait() == 143
     goes_on(live, run, unbroken)

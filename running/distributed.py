@@ -1,0 +1,100 @@
+"""The start and the end of a run of several processes, which torchrun starts, watches and ends.
+
+Every process (rank) joins the process group that torchrun's environment describes. The rank that fails first explains
+why, and the others exit silently: a collective fails when a rank that takes part in it has ended. A rank that does not
+exit, since it is blocked outside of Python, is killed by torchrun 30 seconds later.
+"""
+
+import contextlib
+import os
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+from compute.processes import wait_for_all
+from config import UserError, die_with_parent, first_line, report_error
+
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # in torchrun's environment
+JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks have joined
+# The longest wait in a collective. Other ranks wait in one while rank 0 writes a checkpoint or generates answers.
+TIMEOUT = timedelta(minutes=30)
+
+
+def run_distributed(work):
+    """Call `work()`, which returns an exit status, on this rank; only rank 0 keeps its output.
+
+    Returns:
+        The status. Where one of several ranks fails, its process exits at once instead.
+
+    Raises:
+        UserError: the environment is not one that torchrun sets, or the ranks cannot reach each other.
+    """
+    if "RANK" in os.environ:
+        die_with_parent()  # a killed torchrun leaves no process behind
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return work()
+    store = join_process_group()
+    streams, muted = (sys.stdout, sys.stderr), open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+    if distributed.get_rank() > 0:
+        sys.stdout = sys.stderr = muted
+    try:
+        status = work()
+    except BaseException as error:
+        sys.stdout, sys.stderr = streams if is_first_failure(store) else (muted, muted)
+        lost = lost_process(error)
+        status = report_error(UserError(lost) if lost else error)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)  # the backends' threads may abort an interpreter that is taken down
+    with contextlib.suppress(RuntimeError):  # a rank that is gone already has done its work too
+        wait_for_all()  # a rank that leaves while another one is still connected may abort
+        distributed.destroy_process_group()
+    return status
+
+
+def join_process_group():
+    """Join the process group of torchrun's environment; returns the store through which its ranks find each other.
+
+    Raises:
+        UserError: the environment is not one that torchrun sets, or the ranks cannot reach each other.
+    """
+    environment = os.environ
+    # torchrun's store is shared by all starts of the processes; addresses from an earlier start must not be read.
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment["GROUP_WORLD_SIZE"] != "1":
+        raise UserError(
+            "--max-restarts on several machines needs --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
+    try:
+        rank, size, *_ = (int(environment[name]) for name in NUMBERS)
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK {rank} is not below WORLD_SIZE {size}")
+        store, _, _ = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        if shared:
+            store = distributed.PrefixStore(environment.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (KeyError, ValueError, distributed.DistError) as error:
+        why = f"{error} is not set" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"cannot join the other processes: {why}; start them with torchrun") from error
+    return store
+
+
+def is_first_failure(store):
+    """Count a failure of this rank in the store that all share: is it the first of any rank?"""
+    try:
+        return store.add("failures", 1) == 1
+    except distributed.DistError:  # the store is gone, with the machine that hosted it
+        return os.environ["LOCAL_RANK"] == "0"
+
+
+def lost_process(error):
+    """A line that explains a collective that failed because another rank has ended; None for any other error."""
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
+    lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
+    if lost and distributed.is_initialized():
+        minutes = TIMEOUT.seconds // 60
+        return f"another process ended (torchrun's summary names it), or did not answer for {minutes} minutes"
+    return None
