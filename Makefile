@@ -1,23 +1,18 @@
 VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 
-.PHONY: quickstart test test-oldest faults lint
+.PHONY: smoke quickstart test test-oldest faults lint
+
+# Three updates with the real weights, from loading to the answers: does it work here?
+smoke: $(VENV)/quickstart.installed
+	$(PYTHON) train.py --preset quickstart --max-steps 3
 
 quickstart: $(VENV)/quickstart.installed
 	$(PYTHON) train.py --preset quickstart --epochs 2 --lr 2e-4
 
+# By file, because the runs that a file's tests share are made once by each process that takes some of them.
 test: $(VENV)/dev.installed
 	$(PYTHON) -m pytest -n 2 --dist loadfile
-
-# The oldest supported torch and transformers, in an environment of their own; torch comes with CUDA's libraries, 5 GB.
-test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
-
-.venv-oldest/installed: requirements-oldest.txt requirements-quickstart.txt
-	python3 -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet -r requirements-oldest.txt
-	.venv-oldest/bin/python -m pip install --quiet --no-deps -r requirements-quickstart.txt
-	touch $@
 
 faults: $(VENV)/dev.installed
 	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_push.py -m "slow or not slow"
@@ -25,6 +20,19 @@ faults: $(VENV)/dev.installed
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The oldest supported libraries, in an environment of their own: of each package the first line counts.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+
+.venv-oldest/installed: requirements-oldest.txt requirements.txt requirements-dev.txt requirements-quickstart.txt
+	python3 -m venv .venv-oldest
+	awk -F'[=<]' '/^[a-z]/ && !seen[$$1]++' requirements-oldest.txt requirements.txt requirements-dev.txt \
+		> .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/requirements.txt -c requirements-quickstart.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps -r requirements-quickstart.txt
+	touch $@
 
 $(VENV)/quickstart.installed: requirements.txt requirements-quickstart.txt
 	python3 -m venv $(VENV)

@@ -181,7 +181,7 @@ PRESETS = {
 OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
 OF_THE_TEMPLATE = ("chat_template", "template_option")
 
-FORMAT = 2  # of a run directory
+FORMAT = 3  # of a run directory
 
 # The settings that may change when a run is resumed, because no update depends on them.
 FREE_TO_CHANGE = (

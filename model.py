@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
 from compute.processes import from_first, is_first, local_rank, local_world_size, world_size
-from compute.reading import fill
-from compute.sharding import is_sharded, put_apart, refuse_shard, shard, whole_in_first
+from compute.sharding import refuse_shard, shard
 from config import UserError, first_line
 from conversations.templates import stop_ids
 from storage import hub
@@ -86,95 +87,50 @@ def count_parameters(path, local_files_only=False):
     Raises:
         UserError: there is no causal language model at `path`.
     """
-    model = outline(path, local_files_only)
-    return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
-
-
-def outline(path, local_files_only=False):
-    """The model at `path` as its configuration says it is, on "meta"; its weights are not looked at.
-
-    Raises:
-        UserError: there is no causal language model at `path`.
-    """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+    return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
 
 
-def load_sharded(path, tokenizer, precision, count, local_files_only=False):
-    """The same model, its weights divided among `count` processes: the first reads it, all receive their part.
+def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=False):
+    """The model of `load_model` on every rank, or sharded over `shard_count` ranks each, where that is more than one.
 
-    Raises:
-        UserError: as `load_model`, and where it cannot be divided.
-    """
-    refuse_shard(count)
-    model = without_weights(from_first(fitting_config, path, tokenizer, local_files_only))
-    fit_to_tokenizer(model, tokenizer)
-    shard(model, count, precision.device, precision.dtype)
-    fill(model, lambda: read_as_configured(path, tokenizer, local_files_only))
-    return model
-
-
-def read_as_configured(path, tokenizer, local_files_only):
-    """What `read_model` returns, if its weights are as its configuration says, which is all that the others know.
+    To shard it, rank 0 reads it and broadcasts the weights; until then they are in its host memory, in fp32.
 
     Raises:
-        UserError: as `read_model`, and where they are not.
+        UserError: as `load_model`, and where the model cannot be sharded.
     """
-    model = read_model(path, tokenizer, local_files_only)
-    if not ties_hold(model):
+    if shard_count == 1:
+        return load_model(path, tokenizer, precision.device, local_files_only)
+    refuse_shard(shard_count)
+    full = load_model(path, tokenizer, "cpu", local_files_only) if is_first() else None
+    if full is not None and not ties_hold(full):  # the other ranks know its configuration alone
         raise UserError(
             f"--model {path}: its output head is not its embeddings, as its configuration says; correct "
             "tie_word_embeddings there, or use --shard 1"
         )
-    return model
+    return broadcast_sharded(full, shard_count, precision)
 
 
-def fitting_config(path, tokenizer, local_files_only):
-    """The configuration of the model that `read_model` returns.
-
-    Raises:
-        UserError: there is no causal language model at `path`.
-    """
-    model = outline(path, local_files_only)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        model.config.get_text_config().vocab_size = len(tokenizer)
-    return model.config
-
-
-def without_weights(config, generation_config=None):
-    """A model as `load_model` makes it, whose weights are on "meta"."""
+def broadcast_sharded(full, shard_count, precision):
+    """The model that rank 0 has (None elsewhere), its weights sharded over `shard_count` ranks. All ranks call this."""
+    config, generation_config, dtype = from_first(lambda: (full.config, full.generation_config, full.dtype))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.get_input_embeddings().padding_idx = None
-    model.generation_config = generation_config
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.get_input_embeddings().padding_idx, model.generation_config = None, generation_config
+    shard(model, shard_count, precision.device, precision.dtype)
+    weights = full.state_dict() if full is not None else {}
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = dict(full.named_buffers()) if full is not None else {}
+    for name, buffer in model.named_buffers():  # those that are in no state dict, too: rotary frequencies
+        if name in buffers:
+            buffer.copy_(buffers[name])
+        distributed.broadcast(buffer, 0)
     return model
-
-
-def put_together(model):
-    """A model that can be saved: itself, or one in the first process with all that it shares with others, else None.
-
-    All processes call this.
-    """
-    if not is_sharded(model):
-        return model
-    put_apart(model)
-    weights = {name: whole_in_first(tensor.detach()) for name, tensor in model.named_parameters()}
-    if not is_first():
-        return None
-    return with_weights(model, weights | {name: buffer.cpu() for name, buffer in model.named_buffers()})
-
-
-def with_weights(model, weights):
-    """A model like another, for saving, that has these weights and buffers, by name."""
-    like = without_weights(model.config, model.generation_config)
-    like.load_state_dict(weights, assign=True, strict=False)
-    like.tie_weights()
-    return like
 
 
 def own_gpu(device):
@@ -200,17 +156,6 @@ def load_model(path, tokenizer, device, local_files_only=False):
     Raises:
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
-    model = read_model(path, tokenizer, local_files_only)
-    fit_to_tokenizer(model, tokenizer)
-    return model.to(device)
-
-
-def read_model(path, tokenizer, local_files_only):
-    """The weights of `load_model`, in a model that does not know the tokenizer's special tokens yet.
-
-    Raises:
-        UserError: as `load_model`.
-    """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -224,8 +169,8 @@ def read_model(path, tokenizer, local_files_only):
         raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
     refuse_misfits(path, report)
     for name, weights in model.named_parameters():
-        if not (weights.is_meta or weights.isfinite().all()):  # what was handed on has been looked at
-            raise UserError(f"--model {path}: its weights {name} are not all finite numbers")
+        if not weights.isfinite().all():
+            raise UserError(f"--model {path}: weight {name} contains NaN or Inf")
     new_rows = len(tokenizer) - model.get_input_embeddings().num_embeddings
     if new_rows > MOST_NEW_ROWS:
         raise UserError(
@@ -235,11 +180,6 @@ def read_model(path, tokenizer, local_files_only):
     if new_rows > 0:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
-    return model
-
-
-def fit_to_tokenizer(model, tokenizer):
-    """Tell a model which of a tokenizer's tokens are padding and which end an answer."""
     # Where the padding token was the stop token, its embedding would get no gradient; real padding gets none anyway.
     model.get_input_embeddings().padding_idx = None
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -247,6 +187,7 @@ def fit_to_tokenizer(model, tokenizer):
     model.generation_config = GenerationConfig(
         eos_token_id=stops if len(stops) > 1 else stops[0], pad_token_id=tokenizer.pad_token_id
     )
+    return model.to(device)
 
 
 def refuse_misfits(path, report):
@@ -271,31 +212,20 @@ def refuse_misfits(path, report):
         print(f"warning: {path} has {len(unused)} weights that the model does not use: {unused[0]}", file=sys.stderr)
 
 
-def save_model(model, tokenizer, directory, weights=True):
+def save_model(model, tokenizer, directory, weights=None):
     """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
 
     Args:
-        weights: False: all but them.
+        weights: all of the model's by name, tied ones once, where the model is sharded or is trained meanwhile.
 
     Raises:
         OSError: the disk is full, say.
     """
     try:
-        if weights:
-            model.save_pretrained(directory)
-        else:
-            model.config.save_pretrained(directory)
-            model.generation_config.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
     except SafetensorError as error:
         raise OSError(first_line(error)) from error
     tokenizer.save_pretrained(directory)
-
-
-def saved_tensors(model):
-    """What a file of a model's weights holds, by name, each once; buffers that the model computes itself are not."""
-    put_apart(model)
-    saved = model.state_dict().keys()
-    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
 
 
 def token_loss(model, batch):

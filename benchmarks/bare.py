@@ -1,6 +1,6 @@
-"""What lets the benchmarks run where only torch and transformers are installed: import this module first.
+"""Mocks of the packages that a bare GPU machine lacks; import this module before the benchmarks.
 
-Packages that read datasets or write logs stand in as nothing; no benchmark with `--synthetic` calls them.
+With torch, transformers and pytest alone, a benchmark with `--synthetic` runs: it reads no dataset and writes no log.
 """
 
 import importlib

@@ -1,13 +1,13 @@
-"""Training speed and memory beside `Trainer` and TRL: the same model, conversations and updates, in one run.
+"""Training speed and memory of this program, `Trainer` and TRL: the same model, conversations and updates.
 
     python -m benchmarks.compare --data conversations.jsonl --max-length 1024
 
-Every engine trains in a process of its own, one after the other and that several times over, so that a machine that
-slows down slows them all. Writes benchmarks/results/compare-<hardware>.json and, with --readme, the table of
+Each engine trains in a process of its own, one after the other, in several rounds, so that a machine that slows down
+slows all of them. Writes benchmarks/results/compare-<hardware>.json and, with --readme, the table of
 docs/performance.md.
 """
 
-import benchmarks.bare  # noqa: F401  first, in the place of what is not installed
+import benchmarks.bare  # noqa: F401  first: it mocks what is not installed
 
 # isort: split
 import json
@@ -24,15 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.roofline import SMOLLM2
 from compute.layers import compiled_graphs
@@ -52,31 +44,31 @@ ROOT = Path(__file__).parent.parent
 LEARNING_RATE = 1e-4
 
 
-def ours(setting, layout, compile=False):
-    """This project's update."""
-    precision, model = setting.precision, setting.model
+def train_ours(workload, layout, compile=False):
+    """Train with this program's `train_step`."""
+    precision, model = workload.precision, workload.model
     if precision.device.type == "cpu":
         keep_freed_memory()
-    config = Config(layout=layout, compile=compile, micro_batch_tokens=setting.options["micro_batch_tokens"])
-    longest = setting.options["max_length"]
-    layout = choose_layout(model, token_loss, config, setting.pad_id, precision, longest=longest)
+    config = Config(layout=layout, compile=compile, micro_batch_tokens=workload.options["micro_batch_tokens"])
+    longest = workload.options["max_length"]
+    layout = choose_layout(model, token_loss, config, workload.pad_id, precision, longest=longest)
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
-    for window in setting.windows:
-        setting.begin()
+    for window in workload.windows:
+        workload.begin()
         micro_batches = list(layout.batches(window))
         numbers = train_step(
             model, optimizer, micro_batches, LEARNING_RATE, precision=precision, scaler=scaler, max_grad_norm=1.0
         )
-        setting.end(numbers["loss"])
+        workload.end(numbers["loss"])
     print(f"{layout.describe()}; {compiled_graphs()} graphs compiled", file=sys.stderr)
 
 
-def by_trainer(setting, rows_at_once, rows=None, kind=Trainer, arguments=TrainingArguments, **more):
-    """`Trainer`'s, or that of a class derived from it; `rows` are those of an update."""
-    rows = rows or setting.options["batch_size"]
+def train_with_trainer(workload, rows_at_once, rows=None, kind=Trainer, arguments=TrainingArguments, **more):
+    """Train with `Trainer` or a class derived from it; `rows` is the number of rows of an update."""
+    rows = rows or workload.options["batch_size"]
     rows_at_once = min(rows_at_once, rows)
-    how = {"data_collator": collator(setting.pad_id)} if kind is Trainer else {"processing_class": setting.tokenizer}
+    how = {"data_collator": collator(workload.pad_id)} if kind is Trainer else {"processing_class": workload.tokenizer}
     arguments_of_run = arguments(
         tempfile.mkdtemp(),
         per_device_train_batch_size=rows_at_once,
@@ -91,58 +83,58 @@ def by_trainer(setting, rows_at_once, rows=None, kind=Trainer, arguments=Trainin
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=setting.precision.device.type == "cpu",
-        bf16=setting.precision.name == "bf16",
-        fp16=setting.precision.name == "fp16",
+        use_cpu=workload.precision.device.type == "cpu",
+        bf16=workload.precision.name == "bf16",
+        fp16=workload.precision.name == "fp16",
         **more,
     )
-    examples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in setting.examples]
-    data, stopwatch = Dataset.from_list(examples), [Stopwatch(setting)]
-    kind(setting.model, arguments_of_run, train_dataset=data, callbacks=stopwatch, **how).train()
+    examples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in workload.examples]
+    data, stopwatch = Dataset.from_list(examples), [Stopwatch(workload)]
+    kind(workload.model, arguments_of_run, train_dataset=data, callbacks=stopwatch, **how).train()
 
 
 class Stopwatch(TrainerCallback):
     """Times `Trainer`'s updates."""
 
-    def __init__(self, setting):
-        self.setting = setting
+    def __init__(self, workload):
+        self.workload = workload
 
     def on_step_begin(self, *_, **__):
-        self.setting.begin()
+        self.workload.begin()
 
     def on_step_end(self, *_, **__):
-        self.setting.end()
+        self.workload.end()
 
     def on_log(self, args, state, control, logs, **_):  # noqa: ARG002
-        if "loss" in logs and self.setting.updates:
-            self.setting.updates[-1]["loss"] = logs["loss"]
+        if "loss" in logs and self.workload.updates:
+            self.workload.updates[-1]["loss"] = logs["loss"]
 
 
-def trl(setting, rows_at_once, **more):
-    """TRL's, with what it can leave out left out; where it packs, an update has as many tokens, not rows."""
+def train_with_trl(workload, rows_at_once, **more):
+    """Train with TRL, without activation checkpointing; packed, an update has as many tokens, not rows."""
     from trl import SFTConfig, SFTTrainer
 
-    more = {"gradient_checkpointing": False, "max_length": setting.options["max_length"], **more}
-    tokens = tokens_of(setting.examples) / len(setting.windows)
+    more = {"gradient_checkpointing": False, "max_length": workload.options["max_length"], **more}
+    tokens = count_tokens(workload.examples) / len(workload.windows)
     rows = max(1, round(tokens / more["max_length"])) if more.get("packing") else None
-    by_trainer(setting, rows_at_once, rows, SFTTrainer, SFTConfig, **more)
+    train_with_trainer(workload, rows_at_once, rows, SFTTrainer, SFTConfig, **more)
 
 
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 ENGINES = {
-    "ours, padded": lambda setting: ours(setting, "padded"),
-    "ours, packed": lambda setting: ours(setting, "packed"),
-    "ours, packed, compiled": lambda setting: ours(setting, "packed", compile=True),
-    "Trainer, reference settings": lambda setting: by_trainer(setting, 4, gradient_checkpointing=True, **IN_ORDER),
-    "Trainer, best": lambda setting: by_trainer(setting, setting.rows_at_once, **setting.grouped()),
-    "TRL, packed": lambda setting: trl(setting, max(1, setting.rows_at_once // 2), packing=True),
-    "TRL, padded": lambda setting: trl(setting, setting.rows_at_once, **setting.grouped()),
+    "ours, padded": lambda workload: train_ours(workload, "padded"),
+    "ours, packed": lambda workload: train_ours(workload, "packed"),
+    "ours, packed, compiled": lambda workload: train_ours(workload, "packed", compile=True),
+    "Trainer, reference settings": lambda work: train_with_trainer(work, 4, gradient_checkpointing=True, **IN_ORDER),
+    "Trainer, best": lambda work: train_with_trainer(work, work.rows_at_once, **work.sampling_arguments()),
+    "TRL, packed": lambda work: train_with_trl(work, max(1, work.rows_at_once // 2), packing=True),
+    "TRL, padded": lambda work: train_with_trl(work, work.rows_at_once, **work.sampling_arguments()),
 }
-USUAL = [name for name in ENGINES if name != "TRL, padded"]  # which was the slower of the two wherever it was measured
+DEFAULT_ENGINES = [name for name in ENGINES if name != "TRL, padded"]  # always slower than packed
 
 
-class Setting:
-    """What every engine is given, and the stopwatch it is measured with."""
+class Workload:
+    """The model and the windows that an engine trains on, and the stopwatch of its updates."""
 
     def __init__(self, options):
         self.options = options
@@ -154,7 +146,7 @@ class Setting:
         else:
             self.load(options)
         self.rows_at_once = options["rows_at_once"] or (1 if self.precision.device.type == "cpu" else 16)
-        self.windows = self.conversations()
+        self.windows = self.make_windows()
         self.examples = [example for window in self.windows for example in window]
         self.tokens, self.updates = 0, []
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -163,19 +155,14 @@ class Setting:
         path, local = hub.find_model(options["model"])
         self.tokenizer = load_tokenizer(path, local)
         self.pad_id = self.tokenizer.pad_token_id
-        if options["random_weights"]:
-            torch.manual_seed(0)
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
-            self.model.to(self.precision.device)
-        else:
-            self.model = load_model(path, self.tokenizer, self.precision.device, local)
+        self.model = load_model(path, self.tokenizer, self.precision.device, local)
 
-    def conversations(self):
-        """The windows of all updates; the first, for warming up, has most tokens: caches fill, compilers compile."""
+    def make_windows(self):
+        """The windows of all updates; the largest comes first, to warm up: caches fill, compilers compile."""
         length, size = self.options["max_length"], self.options["batch_size"]
         wanted = size * (1 + self.options["updates"])
         if self.options["synthetic"]:
-            examples = synthetic(wanted, length)
+            examples = make_synthetic_examples(wanted, length)
         else:
             chats = [chat for file in self.options["data"] for chat in read_file(file)]
             examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
@@ -184,11 +171,11 @@ class Setting:
             raise UserError(f"--data: {len(examples)} conversations are too few; this takes {wanted}")
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(42)).tolist()
         windows = [[examples[i] for i in order[first : first + size]] for first in range(0, wanted, size)]
-        largest = max(windows, key=tokens_of)
+        largest = max(windows, key=count_tokens)
         return [largest] + [window for window in windows if window is not largest]
 
-    def grouped(self):
-        """`Trainer`'s arguments for conversations of one length together; where there is nothing to pad, none."""
+    def sampling_arguments(self):
+        """`Trainer`'s arguments: conversations of one length together, where there is something to pad."""
         return {"train_sampling_strategy": "group_by_length"} if self.rows_at_once > 1 else IN_ORDER
 
     def count(self, _module, _args, batch):
@@ -210,43 +197,43 @@ class Setting:
             torch.cuda.synchronize()
 
     def flops_per_token(self):
-        """Of a forward and a backward pass over these conversations, by what has to be multiplied: 6 a weight."""
+        """FLOPs per token of a forward and a backward pass over these conversations: 6 a weight, and the attention."""
         config = self.model.config.get_text_config()
         head = self.model.get_output_embeddings().weight
         embedded = {id(head), id(self.model.get_input_embeddings().weight)}
         layers = sum(p.numel() for p in self.model.parameters() if id(p) not in embedded)
         lengths = [len(example.input_ids) for example in self.examples]
         supervised = sum(example.supervised_tokens for example in self.examples) / sum(lengths)
-        seen = sum(n * n / 2 for n in lengths) / sum(lengths)  # tokens that a token attends to, in the mean
-        attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_width(config) * seen
+        seen = sum(n * n / 2 for n in lengths) / sum(lengths)  # mean number of tokens that a token attends to
+        attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim_of(config) * seen
         return 6 * (layers + supervised * head.numel() + attention)
 
 
-def synthetic(count, longest):
-    """Random tokens in the place of conversations: lengths as spread as UltraChat's, 60 % supervised."""
+def make_synthetic_examples(count, longest):
+    """Random tokens instead of conversations: lengths spread like UltraChat's, 60 % supervised."""
     torch.manual_seed(0)
     lengths = torch.empty(count).log_normal_(6.9, 0.5).int().clamp(16, longest).tolist()
     examples = random_examples(lengths, SMOLLM2["vocab_size"])
     return [Example(ids, ids.where(torch.arange(len(ids)) >= 0.4 * len(ids), IGNORE)) for ids, _ in examples]
 
 
-def tokens_of(examples):
+def count_tokens(examples):
     return sum(len(example.input_ids) for example in examples)
 
 
 def peak_memory(precision):
-    """In GB: of the GPU what was allocated, of the CPU the process."""
+    """Peak memory in GB: what was allocated on the GPU, or the process' resident memory on a CPU."""
     if precision.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def head_width(config):
+def head_dim_of(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def multiply(precision, size):
-    """The FLOP/s of a large matrix product: what this machine can do."""
+def measure_gemm(precision, size):
+    """The FLOP/s of a large matrix product on this machine."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision.name]
     a = torch.randn(size, size, device=precision.device).to(dtype)
     times = []
@@ -258,24 +245,24 @@ def multiply(precision, size):
 
 
 def measure(engine, options):
-    """One engine, in this process; prints what was measured as JSON."""
-    setting = Setting(options)
-    ENGINES[engine](setting)
-    measured = [update for update in setting.updates[1:] if update["tokens"]]
+    """Run one engine in this process and print the measurements as JSON."""
+    workload = Workload(options)
+    ENGINES[engine](workload)
+    measured = [update for update in workload.updates[1:] if update["tokens"]]
     result = {
         "updates": measured,
-        "peak_memory_gb": peak_memory(setting.precision),
-        "flops_per_token": setting.flops_per_token(),
-        "gemm_flops": multiply(setting.precision, 4096 if setting.precision.device.type == "cpu" else 8192),
+        "peak_memory_gb": peak_memory(workload.precision),
+        "flops_per_token": workload.flops_per_token(),
+        "gemm_flops": measure_gemm(workload.precision, 4096 if workload.precision.device.type == "cpu" else 8192),
     }
     print(json.dumps(result))
 
 
-def run_all(engines, options, keep):
+def run_engines(engines, options, on_result):
     """Each engine in its own process, all of them in turn; returns their results by name.
 
     Args:
-        keep: is given the results so far after every engine.
+        on_result: called with the results so far after every engine.
     """
     results = {engine: [] for engine in engines}
     for number in range(options["rounds"]):
@@ -291,30 +278,30 @@ def run_all(engines, options, keep):
             speeds = [f"{update['tokens'] / update['seconds']:,.0f}" for update in results[engine][-1]["updates"]]
             took = f"{time.perf_counter() - began:.0f} s"
             print(f"round {number + 1}: {engine}: {', '.join(speeds)} tokens/s ({took})", file=sys.stderr, flush=True)
-            keep({name: rounds for name, rounds in results.items() if rounds})
+            on_result({name: rounds for name, rounds in results.items() if rounds})
     return {engine: rounds for engine, rounds in results.items() if rounds}
 
 
-def summarise(results):
-    """Of each engine: the median and the range of its updates' speeds, memory, utilisation, and its last loss."""
+def summarize(results):
+    """Each engine's median speed, the range over updates, peak memory, utilisation and last loss."""
     gemm = statistics.median(result["gemm_flops"] for rounds in results.values() for result in rounds)
     rows = {}
     for engine, rounds in results.items():
         speeds = [update["tokens"] / update["seconds"] for result in rounds for update in result["updates"]]
-        whole = [sum(u["tokens"] for u in r["updates"]) / sum(u["seconds"] for u in r["updates"]) for r in rounds]
+        overall = [sum(u["tokens"] for u in r["updates"]) / sum(u["seconds"] for u in r["updates"]) for r in rounds]
         rows[engine] = {
-            "tokens_per_second": statistics.median(whole),
+            "tokens_per_second": statistics.median(overall),
             "slowest_update": min(speeds),
             "fastest_update": max(speeds),
             "peak_memory_gb": max(result["peak_memory_gb"] for result in rounds),
-            "utilisation": statistics.median(whole) * rounds[0]["flops_per_token"] / gemm,
+            "utilisation": statistics.median(overall) * rounds[0]["flops_per_token"] / gemm,
             "last_loss": rounds[0]["updates"][-1]["loss"],
         }
     return gemm, rows
 
 
 def table(rows):
-    """The summary as Markdown; ratios are to `Trainer` with the reference's settings."""
+    """The summary as Markdown; ratios are to `Trainer` with the reference settings."""
     base = rows.get("Trainer, reference settings", next(iter(rows.values())))["tokens_per_second"]
     lines = [
         "| | real tokens/s | slowest to fastest update | ratio | peak memory | utilisation | loss of the last update |",
@@ -330,8 +317,8 @@ def table(rows):
     return "\n".join(lines)
 
 
-def hardware(precision):
-    """The device's name, as it is written in a table and as it is in a file's name."""
+def describe_hardware(precision):
+    """The device's name, for a table and for a file name."""
     name = torch.cuda.get_device_name(precision.device) if precision.device.type == "cuda" else cpu_name()
     return name, re.sub(r"[^a-z0-9]+", "-", f"{name} {precision.name}".lower()).strip("-")
 
@@ -345,7 +332,6 @@ def main(argv):
     parser = Parser(description="Compare training speed and memory with Trainer and TRL.")
     parser.add_argument("--data", nargs="+", default=PRESETS["quickstart"]["dataset"], metavar="FILE")
     parser.add_argument("--model", default=QUICKSTART_MODEL)
-    parser.add_argument("--random-weights", action="store_true", help="of --model its tokenizer and its shape only")
     parser.add_argument(
         "--synthetic",
         action="store_true",
@@ -359,7 +345,7 @@ def main(argv):
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows-at-once", type=int, default=0, help="micro-batch of the best Trainer (CPU 1, GPU 16)")
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="ours; default: as the device chooses")
-    parser.add_argument("--engines", nargs="+", default=USUAL, choices=ENGINES, metavar="NAME")
+    parser.add_argument("--engines", nargs="+", default=DEFAULT_ENGINES, choices=ENGINES, metavar="NAME")
     parser.add_argument("--tag", default="", help="name of the results, instead of the hardware's")
     parser.add_argument("--readme", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--measure", choices=ENGINES, metavar="NAME", help="of one engine only, in this process")
@@ -369,11 +355,11 @@ def main(argv):
     if options["measure"]:
         return measure(options["measure"], options["options"])
     engines = options.pop("engines")
-    name, file_name = hardware(choose_precision(options["device"], options["dtype"]))
+    name, file_name = describe_hardware(choose_precision(options["device"], options["dtype"]))
     path = ROOT / "benchmarks" / "results" / f"compare-{options.pop('tag') or file_name}.json"
 
-    def keep(results):
-        gemm, rows = summarise(results)
+    def on_result(results):
+        gemm, rows = summarize(results)
         record = {
             "hardware": name,
             "platform": platform.platform(),
@@ -386,10 +372,10 @@ def main(argv):
         }
         path.write_text(json.dumps(record, indent=2) + "\n")
 
-    results = run_all(engines, options, keep)
+    results = run_engines(engines, options, on_result)
     if not results:
         raise UserError("no engine ran")
-    gemm, rows = summarise(results)
+    gemm, rows = summarize(results)
     if options["readme"]:
         document = ROOT / "docs" / "performance.md"
         before, mark, _, end, after = re.split(r"(<!-- /?compare -->\n)", document.read_text())

@@ -1,4 +1,4 @@
-"""The eval loss of one model on one split, by `transformers.Trainer` and by us, for several batch sizes.
+"""The eval loss of one model on one split for several batch sizes, by `transformers.Trainer` and by this program.
 
 python -m benchmarks.eval_loss
 """

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All that only a GPU can show: the tests that need one, the speed table, eager and compiled, and processes over NCCL.
+# Everything that needs a GPU: its tests, the speed table, eager and compiled, and several processes over NCCL.
 #   benchmarks/gpu.sh [CONVERSATIONS.jsonl [more flags of benchmarks.compare]]
-# Needs torch, transformers and pytest only; without CONVERSATIONS the tokens are random. Each step takes less than ten
-# minutes, leaves its results in benchmarks/results/, and a failed one does not stop the next. STEPS="2 3" runs some.
+# Needs torch, transformers and pytest only; without CONVERSATIONS the tokens are random, and TRL, which wants a tokenizer,
+# is left out. Each step takes less than ten minutes and leaves its results in benchmarks/results/; a failed one does not
+# stop the next. STEPS="2 3" runs some.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=benchmarks/results
@@ -23,7 +24,8 @@ step 3 compiled python -m benchmarks.compare --dtype bf16 --tag gpu-compiled \
     --engines "ours, packed, compiled" "${common[@]}"
 step 4 trainer python -m benchmarks.compare --dtype bf16 --tag gpu-trainer \
     --engines "ours, padded" "Trainer, best" "Trainer, reference settings" "${common[@]}"
-step 5 trl python -m benchmarks.compare --dtype bf16 --tag gpu-trl --engines "TRL, packed" "${common[@]}"
+[ "${data[0]}" = --synthetic ] || step 5 trl python -m benchmarks.compare --dtype bf16 --tag gpu-trl \
+    --engines "TRL, packed" "${common[@]}"
 step 6 fp16 python -m benchmarks.compare --dtype fp16 --tag gpu-fp16 \
     --engines "ours, packed" "ours, packed, compiled" "${common[@]}"
 step 7 nccl python -m pytest -p benchmarks.bare -q tests/test_cuda_processes.py

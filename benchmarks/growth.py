@@ -1,9 +1,9 @@
-"""How time and memory of an update grow: with a conversation's length, the number of conversations, the vocabulary.
+"""Growth of an update's time and memory with a conversation's length, the number of conversations, the vocabulary.
 
     python -m benchmarks.growth
 
 Each measurement has a process of its own. Writes benchmarks/results/growth-<hardware>.json and docs/growth.png, and
-prints the tables. SmolLM2's shape with random weights: neither time nor memory hangs on their values.
+prints the tables. The model has SmolLM2's shape and random weights: their values change neither time nor memory.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.compare import ROOT, hardware, peak_memory
+from benchmarks.compare import ROOT, describe_hardware, peak_memory
 from benchmarks.roofline import SMOLLM2
 from compute.cross_entropy import linear_cross_entropy
 from compute.layout import random_examples
@@ -36,8 +36,8 @@ VOCABULARIES = (49_152, 256_000)
 SUPERVISED = (512, 2048, 8192)  # tokens, for the output head alone
 
 
-def update(length, count):
-    """The second of two updates over `count` conversations of `length` tokens: its seconds, and the peak memory."""
+def measure_update(length, count):
+    """The seconds of the second of two updates over `count` conversations of `length` tokens, and the peak memory."""
     torch.manual_seed(0)
     precision = choose_precision()
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(precision.device)
@@ -50,11 +50,11 @@ def update(length, count):
     return {"seconds": time.perf_counter() - began, "peak_memory_gb": peak_memory(precision)}
 
 
-def head(vocabulary, tokens, whole):
-    """Loss and gradient of an output head: seconds, and the memory they take beyond hidden states and weights.
+def measure_head(vocabulary, tokens, full_logits):
+    """The seconds of an output head's loss and gradient, and the memory beyond hidden states and weights.
 
     Args:
-        whole: by torch's linear and cross_entropy, which hold all logits.
+        full_logits: whether to use torch's linear and cross_entropy, which hold all logits.
     """
     torch.manual_seed(0)
     precision = choose_precision()
@@ -63,7 +63,7 @@ def head(vocabulary, tokens, whole):
     targets = torch.randint(vocabulary, (tokens,), device=precision.device)
     held, began = peak_memory(precision), time.perf_counter()
     with precision.autocast():
-        if whole:
+        if full_logits:
             loss = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
         else:
             loss = linear_cross_entropy(hidden, head, targets)
@@ -72,25 +72,25 @@ def head(vocabulary, tokens, whole):
     return {"seconds": time.perf_counter() - began, "peak_memory_gb": peak_memory(precision) - held}
 
 
-def measured(kind, *arguments):
-    """One measurement, in a process of its own; None where memory does not suffice."""
+def measure_in_subprocess(kind, *arguments):
+    """One measurement, in a process of its own; None where it runs out of memory."""
     command = [sys.executable, "-m", "benchmarks.growth", "--measure", json.dumps([kind, *arguments])]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-    print(kind, *arguments, found, file=sys.stderr, flush=True)
-    return found
+    result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    print(kind, *arguments, result, file=sys.stderr, flush=True)
+    return result
 
 
-def how(whole):
-    return "all logits" if whole else "in chunks"
+def describe_head(full_logits):
+    return "all logits" if full_logits else "in chunks"
 
 
-def row(*cells):
+def table_row(*cells):
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def shown(found):
-    return f"{found['seconds']:.1f} s, {found['peak_memory_gb']:.2f} GB" if found else "does not fit"
+def format_result(result):
+    return f"{result['seconds']:.1f} s, {result['peak_memory_gb']:.2f} GB" if result else "does not fit"
 
 
 def draw(lengths, heads, path):
@@ -100,10 +100,10 @@ def draw(lengths, heads, path):
     left.plot(tokens, [1000 * lengths[n]["seconds"] / n for n in tokens], "o-", label="ms a token")
     left.plot(tokens, [lengths[n]["peak_memory_gb"] for n in tokens], "s-", label="peak memory, GB")
     left.set(xscale="log", xlabel="tokens in one conversation", title="An update over one conversation", ylim=0)
-    for (vocabulary, whole), found in heads.items():
-        points = [(n, result["peak_memory_gb"]) for n, result in found.items() if result]
-        label = f"V = {vocabulary:,}, {how(whole)}"
-        right.plot(*zip(*points, strict=True), "x--" if whole else "o-", label=label)
+    for (vocabulary, full_logits), results in heads.items():
+        points = [(n, result["peak_memory_gb"]) for n, result in results.items() if result]
+        label = f"V = {vocabulary:,}, {describe_head(full_logits)}"
+        right.plot(*zip(*points, strict=True), "x--" if full_logits else "o-", label=label)
     right.set(xscale="log", xlabel="supervised tokens", ylabel="GB", title="Memory of the output head", ylim=0)
     for axes, ticks in ((left, tokens), (right, SUPERVISED)):
         axes.minorticks_off()
@@ -124,32 +124,37 @@ def main(argv):
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (int(0.9 * memory),) * 2)
             keep_freed_memory()
-        print(json.dumps({"update": update, "head": head}[kind](*arguments)))
+        print(json.dumps({"update": measure_update, "head": measure_head}[kind](*arguments)))
         return 0
-    lengths = {n: measured("update", n, 1) for n in LENGTHS}
-    counts = {n: measured("update", 256, n) for n in COUNTS}
+    lengths = {n: measure_in_subprocess("update", n, 1) for n in LENGTHS}
+    counts = {n: measure_in_subprocess("update", 256, n) for n in COUNTS}
     heads = {
-        (vocabulary, whole): {tokens: measured("head", vocabulary, tokens, whole) for tokens in SUPERVISED}
+        (vocabulary, full_logits): {
+            tokens: measure_in_subprocess("head", vocabulary, tokens, full_logits) for tokens in SUPERVISED
+        }
         for vocabulary in VOCABULARIES
-        for whole in (False, True)
+        for full_logits in (False, True)
     }
-    name, file_name = hardware(choose_precision())
+    name, file_name = describe_hardware(choose_precision())
     record = {
         "hardware": name,
         "torch": torch.__version__,
         "one conversation of length": lengths,
         "conversations of 256 tokens": counts,
-        "output head": {f"{vocabulary}, {how(whole)}": found for (vocabulary, whole), found in heads.items()},
+        "output head": {
+            f"{vocabulary}, {describe_head(full)}": results for (vocabulary, full), results in heads.items()
+        },
     }
     (ROOT / "benchmarks" / "results" / f"growth-{file_name}.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(lengths, heads, ROOT / "docs" / "growth.png")
     print(f"{name}\n\n| one conversation of | an update |\n|---|---|")
-    print("\n".join(row(f"{n:,} tokens", shown(found)) for n, found in lengths.items()))
+    print("\n".join(table_row(f"{n:,} tokens", format_result(result)) for n, result in lengths.items()))
     print("\n| conversations of 256 tokens | an update |\n|---|---|")
-    print("\n".join(row(n, shown(found)) for n, found in counts.items()))
-    print(f"\n{row('output head', *(f'{n:,} tokens' for n in SUPERVISED))}\n|---|{'---|' * len(SUPERVISED)}")
-    for (vocabulary, whole), found in heads.items():
-        print(row(f"vocabulary {vocabulary:,}, {how(whole)}", *(shown(found[n]) for n in SUPERVISED)))
+    print("\n".join(table_row(n, format_result(result)) for n, result in counts.items()))
+    print(f"\n{table_row('output head', *(f'{n:,} tokens' for n in SUPERVISED))}\n|---|{'---|' * len(SUPERVISED)}")
+    for (vocabulary, full_logits), results in heads.items():
+        cells = [format_result(results[n]) for n in SUPERVISED]
+        print(table_row(f"vocabulary {vocabulary:,}, {describe_head(full_logits)}", *cells))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Our ids and labels beside the reference rule's and TRL's, on conversation files of your own.
+"""This program's ids and labels compared with the reference rule's and TRL's, on conversation files of your own.
 
     python -m benchmarks.masks examples/quickstart.jsonl more.jsonl
 
-Exit status 1 where a difference from the reference has none of the names of its known mistakes.
+Exit status 1 if a difference from the reference is not one of its known mistakes.
 """
 
 import warnings
@@ -39,17 +39,17 @@ def main(argv):
         print(
             f"{Path(path).name}: {len(conversations):,} conversations, {multi_turn:,} multi-turn, {replies:,} replies"
         )
-        for line in beside_the_reference(conversations, ours, tokenizer):
+        for line in compare_with_reference(conversations, ours, tokenizer):
             print(f"  {line}")
             unexplained += line.endswith("no known reason")
         by_offsets = [reference.encode_by_offsets(messages, tokenizer) for messages in conversations]
         same = sum(our == row for our, row in zip(ours, by_offsets, strict=True))
         print(f"  by character offsets: {same:,} same ids and labels")
-        print(f"  TRL: {beside_trl(conversations, ours, tokenizer)}")
+        print(f"  TRL: {compare_with_trl(conversations, ours, tokenizer)}")
     return 1 if unexplained else 0
 
 
-def beside_the_reference(conversations, ours, tokenizer):
+def compare_with_reference(conversations, ours, tokenizer):
     """Yield a line for the conversations with the reference's ids and labels, and one for each reason to differ."""
     reasons = Counter()
     for messages, row in zip(conversations, ours, strict=True):
@@ -63,7 +63,7 @@ def beside_the_reference(conversations, ours, tokenizer):
         yield f"the reference: {count:,} {reason}"
 
 
-def beside_trl(conversations, ours, tokenizer):
+def compare_with_trl(conversations, ours, tokenizer):
     """Count the conversations with TRL's ids and labels, those with its ids alone, and the tokens that differ there."""
     counts = Counter()
     for our, row in zip(ours, reference.encode_with_trl(conversations, tokenizer), strict=True):

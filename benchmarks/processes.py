@@ -1,9 +1,8 @@
-"""One process beside several that hold whole copies of the weights, and several that share one: time, memory, losses.
+"""Time, memory and losses of one process, of several with a copy of the weights each, and of several that shard one.
 
     python -m benchmarks.processes --data CONVERSATIONS.jsonl --processes 2 [--rounds 2] [flags of train.py]
 
-Every case is a run of `train.py` of its own, in turns: a few updates under the same flags. The memory is that of the
-host, also where there is a GPU.
+Each case is a run of `train.py`: a few updates with the same flags, in turns. Memory is the host's, with a GPU too.
 """
 
 import argparse
@@ -26,19 +25,19 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     options, flags = parser.parse_known_args()
     flags = ["--dataset", options.data, "--max-steps", "5", "--eval-every", "1000", "--save-every", "1000", *flags]
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     cases = {
         "one process": ([], []),
         "one process, smaller micro-batches": ([], ["--micro-batch-tokens", "500"]),
-        f"{options.processes} processes": (together, []),
-        f"{options.processes} processes, weights shared": (together, ["--shard", str(options.processes)]),
+        f"{options.processes} processes": (torchrun, []),
+        f"{options.processes} processes, sharded": (torchrun, ["--shard", str(options.processes)]),
     }
-    found = {name: [] for name in cases}
+    results = {name: [] for name in cases}
     for _ in range(options.rounds):
         for name, (launcher, more) in cases.items():
-            found[name].append(measure(launcher, [*flags, *more]))
-    (loss, norm), *_ = [(run[0]["loss"], run[0]["grad_norm"]) for run, _ in found["one process"]]
-    for name, runs in found.items():
+            results[name].append(measure(launcher, [*flags, *more]))
+    (loss, norm), *_ = [(run[0]["loss"], run[0]["grad_norm"]) for run, _ in results["one process"]]
+    for name, runs in results.items():
         later = [line for run, _ in runs for line in run[1:]]
         speed = statistics.median(line["tokens_per_second"] for line in later)
         waiting = max(line.get("waiting_seconds", 0) for line in later)
@@ -60,7 +59,7 @@ def measure(launcher, flags):
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
         while process.poll() is None:
-            for pid in processes_of(process.pid, launcher):
+            for pid in list_training_processes(process.pid, launcher):
                 peaks[pid] = max(peaks.get(pid, 0), peak_memory(pid))
             time.sleep(0.1)
         if process.returncode:
@@ -69,8 +68,8 @@ def measure(launcher, flags):
         return [line for line in lines if line["kind"] == "train"], list(peaks.values())
 
 
-def processes_of(pid, launcher):
-    """The processes that train: of a launcher its children."""
+def list_training_processes(pid, launcher):
+    """The ids of the processes that train: the children of torchrun, or the process itself."""
     try:
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if launcher else [pid]
     except FileNotFoundError:
@@ -78,7 +77,7 @@ def processes_of(pid, launcher):
 
 
 def peak_memory(pid):
-    """The most memory that a process has had so far, in GB; 0 where it has ended."""
+    """The peak memory of a process so far, in GB; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:

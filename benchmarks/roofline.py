@@ -1,4 +1,4 @@
-"""A prediction of a GPU's speed, made without one: by the bytes that an update moves, its FLOPs and its kernels.
+"""A prediction of a GPU's speed, without a GPU, from the bytes that an update moves, its FLOPs and its kernels.
 
     python -m benchmarks.roofline
 
@@ -26,15 +26,15 @@ from data import IGNORE, Example
 from model import Precision, token_loss
 
 aten = torch.ops.aten
-# The makers' figures, dense, in 16 bits: bytes and FLOPs a second. What is reached of them is an assumption, below.
+# The makers' figures for dense bf16 or fp16: bytes and FLOPs per second. The fraction reached is assumed, below.
 DEVICES = {
     "H100 SXM": (3.35e12, 989e12),
     "A100 SXM 80 GB": (2.04e12, 312e12),
     "L4": (0.30e12, 121e12),
     "T4 (fp16)": (0.32e12, 65e12),
 }
-OF_BANDWIDTH, OF_FLOPS = 0.8, 0.6  # reached of the makers' figures
-LAUNCH = 7e-6  # seconds of the CPU for an operation that is not compiled, autograd included
+BANDWIDTH_FRACTION, FLOPS_FRACTION = 0.8, 0.6  # of the makers' figures
+LAUNCH = 7e-6  # CPU seconds per eager operation, autograd included
 VIEWS = (aten._unsafe_view, aten.detach, aten.alias, aten.lift_fresh)
 SMOLLM2 = {
     "hidden_size": 576,
@@ -49,7 +49,7 @@ SMOLLM2 = {
 
 
 class Kernels(TorchDispatchMode):
-    """Lists the operations that run: (FLOPs, [(storage, bytes) read], [(storage, bytes) written])."""
+    """Records the operations that run: (FLOPs, [(storage, bytes) read], [(storage, bytes) written])."""
 
     def __init__(self):
         super().__init__()
@@ -57,27 +57,27 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        read, written = (tensors_of(each) for each in ((args, kwargs), output))
-        self.kept += [tensor.untyped_storage() for tensor in read + written]  # so that no number is used again
+        read, written = (find_tensors(each) for each in ((args, kwargs), output))
+        self.kept += [tensor.untyped_storage() for tensor in read + written]  # so that no storage id is reused
         moves = not function.is_view and function.overloadpacket not in VIEWS and written
         if moves and not str(function).startswith(("aten.empty", "prim")):
             count = flop_registry.get(function.overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=output) if count else 0
-            flops *= 0.5 if "varlen" in str(function) else 1  # torch counts what a causal kernel leaves out, too
-            self.found.append((flops, *([(id_of(t), t.nbytes) for t in each] for each in (read, written))))
+            flops *= 0.5 if "varlen" in str(function) else 1  # torch counts the masked half, too
+            self.found.append((flops, *([(storage_id(t), t.nbytes) for t in each] for each in (read, written))))
         return output
 
 
-def tensors_of(tree):
+def find_tensors(tree):
     return [each for each in _pytree.tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 
-def id_of(tensor):
+def storage_id(tensor):
     return tensor.untyped_storage()._cdata
 
 
-def fused(kernels):
-    """The same with what lies between two operations with FLOPs as one: it moves what others made, or will read."""
+def fuse_kernels(kernels):
+    """Fuse the kernels between two operations with FLOPs; a fused kernel moves only its inputs and outputs."""
     groups, group = [], []
     for kernel in kernels:
         if kernel[0]:
@@ -99,16 +99,16 @@ def fused(kernels):
         yield sum(kernel[0] for kernel in group), list(read.items()), list(kept.items())
 
 
-def seconds(kernels, bandwidth, flops, launch):
-    """How long kernels take, one after the other."""
+def sum_seconds(kernels, bandwidth, flops, launch):
+    """The seconds that kernels take, one after the other."""
     total = 0.0
     for count, read, written in kernels:
         moved = sum(size for _, size in read + written)
-        total += max(moved / (OF_BANDWIDTH * bandwidth), count / (OF_FLOPS * flops), launch)
+        total += max(moved / (BANDWIDTH_FRACTION * bandwidth), count / (FLOPS_FRACTION * flops), launch)
     return total
 
 
-def kernels_of_an_update(tokens, length, supervised):
+def trace_update(tokens, length, supervised):
     """The kernels of a forward and backward pass, without AdamW, over conversations of one length; and the weights."""
     with ExitStack() as stack:
         for name in ("has_flash_kernel", "has_efficient_kernel"):
@@ -132,9 +132,9 @@ def kernels_of_an_update(tokens, length, supervised):
 
 def predict(kernels, parameters, tokens, bandwidth, flops):
     """Tokens a second, eager and compiled; AdamW reads 16 bytes a parameter and writes 12, clipping moves 12."""
-    optimizer = 40 * parameters / (OF_BANDWIDTH * bandwidth)
-    eager = seconds(kernels, bandwidth, flops, LAUNCH)
-    compiled = seconds(fused(kernels), bandwidth, flops, 0.0)
+    optimizer = 40 * parameters / (BANDWIDTH_FRACTION * bandwidth)
+    eager = sum_seconds(kernels, bandwidth, flops, LAUNCH)
+    compiled = sum_seconds(fuse_kernels(kernels), bandwidth, flops, 0.0)
     return {"eager": tokens / (eager + optimizer), "compiled": tokens / (compiled + optimizer)}
 
 
@@ -148,12 +148,12 @@ def main(argv):
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(argv)
     devices = {"this device": (options.bandwidth, options.flops)} if options.bandwidth and options.flops else DEVICES
-    kernels, parameters = kernels_of_an_update(options.tokens, options.length, options.supervised)
+    kernels, parameters = trace_update(options.tokens, options.length, options.supervised)
     found = {name: predict(kernels, parameters, options.tokens, *of) for name, of in devices.items()}
     if options.json:
         print(json.dumps({"kernels": len(kernels), "tokens_per_second": found}))
         return 0
-    for name, those in (("eager", kernels), ("compiled", list(fused(kernels)))):
+    for name, those in (("eager", kernels), ("compiled", list(fuse_kernels(kernels)))):
         moved = sum(size for _, read, written in those for _, size in read + written)
         flops = sum(count for count, _, _ in those)
         print(f"{name}: {len(those):,} kernels, {moved / 1e9:,.0f} GB moved, {flops / 1e12:.1f} TFLOP")

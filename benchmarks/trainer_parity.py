@@ -1,4 +1,4 @@
-"""Our loop and `transformers.Trainer` with real weights on real conversations: the same numbers, update by update.
+"""This program and `transformers.Trainer` on real weights and conversations: the same numbers, update by update.
 
     python -m benchmarks.trainer_parity --updates 6
 
@@ -37,7 +37,7 @@ def main(argv):
     path, local = hub.find_model(options.model)
     tokenizer = load_tokenizer(path, local)
     chats = read_file(options.dataset)
-    # Where the reference's masks are right, so that nothing but the two loops is compared.
+    # Only conversations that the reference masks right, so that nothing but the two loops is compared.
     chats = [messages for messages in chats if not reference.mistakes(messages, tokenizer)]
     chats, eval_chats = chats[: BATCH * ACCUMULATION * options.updates], chats[-4:]
 

@@ -7,10 +7,10 @@ when it computes and its gradient is summed as soon as it is known, in every mic
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from compute.layers import layers_of
-from compute.processes import is_first, world_size
+from compute.processes import world_size
 from config import UserError
 
 
@@ -74,16 +74,3 @@ def put_apart(model):
 def whole(tensor):
     """A tensor, put together where processes share it: all of them call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_in_first(tensor):
-    """That, on the CPU of the first process; None in the others. All of them call this."""
-    put_together = whole(tensor)
-    return put_together.cpu() if is_first() else None
-
-
-def part_like(tensor, weights):
-    """This process' part of a whole tensor, divided as some weights are."""
-    if not isinstance(weights, DTensor) or tensor.shape != weights.shape:
-        return tensor
-    return distribute_tensor(tensor.to(weights.device), weights.device_mesh, weights.placements, src_data_rank=None)

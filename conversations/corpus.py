@@ -31,7 +31,7 @@ from conversations.formats import Findings, read_conversations
 from conversations.sources import files_of
 from conversations.templates import stop_ids
 from storage import hub
-from storage.durable import Damaged, make_directory, remove_unfinished, save_directory, sha256, verify
+from storage.durable import CorruptError, atomic_directory, make_directory, remove_partial, sha256, verify
 from storage.quickstart import cache_directory, explain_unwritable_cache
 
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # and the file of the function that encodes
@@ -117,12 +117,9 @@ def load_corpus(sources, config, tokenizer, encode):
             make_directory(directory.parent)
             with filelock.FileLock(directory.with_name(f".{directory.name}.lock")):
                 if damage_of(directory):  # another process may have made it in the meantime
-                    remove_unfinished(directory.parent, directory.name)
-                    save_directory(
-                        directory,
-                        {"key": key},
-                        lambda path: make_corpus(path, sources, reading, tokenizer, encode, config.supervise, longest),
-                    )
+                    remove_partial(directory.parent, directory.name)
+                    with atomic_directory(directory, {"key": key}) as path:
+                        make_corpus(path, sources, reading, tokenizer, encode, config.supervise, longest)
     findings = json.loads((directory / "findings.json").read_text(encoding="utf-8"))
     counters = {name: Counter(findings[name]) for name in ("formats", "ignored", "bad")}
     return Corpus(datasets.load_from_disk(directory / "rows"), Findings(**{**findings, **counters}), longest)
@@ -132,7 +129,7 @@ def damage_of(directory):
     """What is wrong with a cached corpus; None where every byte of it is as it was written."""
     try:
         verify(directory)
-    except Damaged as damage:
+    except CorruptError as damage:
         return damage
 
 

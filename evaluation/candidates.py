@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from config import OF_THE_DATASET, Config, UserError, flag_name, resolve, with_tuples
 from storage import hub
-from storage.durable import Damaged, verify
+from storage.durable import MANIFEST, CorruptError, verify
 from storage.records import read_record
 
 
@@ -41,11 +41,11 @@ def find_model(name):
     path = Path(name).expanduser().absolute()
     run = next((each for each in (path, *path.parents[:3]) if is_run(each)), None)  # the run, or a model in it
     if run != path:
-        return name, run
+        return (str(path / "model") if (path / MANIFEST).exists() else name), run
     best = find_best(run)
     try:
-        verify(best)
-    except Damaged as why:
+        verify_best(best)
+    except CorruptError as why:
         print(f"warning: {why}", file=sys.stderr)
     return str(best), run
 
@@ -61,6 +61,12 @@ def find_best(run):
     return run / "best"
 
 
+def verify_best(best):
+    """Verify the checkpoint that a run's `best` is a link into; a copy of it has no manifest to verify."""
+    if best.is_symlink():
+        verify(best.resolve().parent)
+
+
 def push(name, repository):
     """Upload a run's best model to a repository on the Hub; returns the exit status.
 
@@ -72,10 +78,10 @@ def push(name, repository):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
     best = find_best(run)
     try:
-        verify(best)
-    except Damaged as why:
+        verify_best(best)
+    except CorruptError as why:
         raise UserError(f"{why}; not uploaded") from why
-    address, private = hub.push(best, repository)
+    address, private = hub.push(best.resolve(), repository)
     who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
     print(f"uploaded to {address}: {who}")
     return 0

@@ -10,7 +10,7 @@ from config import UserError, first_line
 from data import window_indices
 from eval import evaluate
 from running.distributed import lost_process
-from storage.durable import Damaged
+from storage.durable import CorruptError
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def explain_failed_write(run):
     """Turn a failed write to the run's directory into a `UserError` that says how to resume."""
     try:
         yield
-    except (OSError, Damaged, MemoryError, RuntimeError) as error:
+    except (OSError, CorruptError, MemoryError, RuntimeError) as error:
         lost = lost_process(error)
         if not lost and isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
             raise
@@ -85,8 +85,8 @@ def explain_out_of_memory(run, examples):
 
 def resume_hint(run):
     """How a run can be resumed after an error."""
-    with contextlib.suppress(OSError, Damaged):  # which would be another error
-        run.background.wait()
-    if not run.saved:
+    with contextlib.suppress(OSError, CorruptError):  # which would be another error
+        run.saver.wait()
+    if not run.saver.saved:
         return "there is no checkpoint yet"
-    return f"--resume {shlex.quote(str(run.directory))} continues after update {run.saved}"
+    return f"--resume {shlex.quote(str(run.directory))} continues after update {run.saver.saved}"

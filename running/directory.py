@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 
 from config import PRESETS, UserError
-from storage.durable import make_directory, remove_unfinished
+from storage.durable import make_directory, remove_partial
 
 OURS = {".lock", ".owner"}  # what may stand in a directory before there is a run in it
 
@@ -83,7 +83,7 @@ def refuse_foreign(directory):
 
 @contextlib.contextmanager
 def locked(run):
-    """Lock a run directory for this process, and remove what a killed one left unfinished there.
+    """Lock a run directory for this process, and remove what a killed one left incomplete there.
 
     The system releases the lock when the process ends, however it ends.
 
@@ -101,8 +101,8 @@ def locked(run):
     except OSError as error:
         raise UserError(f"{run}: cannot write to it ({error.strerror})") from error
     try:
-        remove_unfinished(run)
-        remove_unfinished(run / "checkpoints")
+        remove_partial(run)
+        remove_partial(run / "checkpoints")
         yield
     finally:
         lock.release()

@@ -61,7 +61,7 @@ def plan(run):
         f"{never}, then a cosine to 0",
     }
     if config.shard > 1:
-        lines["saving"] = f"rank 0 gathers each checkpoint, in {format_bytes(12 * parameters)} of its memory"
+        lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
 

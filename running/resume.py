@@ -8,22 +8,28 @@ from pathlib import Path
 
 from compute.processes import from_first, gathered
 from config import FREE_TO_CHANGE, UserError, as_text, flag_name, resolve, with_absolute_paths, with_tuples
-from running.checkpoints import newest_valid
+from running.checkpoint import MODEL, find_newest_valid
 from running.directory import locked
 from storage.durable import MANIFEST
 from storage.records import is_finished, read_metrics, read_record
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run resumes: at a checkpoint, or at its beginning if it died before the first one (path is None)."""
 
     path: Path | None
-    described: dict  # what it was made with, as `report.describe` says it
+    described: dict  # what it was made with, as `records.describe` says it
+    best_is_lost: bool = False  # the best model so far is corrupt
+
+    @property
+    def model(self):
+        """The directory of the checkpoint's model; None at the beginning."""
+        return self.path and self.path / MODEL
 
 
-def find_start(run, recorded):
-    """The `Start` of a run: its newest valid checkpoint; damaged ones are named and skipped.
+def find_resume_point(run, recorded):
+    """The `ResumePoint` of a run: its newest valid checkpoint; corrupt ones are named and skipped.
 
     Args:
         recorded: what its `config.json` holds.
@@ -31,13 +37,18 @@ def find_start(run, recorded):
     Raises:
         UserError: no checkpoint is valid, or they are missing; or the run is finished and never had one.
     """
-    checkpoint, described, damages = newest_valid(run)
-    for damage in damages:
-        print(f"skipped: {damage}", file=sys.stderr)
+    checkpoint, manifest, reasons = find_newest_valid(run)
+    best_is_lost = bool(reasons) and not checkpoint
+    if best_is_lost:
+        checkpoint, manifest, _ = find_newest_valid(run, with_best=False)
+    for reason in reasons:
+        print(f"skipped: {reason}", file=sys.stderr)
     if checkpoint:
+        if best_is_lost:
+            print("warning: the best model so far is lost; the best from here on is kept", file=sys.stderr)
         print(f"resuming {run} from {checkpoint.name}")
-        return Start(checkpoint, described)
-    if damages:
+        return ResumePoint(checkpoint, manifest, best_is_lost)
+    if reasons:
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     if is_finished(run):
         best = shlex.quote(f"{run}/best")
@@ -45,13 +56,13 @@ def find_start(run, recorded):
             f"--resume {run}: it is finished, with no checkpoint to continue from; try a run of --model {best}"
         )
     logged = last_logged_update(run)
-    # A run goes on while its first checkpoint is written (`running.background`), until the second is due.
+    # On a GPU a run goes on while its first checkpoint is written, until the second is due.
     if logged > 2 * recorded["config"]["save_every"]:
         raise UserError(
             f"--resume {run}: it logged update {logged} but has no checkpoint; restore them, or start a new run"
         )
     print(f"resuming {run} from its beginning: it has no checkpoint")
-    return Start(None, recorded)
+    return ResumePoint(None, recorded)
 
 
 def run_to_resume(asked, named):
@@ -83,7 +94,7 @@ def resumed_config(directory, named):
         UserError: there is no run in the directory, or another directory is named as well.
     """
     if (directory / MANIFEST).exists():
-        run = directory.parent.parent if directory.parent.name == "checkpoints" else directory.parent
+        run = directory.parent.parent
         advice = f"resume the run: --resume {shlex.quote(str(run))}"
         raise UserError(f"--resume {directory}: this is a part of a run; {advice}")
     if not (directory / "config.json").exists():
@@ -115,7 +126,7 @@ def last_logged_update(run):
 
 
 def differences(before, now):
-    """What differs between two descriptions of a run, as `report.describe` gives them, and makes it a different run."""
+    """What differs between two records of a run, as `records.describe` gives them, and makes it a different run."""
     recorded = before["config"]
     flags = [
         f"{flag_name(name)} {as_text(recorded[name])} -> {as_text(value)}"

@@ -1,8 +1,8 @@
 """Files and directories that are complete or absent at whatever instant the process or the machine dies.
 
-The caller writes the contents. Everything is written under a temporary name and forced to disk; one rename gives it its
-name; then the rename is forced to disk. The last file of a directory is a manifest with the size and the SHA-256 of all
-others, so that later damage to them is noticed.
+Everything is written under a temporary name and forced to disk; one atomic rename gives it its name; then the rename is
+forced to disk. The last file of a directory is a manifest with the size and SHA-256 of every other file, so that later
+corruption is noticed.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
-UNFINISHED = ".unfinished-"  # part of every temporary name
+PARTIAL = ".partial-"  # part of every temporary name
 
 
-class Damaged(Exception):
-    """A directory is not what was written; the message says which file, and what of it."""
+class CorruptError(Exception):
+    """A directory is not what was written; the message says which file, and what is wrong with it."""
 
 
 def sync(path):
-    """Force a file or a directory's entries to disk."""
+    """Force a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,7 +33,7 @@ def sync(path):
 
 
 def make_directory(path):
-    """Make a directory and its parents where they are missing, for good."""
+    """Make a directory, and its missing parents, and force that to disk."""
     path = Path(path)
     if not path.exists():
         make_directory(path.parent)
@@ -42,156 +42,147 @@ def make_directory(path):
 
 
 def replace_file(path, text):
-    """Make `text` the content of the file at `path`: the old content or all of the new, never a part."""
+    """Make `text` the content of the file at `path`, atomically: the old content or all of the new."""
     path = Path(path)
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}")
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(unfinished, 0o644)  # mkstemp's files are the owner's alone
-        sync(unfinished)
-        os.replace(unfinished, path)
+        os.chmod(partial, 0o644)  # mkstemp's files are private to their owner
+        sync(partial)
+        os.replace(partial, path)
     except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
-def replace_directory(path, write):
-    """Make `path` the directory that `write(empty_directory)` fills: the old content, or all of the new, never a part.
-
-    Raises:
-        OSError: what `write` could not do (a full disk, say); `path` is then as it was and nothing is left beside it.
-    """
-    with replacing(path) as unfinished:
-        write(unfinished)
+def replace_link(path, target):
+    """Make `path` a symbolic link to `target`, atomically: the old link or the new one."""
+    partial = path.with_name(f".{path.name}{PARTIAL}link")
+    partial.unlink(missing_ok=True)
+    os.symlink(target, partial)
+    if path.is_dir() and not path.is_symlink():  # whoever copied it followed the link
+        remove_directory(path)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A context in which the empty directory that it yields is filled, to become `path`; as `replace_directory`."""
+def atomic_directory(path, about):
+    """A context that yields an empty directory to fill; at its end that becomes `path`, and is verified on disk.
+
+    Args:
+        about: what the manifest says besides the files, a dict of JSON values.
+
+    Raises:
+        OSError, CorruptError: it could not be written, or not read back. `path` is then as it was, and nothing is left
+            beside it.
+    """
     path = Path(path)
     make_directory(path.parent)
-    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{UNFINISHED}"))
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
     try:
-        yield unfinished
-        for part in (*unfinished.rglob("*"), unfinished):
-            part.chmod(0o755 if part.is_dir() else 0o644)  # temporary ones are the owner's alone
+        yield partial
+        write_manifest(partial, about)
+        for part in (*partial.rglob("*"), partial):
+            part.chmod(0o755 if part.is_dir() else 0o644)  # mkdtemp's are private to their owner
             sync(part)
         if not path.exists():
-            os.replace(unfinished, path)
-        elif not exchange(unfinished, path):
-            remove_directory(path)  # an instant without it, where the system knows no better
-            os.replace(unfinished, path)
+            os.replace(partial, path)
+        elif not swap(partial, path):
+            remove_directory(path)  # an instant without it, where the system cannot swap
+            os.replace(partial, path)
         sync(path.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    shutil.rmtree(unfinished, ignore_errors=True)  # what was replaced, now
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what was replaced, or what could not be written
+    verify(path)
 
 
-def exchange(one, other):
-    """Swap two directories in one instant; whether that was possible: Linux can, on most file systems."""
-    at_working_directory, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+def swap(one, other):
+    """Swap two directories atomically; False where the system cannot. Linux can, on most file systems."""
+    at_working_directory, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     paths = os.fsencode(one), os.fsencode(other)
-    return bool(renameat2) and not renameat2(at_working_directory, paths[0], at_working_directory, paths[1], swap)
+    return bool(renameat2) and not renameat2(at_working_directory, paths[0], at_working_directory, paths[1], exchange)
 
 
 def remove_directory(path):
-    """Remove a directory: it is renamed first, so that a partial one is never found."""
-    nameless = path.with_name(f".{path.name}{UNFINISHED}removed")
-    shutil.rmtree(nameless, ignore_errors=True)
-    os.replace(path, nameless)
-    shutil.rmtree(nameless)
+    """Remove a directory; it is renamed first, so that nobody finds a part of it."""
+    partial = path.with_name(f".{path.name}{PARTIAL}removed")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(path, partial)
+    shutil.rmtree(partial)
 
 
-def remove_unfinished(directory, name="*"):
-    """Remove what a process that died in the middle of writing left in a directory."""
-    for unfinished in Path(directory).glob(f".{name}{UNFINISHED}*"):
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+def remove_partial(directory, name="*"):
+    """Remove what a process that was killed while writing left in a directory."""
+    for partial in Path(directory).glob(f".{name}{PARTIAL}*"):
+        shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
 
-def write_manifest(directory, about, known=()):
-    """Write the manifest of a directory, its last file: what it is `about`, and the size and SHA-256 of the others.
-
-    Args:
-        known: what `hashes` gave of some of them.
-
-    Returns:
-        The `hashes` of all.
-    """
-    known = dict(known)
+def write_manifest(directory, about):
+    """Write the manifest of a directory, its last file: `about`, and the size and SHA-256 of every other file."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    files = known | hashes(directory, [path for path in paths if str(path.relative_to(directory)) not in known])
-    seal(directory, {**about, "files": dict(sorted(files.items()))})
-    return files
-
-
-def hashes(directory, paths):
-    """The size and the SHA-256 of some files in a directory, by their names relative to it."""
-    with ThreadPoolExecutor() as threads:  # hashlib lets go of the interpreter's lock
-        return {
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
+        digests = threads.map(sha256, paths)
+        files = {
             str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, threads.map(sha256, paths), strict=True)
+            for path, digest in zip(paths, digests, strict=True)
         }
+    write_checksummed(directory / MANIFEST, {**about, "files": files})
 
 
-def seal(directory, content):
-    """Write a manifest that vouches for itself."""
-    text = json.dumps({**content, "sha256": digest_of(content)}, indent=2) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
+def write_checksummed(path, content):
+    """Write a dict as JSON that holds its own SHA-256."""
+    path.write_text(json.dumps({**content, "sha256": json_sha256(content)}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(directory):
-    """A directory's manifest, which vouches for itself; of the files it names nothing is known yet.
+    """The manifest of a directory, checked against its own SHA-256; the files it names are not looked at.
 
     Raises:
-        Damaged: it is missing, or is not what was written.
+        CorruptError: it is missing, or is not what was written.
     """
+    path = Path(directory) / MANIFEST
     try:
-        content = json.loads((directory / MANIFEST).read_bytes())
+        content = json.loads(path.read_bytes())
         expected = content.pop("sha256")
     except FileNotFoundError:
-        raise Damaged(f"{directory / MANIFEST} is missing") from None
+        raise CorruptError(f"{path} is missing") from None
     except OSError as error:
-        raise Damaged(f"{directory / MANIFEST} cannot be read ({error.strerror})") from error
+        raise CorruptError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError, KeyError, TypeError):
         content, expected = None, None
-    if digest_of(content) != expected:
-        raise Damaged(f"{directory / MANIFEST} is not what was written")
+    if json_sha256(content) != expected:
+        raise CorruptError(f"{path} is corrupt (not what was written)")
     return content
 
 
 def verify(directory):
-    """A directory's manifest, once every file that it names has been read.
+    """Read every file that the manifest of a directory names; returns the manifest.
 
     Raises:
-        Damaged: the manifest or a file that it names is missing, or is not what was written.
+        CorruptError: the manifest or a file that it names is missing, or is not what was written.
     """
     content = read_manifest(directory)
-    verify_files(directory, content["files"])
-    return content
 
-
-def verify_files(directory, files):
-    """Read files of a directory, and raise `Damaged` where one is missing, or is not what its `hashes` say."""
-
-    def check(name):
-        path, file = directory / name, files[name]
-        if not path.is_file():
-            raise Damaged(f"{path} is missing")
-        if path.stat().st_size != file["size"]:
-            raise Damaged(f"{path} has {path.stat().st_size:,} bytes of {file['size']:,}")
+    def check(name, size, sha256_written):
+        path = Path(directory) / name
         try:
-            digest = sha256(path)
+            found = path.stat().st_size
+            if found != size:
+                raise CorruptError(f"{path} is corrupt ({found:,} bytes of {size:,})")
+            if sha256(path) != sha256_written:
+                raise CorruptError(f"{path} is corrupt (another SHA-256)")
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing") from None
         except OSError as error:
-            raise Damaged(f"{path} cannot be read ({error.strerror})") from error
-        if digest != file["sha256"]:
-            raise Damaged(f"{path} is not what was written (another SHA-256)")
+            raise CorruptError(f"{path} cannot be read ({error.strerror})") from error
 
     with ThreadPoolExecutor() as threads:
-        list(threads.map(check, files))
+        list(threads.map(lambda file: check(file[0], file[1]["size"], file[1]["sha256"]), content["files"].items()))
+    return content
 
 
 def sha256(path):
@@ -200,36 +191,6 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of(content):
+def json_sha256(content):
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def save_directory(path, about, write):
-    """Make `path` the directory that `write(empty_directory)` fills, with a manifest, and verify it as it is on disk.
-
-    Raises:
-        OSError, Damaged: it could not be written, or not read again.
-    """
-
-    def write_all(directory):
-        write(directory)
-        write_manifest(directory, about)
-
-    replace_directory(path, write_all)
-    verify(path)
-
-
-def copy_directory(source, target, without=()):
-    """Copy a directory, but for its manifest; its weights get a second name instead, where that can be."""
-    ignored = shutil.ignore_patterns(MANIFEST, *without)
-    shutil.copytree(source, target, ignore=ignored, copy_function=link_weights, dirs_exist_ok=True)
-
-
-def link_weights(source, target):
-    """Copy a file; make a hard link to a file of weights instead, which is large and never edited."""
-    if source.endswith(".safetensors"):
-        with contextlib.suppress(OSError):  # not every file system can
-            os.link(source, target)
-            return
-    shutil.copy2(source, target)

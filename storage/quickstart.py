@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from config import UserError, first_line
-from storage.durable import Damaged, make_directory, save_directory, sha256, verify
+from storage.durable import CorruptError, atomic_directory, make_directory, sha256, verify
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -29,7 +29,7 @@ def quickstart_model():
     directory = cache_directory() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     try:
         verify(directory)
-    except Damaged as why:
+    except CorruptError as why:
         if directory.exists():
             print(f"the converted weights are damaged: {why}", file=sys.stderr)
         with explain_unwritable_cache():
@@ -42,7 +42,7 @@ def quickstart_model():
 
 def is_whole(directory):
     """Whether a converted model is as it was written."""
-    with contextlib.suppress(Damaged):
+    with contextlib.suppress(CorruptError):
         return bool(verify(directory))
 
 
@@ -95,8 +95,6 @@ def convert(gguf, directory):
     model.is_quantized, model.hf_quantizer = False, None
     del model.config.quantization_config
 
-    def write(unfinished):
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-
-    save_directory(directory, {"converted from": GGUF}, write)
+    with atomic_directory(directory, {"converted from": GGUF}) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

@@ -9,29 +9,18 @@ from compute.layers import checkpoint_activations
 from compute.self_check import choose_layout
 from data import Data, Split, window_at
 from model import Precision, token_loss
-from running.metrics import NullLog
-from running.signals import Signals
-from running.state import Run
+from running.run import Run
 from tests.reference import Witness
-from train import fit, make_optimizer
+from train import make_optimizer, updates
 
 
 def train(model, examples, eval_examples, tokenizer, config):
-    """Train a model with this project's loop, `train.fit`.
+    """Train a model with this project's loop, `train.updates`.
 
     Returns:
         The list of its `Update`s, their conversations in the window's order.
     """
     witness = Witness(model)
-
-    def write(kind, step, numbers):
-        if kind == "train":
-            window = window_at(step - 1, examples, config.batch_size, config.seed)
-            conversations = [tuple(example.input_ids.tolist()) for example in window]
-            assert sorted(witness.seen) == sorted(conversations)  # a micro-batch may have them in another order
-            witness.seen = conversations
-            witness.update_ended(numbers["loss"], numbers["grad_norm"], numbers["lr"])
-
     precision = Precision(config.dtype, next(model.parameters()).device)
     layout = choose_layout(model, token_loss, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
@@ -39,10 +28,12 @@ def train(model, examples, eval_examples, tokenizer, config):
     data = Data(Split(examples, 0, 0), Split(eval_examples, 0, 0), Split([], 0, 0))
     optimizer = make_optimizer(model, config.weight_decay)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
-    run.log = NullLog()
-    run.log.write = write
-    run.begun, run.best_loss = run.total_steps, -math.inf  # so that nothing is saved
-    fit(run, Signals())
+    for step, metrics in enumerate(updates(run)):
+        window = window_at(step, examples, config.batch_size, config.seed)
+        conversations = [tuple(example.input_ids.tolist()) for example in window]
+        assert sorted(witness.seen) == sorted(conversations)  # a micro-batch may have them in another order
+        witness.seen = conversations
+        witness.update_ended(metrics["loss"], metrics["grad_norm"], metrics["lr"])
     return witness.updates
 
 

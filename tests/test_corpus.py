@@ -236,7 +236,7 @@ def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
     prepared(tiny_tokenizer, path)
     made = max(corpora.glob("[!.]*"), key=lambda directory: directory.stat().st_mtime_ns)
     shutil.rmtree(made)
-    half, another = corpora / f".{made.name}.unfinished-x", corpora / ".0123456789abcdef.unfinished-x"
+    half, another = corpora / f".{made.name}.partial-x", corpora / ".0123456789abcdef.partial-x"
     half.mkdir()
     another.mkdir()
     prepared(tiny_tokenizer, path)

@@ -13,12 +13,12 @@ from compute.gradients import SummedGradients
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
 from compute.memory import own_numbers
 from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, total, world_size
-from compute.reading import fill
 from compute.self_check import use_layout
-from compute.sharding import put_apart, shard, whole
+from compute.sharding import put_apart, whole
 from data import IGNORE, Example
 from eval import evaluate
-from model import Precision, put_together, ties_hold, token_loss, without_weights
+from model import Precision, broadcast_sharded, ties_hold, token_loss
+from running.checkpoint import gather_state
 from tests.company import Company
 from tests.conftest import layout_of, tiny_llama
 from tests.faults.harness import some
@@ -66,12 +66,9 @@ def windows(vocabulary):
     return every[:8], every[8:], every[5:6], every[2:5], every[4:5], every
 
 
-def divided(model, count, dtype, device=CPU):
-    """A model whose weights processes share."""
-    empty = without_weights(model.config, model.generation_config).to(dtype)
-    shard(empty, count, device, None)
-    fill(empty, lambda: model)
-    return empty
+def divided(model, count, device=CPU):
+    """A model whose weights the ranks share."""
+    return broadcast_sharded(model if rank() == 0 else None, count, Precision("fp32", device))
 
 
 def updates(case):
@@ -81,7 +78,7 @@ def updates(case):
         torch.cuda.set_device(device)
     model = tiny_llama(case.vocabulary, tie_word_embeddings=case.tied).to(getattr(torch, case.dtype))
     if is_initialized() and (case.shard > 1 or case.shard == world_size()):
-        model = divided(model, case.shard, getattr(torch, case.dtype), device)
+        model = divided(model, case.shard, device)
     model.to(device).train()
     layout, precision = layout_of(case.packed, case.budget, case.own_logits), Precision(case.precision, device)
     use_layout(model, layout)
@@ -105,7 +102,7 @@ def updates(case):
 def survives_nan(shard):
     """Whether an update whose gradient is not finite leaves this process' weights and moments as they were."""
     model = tiny_llama(259, tie_word_embeddings=False)
-    model = divided(model, shard, torch.float32) if shard > 1 else model
+    model = divided(model, shard) if shard > 1 else model
     optimizer, precision = train.make_optimizer(model.train(), weight_decay=0.1), Precision("fp32", CPU)
     own = [getattr(weights, "_local_tensor", weights) for weights in model.parameters()]
     layout, before = layout_of(True, 64, False), [weights.detach().clone() for weights in own]
@@ -213,7 +210,7 @@ def test_compiled_layers_give_the_same_updates_in_as_many_graphs(dtype, count):
 def held(count):
     """How many of a model's weights a process holds, and how many there are; whether its ties and buffers are whole."""
     model, found = tiny_llama(263), tiny_llama(263)
-    model = divided(model, count, torch.float32)
+    model = divided(model, count)
     buffers = all(torch.equal(buffer, other) for buffer, other in zip(model.buffers(), found.buffers(), strict=True))
     own = sum(own_numbers(weights) for weights in model.parameters())
     return own, sum(weights.numel() for weights in found.parameters()), ties_hold(model) and buffers
@@ -225,17 +222,24 @@ def test_a_process_holds_its_part(companies):
         assert sound
 
 
-def put_together_again():
-    """A model that was divided, put together by the first process, beside the one it was."""
+def gathered_again():
+    """Whether what rank 0 gathers of a sharded model and its optimizer is what was there; other ranks get nothing."""
     model = tiny_llama(263)
-    again = put_together(divided(model, world_size(), torch.float32))
-    if again is None:
-        return None
-    return all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+    sharded = divided(model, world_size())
+    optimizer = train.make_optimizer(sharded, 0.1)
+    weights, moments = gather_state(sharded, optimizer)
+    if rank():
+        return not weights and not moments
+    names = dict(model.named_parameters())
+    assert weights.keys() == names.keys() == moments.keys()  # tied weights once
+    return all(
+        torch.equal(weights[name], value) and moments[name]["exp_avg"].shape == value.shape
+        for name, value in names.items()
+    )
 
 
-def test_what_is_saved_is_whole_and_in_the_first_process(companies):
-    assert companies(3).call(put_together_again) == [True, None, None]
+def test_what_is_saved_is_gathered_on_rank_0(companies):
+    assert companies(3).call(gathered_again) == [True, True, True]
 
 
 # --- what the tests above must notice

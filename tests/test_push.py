@@ -12,7 +12,7 @@ import pytest
 
 import eval as eval_command
 from config import UserError
-from storage.durable import MANIFEST, write_manifest
+from storage.durable import atomic_directory, replace_link
 from tests.faults.harness import some
 from tests.test_hub import COMMIT, PROJECT, start
 
@@ -73,10 +73,11 @@ def serve(public=False):
 def run_dir(tmp_path, tiny_model_dir):
     """A directory that looks like a run's, with a best model."""
     run = tmp_path / "run"
-    shutil.copytree(tiny_model_dir, run / "best")
+    with atomic_directory(run / "checkpoints/step-1", {}) as partial:
+        shutil.copytree(tiny_model_dir, partial / "model")
     for name in ("metrics.jsonl", "config.json"):
         (run / name).write_text("{}\n")
-    write_manifest(run / "best", {})
+    replace_link(run / "best", "checkpoints/step-1/model")
     return run
 
 
@@ -107,7 +108,7 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
     lines = [json.loads(line) for line in commit.splitlines()]
     sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
     assert {name: base64.b64decode(content) for name, content in sent.items()} == {
-        path.name: path.read_bytes() for path in (run_dir / "best").iterdir() if path.name != MANIFEST
+        path.name: path.read_bytes() for path in (run_dir / "best").iterdir()
     }
 
 
@@ -150,16 +151,15 @@ def test_a_hub_that_does_not_answer_is_one_line(run_dir):
 
 @pytest.mark.parametrize("what", ["missing", "model", "checkpoint", "unfinished"])
 def test_only_a_run_is_uploaded(run_dir, tiny_model_dir, what):
-    (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
     name = {"missing": "./nowhere", "model": tiny_model_dir, "checkpoint": run_dir / "checkpoints" / "step-1"}
     if what == "unfinished":
-        shutil.rmtree(run_dir / "best")
+        (run_dir / "best").unlink()
     with pytest.raises(UserError, match=r"there is no such run|this run has no best model yet"):
         eval_command.main([str(name.get(what, run_dir)), "--push-to-hub", "me/tuned"])
 
 
 def test_a_corrupt_model_is_not_uploaded(run_dir):
-    (run_dir / "best" / "MANIFEST.json").write_text("{")
+    (run_dir / "best" / "config.json").write_text("{")
     with pytest.raises(UserError, match="not uploaded"):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned"])
 

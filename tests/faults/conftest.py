@@ -26,8 +26,8 @@ def conversations(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def flags(tiny_model_dir, conversations):
-    """Ten updates: two epochs of 30 conversations in windows of 7, the last of 2; checkpoints after 3, 6 and
-    9, evaluations after 4, 8 and 10, each with the best model so far."""
+    """Ten updates: two epochs of 30 conversations in windows of 7, the last of 2; checkpoints after 3, 6 and 9, and
+    after the evaluations of 4, 8 and 10, each of which is the best so far."""
     settings = {"model": tiny_model_dir, "dataset": conversations, "eval-fraction": 0.2}
     settings |= {"test-fraction": 0.05, "batch-size": 7, "warmup-steps": 2, "lr": 1e-2, "seed": 3, "dtype": "fp32"}
     settings |= {"micro-batch-tokens": 200, "eval-every": 4, "save-every": 3, "log-every": 2}
@@ -45,18 +45,18 @@ def unbroken(flags, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def killed(flags, tmp_path_factory):
-    """A run of these flags, killed after seven updates; it has checkpoints of 3 and 6, and its best model is 4's."""
+    """A run of these flags, killed after seven updates; it has checkpoints of 4, its best, and 6."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    life = Life([*flags, "--output-dir", run], run.parent, [partial(on_call, "train.update", 8, kill)])
+    life = Life([*flags, "--output-dir", run], run.parent, [partial(on_call, "train.train_step", 8, kill)])
     assert life.wait() == 128 + signal.SIGKILL
-    assert steps_saved(run) == [3, 6]
+    assert steps_saved(run) == [4, 6]
     return run
 
 
 @pytest.fixture
 def interrupted(killed, tmp_path):
     """A copy of the killed run, for a test of its own."""
-    return Path(shutil.copytree(killed, tmp_path / "run"))
+    return Path(shutil.copytree(killed, tmp_path / "run", symlinks=True))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import distributed
 
 import train as train_command
 from config import run_command
-from running.checkpoints import checkpoints, step_of
+from running.checkpoint import list_checkpoints, step_of
 
 BOUND = 15  # seconds between the end of a first process and that of the last
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -139,9 +139,9 @@ def assert_same(run, unbroken):
     assert curves(run) == curves(unbroken)
     assert (run / "answers.json").read_bytes() == (unbroken / "answers.json").read_bytes()
     assert tensors_in(run / "best") == tensors_in(unbroken / "best") != {}
-    ours = checkpoints(run)[-1]
+    ours = list_checkpoints(run)[-1]
     theirs = unbroken / "checkpoints" / ours.name
-    assert tensors_in(ours) == tensors_in(theirs) != {}
+    assert tensors_in(ours / "model") == tensors_in(theirs / "model") != {}
     states = [torch.load(path / "training.pt", weights_only=True) for path in (ours, theirs)]
     logs = [{**state.pop("log"), "digest": "of lines with their timings"} for state in states]
     assert logs[0] == logs[1]
@@ -162,8 +162,8 @@ def on_dataset(flags, data):
 
 def steps_saved(run):
     """The steps of a run's checkpoints, and a check that nothing unfinished lies beside them."""
-    assert not [path for path in Path(run).rglob("*.unfinished-*")]
-    return [step_of(path) for path in checkpoints(run)]
+    assert not [path for path in Path(run).rglob("*.partial-*")]
+    return [step_of(path) for path in list_checkpoints(run)]
 
 
 def curves(run):

@@ -1,6 +1,7 @@
 """Faults that are prepared in a process of `train.py` before it starts. They are plain calls, so that they can be sent
-there: `partial(on_call, "train.update", 3, kill)` kills the process as it begins its third update."""
+there: `partial(on_call, "train.train_step", 3, kill)` kills the process as it begins its third update."""
 
+import copy
 import ctypes
 import errno
 import importlib
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 
-def on_call(name, number, do, *_):
+def on_call(name, number, do, *_, **__):
     """At the `number`th call of a function, named "module.function" or "module.Class.function", `do()` first, with the
     function's arguments. It may itself be prepared by another call, whose arguments do not matter."""
     owner, function = name.rsplit(".", 1)
@@ -84,15 +85,15 @@ def fill_disk(directory, left, *_, **__):
         file.write(bytes(disk.f_bavail * disk.f_frsize - left))
 
 
-def spoil_weights(value, run, *_):
-    """Put a number that is none into the weights."""
+def corrupt_weights(value, model, *_, **__):
+    """Put NaN or infinity into a weight of a model, or of a run's."""
     with torch.no_grad():
-        run.model.model.layers[0].mlp.up_proj.weight[0, 0] = value
+        getattr(model.model, "model", model.model).layers[0].mlp.up_proj.weight[0, 0] = value
 
 
-def spoil_gradient(run, *_):
+def corrupt_gradient(model, *_, **__):
     """Let the loss be finite and its gradient not."""
-    run.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+    model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
 
 
 def shift_the_order():
@@ -104,15 +105,15 @@ def shift_the_order():
 
 def forget(name):
     """A `restore` that does not take up the optimizer, or the random state, or …"""
-    run = importlib.import_module("running.state")
     real = torch.load
 
     def load(path, **options):
         state = real(path, **options)
-        state[name] = {"optimizer": {}, "scaler": {}, "random": [(torch.get_rng_state(), None)]}[name]
+        zeros = torch.utils._pytree.tree_map(torch.zeros_like, state["optimizer"])
+        state[name] = {"optimizer": zeros, "random": [(torch.get_rng_state(), None)]}[name]
         return state
 
-    run.torch.load = load
+    torch.load = load
 
 
 def fewer_bits_of_scale(bits):
@@ -123,11 +124,7 @@ def fewer_bits_of_scale(bits):
 
 
 def kill_at_change(number, count_file, counts):
-    """Die at the `number`th call that changes the disk while `counts()`; or only count these calls.
-
-    Returns:
-        What makes a function one of these calls.
-    """
+    """Die at the `number`th call that changes the disk while `counts()`; or only count these calls."""
     calls, durable = itertools.count(1), importlib.import_module("storage.durable")
 
     def counted(real):
@@ -142,38 +139,35 @@ def kill_at_change(number, count_file, counts):
 
         return call
 
-    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod"):
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod", "symlink"):
         setattr(os, name, counted(getattr(os, name)))
-    durable.exchange = counted(durable.exchange)
-    return counted
+    durable.swap = counted(durable.swap)
 
 
 def kill_at_system_call(number, count_file=None):
     """Die at the `number`th call that changes the disk while the second best model is saved, and the checkpoint after
     it; or only count these calls."""
-    train, bests = importlib.import_module("train"), itertools.count(1)
-    save_best, save, counting = train.save_best, train.save, []
-
-    def counted_save_best(run):
-        counting[:] = [next(bests)]
-        save_best(run)
+    checkpoint, counting = importlib.import_module("running.checkpoint"), []
+    save = checkpoint.save
 
     def counted_save(run):
+        counting[:] = [run.step] if run.step in (8, 9) else []
         save(run)
         counting.clear()
 
-    train.save_best, train.save = counted_save_best, counted_save
-    shards = importlib.import_module("running.shards")
-    counted = kill_at_change(number, count_file, lambda: counting == [2])
-    shards.save_file = counted(shards.save_file)
+    checkpoint.save = counted_save
+    kill_at_change(number, count_file, lambda: bool(counting))
 
 
 def saving_in_background():
-    """A run on a CPU is saved as one on a GPU is."""
-    importlib.import_module("running.background").ALWAYS = True
+    """A run on a CPU is saved as one on a GPU is: a thread writes copies."""
+    checkpoint, run = (importlib.import_module(f"running.{name}") for name in ("checkpoint", "run"))
+    gather = checkpoint.gather_state
+    checkpoint.gather_state = lambda *arguments: copy.deepcopy(gather(*arguments))
+    run.Saver = lambda **_: checkpoint.Saver(in_background=True)
 
 
-def hold_checkpoint(which, number, do=None, name="train.update"):
+def hold_checkpoint(which, number, do=None, name="train.train_step"):
     """The `which`th checkpoint is not written before a `number`th call, that of an update; then `do()`."""
     begun = threading.Event()
 
@@ -183,18 +177,12 @@ def hold_checkpoint(which, number, do=None, name="train.update"):
             do()
 
     on_call(name, number, lambda *_, **__: begun.set())
-    on_call("running.state.save_checkpoint", which, hold)
+    on_call("running.checkpoint.write_checkpoint", which, hold)
 
 
 def kill_in_background(number, count_file=None):
     """Die at the `number`th call by which a thread of its own changes the disk; or only count these calls."""
     kill_at_change(number, count_file, lambda: threading.current_thread() is not threading.main_thread())
-
-
-def large_in_small_files():
-    """Any model that processes share is a large one, and its files are small."""
-    shards = importlib.import_module("running.shards")
-    shards.LARGE, shards.FILE_BYTES = 0, 20_000
 
 
 def ask_for_too_much(*_, **__):

@@ -9,6 +9,7 @@ import torch
 
 from tests.faults.harness import assert_same, some, steps_saved
 from tests.faults.inject import (
+    corrupt_gradient,
     full_disk,
     hold_checkpoint,
     kill,
@@ -16,7 +17,6 @@ from tests.faults.inject import (
     on_call,
     saving_in_background,
     send,
-    spoil_gradient,
 )
 
 
@@ -30,18 +30,18 @@ def goes_on(live, flags, run, unbroken):
 
 def test_a_run_that_goes_on_while_it_is_saved_leaves_the_same(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 2, 8))
+    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 8))
     assert life.wait() == 0, life.complained
     assert_same(run, unbroken)
-    assert steps_saved(run) == [6, 9]
-    states = [torch.load(each / "checkpoints/step-6/training.pt", weights_only=True) for each in (run, unbroken)]
+    assert steps_saved(run) == [8, 9, 10]  # 8 is the best of 9
+    states = [torch.load(each / "checkpoints/step-9/training.pt", weights_only=True) for each in (run, unbroken)]
     logs = [{**state.pop("log"), "digest": "of lines with their timings"} for state in states]
     assert logs[0] == logs[1]
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    for part in ("best", "checkpoints/step-6", "checkpoints/step-9", "checkpoints/step-9/best"):
+    for part in ("best", "checkpoints/step-9/model", "checkpoints/step-10/model"):
         ours, theirs = [{path.name: path for path in (each / part).iterdir()} for each in (run, unbroken)]
         assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"best", "training.pt", "MANIFEST.json", "README.md"}:
+        for name in ours.keys() - {"README.md"}:
             assert ours[name].read_bytes() == theirs[name].read_bytes(), name
 
 
@@ -53,14 +53,16 @@ def test_two_processes_go_on_while_the_first_saves(flags, unbroken_together, liv
     assert_same(run, unbroken_together)
 
 
-@pytest.mark.parametrize(("step", "until"), [(6, ("train.update", 8)), (3, ("train.save_best", 1))])
-def test_killed_while_a_checkpoint_is_written_in_the_background(flags, unbroken, live, tmp_path, step, until):
+@pytest.mark.parametrize(
+    ("step", "which", "until"), [(6, 3, ("train.train_step", 8)), (3, 1, ("running.checkpoint.save", 2))]
+)
+def test_killed_while_a_checkpoint_is_written_in_the_background(flags, unbroken, live, tmp_path, step, which, until):
     """The first one, too, when its run has logged a later update already."""
     run, (name, number) = tmp_path / "run", until
     killing = partial(on_call, "storage.durable.write_manifest", 1, kill)
-    hold = partial(hold_checkpoint, step // 3, number, killing, name)
+    hold = partial(hold_checkpoint, which, number, killing, name)
     assert live([*flags, "--output-dir", run], saving_in_background, hold).wait() == 137
-    assert list(run.glob(f"checkpoints/.step-{step}.unfinished-*"))
+    assert list(run.glob(f"checkpoints/.step-{step}.partial-*"))
     goes_on(live, flags, run, unbroken)
 
 
@@ -82,13 +84,13 @@ def test_killed_at_changes_that_the_background_makes_to_the_disk(flags, unbroken
 
 def test_a_full_disk_in_the_background_is_told(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 2, 7, full_disk))
+    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 7, full_disk))
     assert life.wait() == 1
     assert re.fullmatch(
-        rf"error: {run}, after update [789]: No space left on device; --resume {run} continues after update 3\n",
+        rf"error: {run}, after update [789]: No space left on device; --resume {run} continues after update 4\n",
         life.complained,
     )
-    assert steps_saved(run) == [3]
+    assert steps_saved(run) == [3, 4]
     goes_on(live, flags, run, unbroken)
 
 
@@ -106,7 +108,7 @@ def test_a_full_disk_in_the_background_is_told_soon(flags, live, tmp_path):
 @pytest.mark.parametrize(("number", "status"), some([(signal.SIGTERM, 143), (signal.SIGINT, 130)], fast=1))
 def test_a_signal_while_the_background_writes_waits_for_it(flags, unbroken, live, tmp_path, number, status):
     run = tmp_path / "run"
-    hold = partial(hold_checkpoint, 2, 8, partial(send, number))
+    hold = partial(hold_checkpoint, 3, 8, partial(send, number))
     life = live([*flags, "--output-dir", run], saving_in_background, hold)
     assert life.wait() == status
     (step,) = re.findall(rf"stopped after update (\d+); to resume: python train.py --resume {run}\n", life.complained)
@@ -117,7 +119,7 @@ def test_a_signal_while_the_background_writes_waits_for_it(flags, unbroken, live
 
 def test_an_update_that_fails_waits_for_the_background_and_tells_of_its_checkpoint(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
-    faults = [partial(hold_checkpoint, 2, 8), partial(on_call, "train.update", 8, spoil_gradient)]
+    faults = [partial(hold_checkpoint, 3, 8), partial(on_call, "train.train_step", 8, corrupt_gradient)]
     life = live([*flags, "--output-dir", run], saving_in_background, *faults)
     assert life.wait() == 1
     assert f"--resume {run} continues after update 6; its window:" in life.complained

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from safetensors.torch import load_file
 
-from storage.durable import MANIFEST, seal
+from storage.durable import MANIFEST, write_checksummed
 from tests.faults.harness import assert_same, lines, on_dataset, some, steps_saved
 from tests.faults.inject import kill, on_call
 
@@ -32,7 +32,7 @@ def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, 
         f"error: --resume {interrupted}: it would be a different run; leave that out, or allow it with --allow-changes"
     )
     assert second.strip() == said
-    assert steps_saved(interrupted) == [3, 6]
+    assert steps_saved(interrupted) == [4, 6]
 
 
 def test_a_setting_changed_on_purpose_is_printed_applied_and_recorded(interrupted, unbroken, live):
@@ -56,7 +56,7 @@ def test_the_decay_is_the_new_one(interrupted, unbroken, live):
 
 
 def weights_of(run):
-    return load_file(run / "checkpoints" / "step-9" / "model.safetensors").values()
+    return load_file(run / "checkpoints" / "step-9" / "model" / "model.safetensors").values()
 
 
 def test_an_edited_dataset_is_noticed_by_its_fingerprint(flags, live, conversations, tmp_path):
@@ -86,7 +86,7 @@ def test_other_library_versions_are_reported_and_the_run_resumes(interrupted, un
     content = json.loads((checkpoint / MANIFEST).read_text())
     del content["sha256"]
     content["versions"]["torch"] = "2.9.0"
-    seal(checkpoint, content)
+    write_checksummed(checkpoint / MANIFEST, content)
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
     now = importlib.metadata.version("torch")
@@ -99,7 +99,7 @@ def test_a_finished_run_can_be_extended_on_purpose(flags, live, tmp_path):
     run = tmp_path / "run"
     assert live([*flags, "--output-dir", run, "--epochs", "1"]).wait() == 0
     assert live(["--resume", run, "--epochs", "2"]).wait() == 1
-    longer = live(["--resume", run, "--epochs", "2", "--allow-changes"], partial(on_call, "train.update", 4, kill))
+    longer = live(["--resume", run, "--epochs", "2", "--allow-changes"], partial(on_call, "train.train_step", 4, kill))
     assert longer.wait() == 128 + 9
     life = live(["--resume", run])
     assert life.wait() == 0, life.complained

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import eval as eval_command
-from storage.durable import MANIFEST, seal, sha256
-from tests.faults.harness import assert_same, some, steps_saved
+from storage.durable import MANIFEST, sha256, write_checksummed
+from tests.faults.harness import assert_same, lines, some, steps_saved, tensors_in
 from tests.faults.inject import kill, on_call
 
 
@@ -27,22 +27,34 @@ def flip_a_bit(path):
 
 
 DAMAGES = {
-    "a bit of the weights": ("model.safetensors", flip_a_bit, r"model\.safetensors is not what was written"),
+    "a bit of the weights": (
+        "model/model.safetensors",
+        flip_a_bit,
+        r"model/model\.safetensors is corrupt \(another SHA-256\)",
+    ),
     "state missing": ("training.pt", Path.unlink, r"training\.pt is missing"),
-    "manifest truncated": (MANIFEST, truncate, r"MANIFEST\.json is not what was written"),
+    "manifest truncated": (MANIFEST, truncate, r"MANIFEST\.json is corrupt \(not what was written\)"),
     "nothing left": ("", lambda path: (shutil.rmtree(path), path.mkdir()), r"MANIFEST\.json is missing"),
-    "weights truncated": ("model.safetensors", truncate, r"model\.safetensors has [\d,]+ bytes of [\d,]+"),
-    "weights missing": ("model.safetensors", Path.unlink, r"model\.safetensors is missing"),
-    "state truncated": ("training.pt", truncate, r"training\.pt has [\d,]+ bytes of [\d,]+"),
-    "a bit of the state": ("training.pt", flip_a_bit, r"training\.pt is not what was written"),
-    "state empty": ("training.pt", lambda path: path.write_bytes(b""), r"training\.pt has 0 bytes of [\d,]+"),
-    "tokenizer missing": ("tokenizer.json", Path.unlink, r"tokenizer\.json is missing"),
+    "weights truncated": (
+        "model/model.safetensors",
+        truncate,
+        r"model/model\.safetensors is corrupt \([\d,]+ bytes of [\d,]+\)",
+    ),
+    "weights missing": ("model/model.safetensors", Path.unlink, r"model/model\.safetensors is missing"),
+    "state truncated": ("training.pt", truncate, r"training\.pt is corrupt \([\d,]+ bytes of [\d,]+\)"),
+    "a bit of the state": ("training.pt", flip_a_bit, r"training\.pt is corrupt \(another SHA-256\)"),
+    "state empty": (
+        "training.pt",
+        lambda path: path.write_bytes(b""),
+        r"training\.pt is corrupt \(0 bytes of [\d,]+\)",
+    ),
+    "tokenizer missing": ("model/tokenizer.json", Path.unlink, r"model/tokenizer\.json is missing"),
     "manifest missing": (MANIFEST, Path.unlink, r"MANIFEST\.json is missing"),
-    "a bit of the manifest": (MANIFEST, flip_a_bit, r"MANIFEST\.json is not what was written"),
+    "a bit of the manifest": (MANIFEST, flip_a_bit, r"MANIFEST\.json is corrupt \(not what was written\)"),
     "manifest of another kind": (
         MANIFEST,
         lambda path: path.write_text("[]"),
-        r"MANIFEST\.json is not what was written",
+        r"MANIFEST\.json is corrupt \(not what was written\)",
     ),
 }
 
@@ -53,8 +65,8 @@ def test_a_damaged_checkpoint_is_named_and_skipped(interrupted, unbroken, live, 
     do(interrupted / "checkpoints" / "step-6" / name)
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
-    assert re.search(rf"^skipped: {interrupted}/checkpoints/step-6/{why}", life.complained, re.MULTILINE)
-    assert f"resuming {interrupted} from step-3\n" in life.said
+    assert re.search(rf"^skipped: step-6: {interrupted}/checkpoints/step-6/{why}", life.complained, re.MULTILINE)
+    assert f"resuming {interrupted} from step-4\n" in life.said
     assert_same(interrupted, unbroken)
 
 
@@ -69,12 +81,12 @@ def test_no_valid_checkpoint_is_an_error_and_changes_nothing(interrupted, live):
         f"error: --resume {interrupted}: none of its checkpoints is valid; start a new run in another directory"
     )
     assert (interrupted / "metrics.jsonl").read_bytes() == before
-    assert steps_saved(interrupted) == [3, 6]
+    assert steps_saved(interrupted) == [4, 6]
 
 
 def test_lost_checkpoints_are_no_reason_to_begin_again(flags, live, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run, "--save-every", "2"], partial(on_call, "train.update", 8, kill))
+    life = live([*flags, "--output-dir", run, "--save-every", "2"], partial(on_call, "train.train_step", 8, kill))
     assert life.wait() == 137
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
@@ -105,7 +117,7 @@ def test_a_program_in_a_state_file_is_noticed_by_its_hash(interrupted, unbroken,
     payload(interrupted / "checkpoints" / "step-6" / "training.pt", tmp_path / "ran")
     life = live(["--resume", interrupted])
     assert life.wait() == 0, life.complained
-    assert "step-6/training.pt has" in life.complained
+    assert "step-6/training.pt is corrupt" in life.complained
     assert not (tmp_path / "ran").exists()
     assert_same(interrupted, unbroken)
 
@@ -118,7 +130,7 @@ def test_a_program_in_a_state_file_is_never_run(interrupted, live, tmp_path):
     del content["sha256"]
     file = checkpoint / "training.pt"
     content["files"]["training.pt"] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    seal(checkpoint, content)
+    write_checksummed(checkpoint / MANIFEST, content)
     life = live(["--resume", interrupted])
     assert life.wait() == 1
     assert life.complained == f"error: {file}: it holds more than tensors and numbers; do not trust it\n"
@@ -129,77 +141,66 @@ def test_a_program_in_a_state_file_is_never_run(interrupted, live, tmp_path):
     assert (tmp_path / "ran").exists()  # it would have run
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: flip_a_bit(best / "model.safetensors")])
-def test_a_damaged_best_model_is_restored(interrupted, live, damage):
-    """From the copy in the last checkpoint."""
-    expected = sha256(interrupted / "best" / "model.safetensors")
-    damage(interrupted / "best")
-    life = live(["--resume", interrupted, "--max-steps", "7", "--eval-every", "100", "--lr", "1e3", "--allow-changes"])
+@pytest.mark.parametrize("damage", ["removed", "a bit flipped"])
+def test_a_checkpoint_whose_best_model_is_corrupt_is_skipped(flags, unbroken, live, tmp_path, damage):
+    """An older one, which does not name that best model, is exact."""
+    run, best = tmp_path / "run", tmp_path / "run/checkpoints/step-4"
+    saving = [*flags, "--output-dir", run, "--save-every", "1", "--keep", "9"]
+    live(saving, partial(on_call, "train.train_step", 8, kill)).wait()
+    shutil.rmtree(best) if damage == "removed" else flip_a_bit(best / "model/model.safetensors")
+    life = live(["--resume", run])
     assert life.wait() == 0, life.complained
-    assert f"{interrupted}/best is restored: " in life.complained
-    assert "best, update 4" in life.said
-    assert sha256(interrupted / "best" / "model.safetensors") == expected
+    assert [line.split(":")[1] for line in life.complained.splitlines()] == [
+        f" step-{step}" for step in (7, 6, 5, 4) if damage != "removed" or step != 4
+    ]
+    assert f"resuming {run} from step-3\n" in life.said
+    assert_same(run, unbroken)
 
 
-def test_a_best_model_of_discarded_updates_is_restored(interrupted, unbroken, live):
+def test_where_no_best_model_is_left_the_run_goes_on_and_says_so(interrupted, unbroken, live):
+    flip_a_bit(interrupted / "best" / "model.safetensors")
+    life = live(["--resume", interrupted])
+    assert life.wait() == 0, life.complained
+    assert life.complained.splitlines()[-1] == ("warning: the best model so far is lost; the best from here on is kept")
+    assert lines(interrupted) == lines(unbroken)  # 10 is better than 4 in either
+    assert tensors_in(interrupted / "best") == tensors_in(unbroken / "best")
+
+
+def test_the_best_model_of_discarded_updates_is_not_the_best(interrupted, unbroken, live):
     """Killed after update 8 became the best; resumed from 6, whose best is 4, and it never comes to an 8 again."""
-    expected = sha256(interrupted / "best" / "model.safetensors")
-    live(["--resume", interrupted], partial(on_call, "train.update", 3, kill)).wait()
-    assert json.loads((interrupted / "best" / MANIFEST).read_text())["step"] == 8
-    again = shutil.copytree(interrupted, interrupted.with_name("again"))
+    live(["--resume", interrupted], partial(on_call, "train.train_step", 3, kill)).wait()
+    assert (interrupted / "best").readlink() == Path("checkpoints/step-8/model")
+    shutil.rmtree(interrupted / "checkpoints/step-8")
+    again = shutil.copytree(interrupted, interrupted.with_name("again"), symlinks=True)
     assert live(["--resume", again]).wait() == 0
     assert_same(again, unbroken)
     life = live(["--resume", interrupted, "--max-steps", "7", "--lr", "1e3", "--allow-changes"])
     assert life.wait() == 0, life.complained
     assert "best, update 4" in life.said
-    assert sha256(interrupted / "best" / "model.safetensors") == expected
+    assert (interrupted / "best").readlink() == Path("checkpoints/step-4/model")
 
 
-def test_a_best_model_that_is_damaged_is_not_copied(interrupted, unbroken, live):
-    """Its disk goes bad between two checkpoints: the run ends, and the one before has a good copy."""
-    damage = partial(flip_weights, interrupted / "best")
-    life = live(["--resume", interrupted, "--save-every", "1"], partial(on_call, "train.save", 1, damage))
+def test_a_best_model_that_is_corrupt_at_the_end_is_an_error(interrupted, unbroken, live):
+    damage = partial(flip_best, interrupted)
+    life = live(["--resume", interrupted], partial(on_call, "train.evaluate_best", 1, damage))
     assert life.wait() == 1
     assert life.complained == (
-        f"error: {interrupted}, after update 7: {interrupted}/best/model.safetensors is not what was written "
-        "(another SHA-256); "
-        f"--resume {interrupted} continues after update 6\n"
+        f"error: {interrupted}, after update 10: {interrupted}/checkpoints/step-10/model/model.safetensors is corrupt "
+        f"(another SHA-256); --resume {interrupted} continues after update 10\n"
     )
     assert live(["--resume", interrupted]).wait() == 0
     assert_same(interrupted, unbroken)
 
 
-def test_a_best_model_lost_before_it_was_in_a_checkpoint_is_found_again(interrupted, unbroken, live):
-    """Removed at the end, when the last checkpoint is older than it."""
-    lose = partial(on_call, "train.finish", 1, partial(remove, interrupted / "best"))
-    life = live(["--resume", interrupted], lose)
-    assert life.wait() == 1
-    assert life.complained == (
-        f"error: {interrupted}, after update 10: {interrupted}/best/MANIFEST.json is missing; "
-        f"--resume {interrupted} continues after update 9\n"
-    )
-    assert live(["--resume", interrupted]).wait() == 0
-    assert_same(interrupted, unbroken)
-
-
-def test_a_damaged_best_model_is_not_evaluated_without_a_word(interrupted, capsys):
+def test_a_corrupt_best_model_is_not_evaluated_without_a_word(interrupted, capsys):
     flip_a_bit(interrupted / "best" / "model.safetensors")
     assert eval_command.main([str(interrupted), "--prompts", "Hi", "--max-new-tokens", "1"]) == 0
-    warning = f"warning: {interrupted}/best/model.safetensors is not what was written (another SHA-256)\n"
-    assert capsys.readouterr().err == warning
+    path = interrupted / "checkpoints/step-4/model/model.safetensors"
+    assert capsys.readouterr().err == f"warning: {path} is corrupt (another SHA-256)\n"
 
 
-def remove(directory, *_):
-    shutil.rmtree(directory)
-
-
-def flip_weights(directory, *_):
-    """As it is a second name of a checkpoint's file, make it a file of its own first."""
-    path = directory / "model.safetensors"
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content)
-    flip_a_bit(path)
+def flip_best(run, *_):
+    flip_a_bit(run / "best" / "model.safetensors")
 
 
 def test_damaged_settings_are_an_error(interrupted, live):
@@ -218,7 +219,7 @@ def test_a_directory_without_a_run_is_an_error(live, tmp_path):
 
 
 def test_what_a_dead_process_left_is_cleaned_up(interrupted, unbroken, live):
-    for left in (".best.unfinished-x", "checkpoints/.step-7.unfinished-x", ".config.json.unfinished-x"):
+    for left in (".best.partial-link", "checkpoints/.step-7.partial-x", ".config.json.partial-x"):
         (interrupted / left).mkdir()
     (interrupted / ".notes-of-mine").write_text("kept")
     assert live(["--resume", interrupted]).wait() == 0

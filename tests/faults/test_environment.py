@@ -40,24 +40,24 @@ def test_a_full_disk(flags, unbroken, live, small_disk, left):
     """So full that not a line of the log, no small file, not the weights, or not the optimizer's state fits."""
     run = small_disk / "run"
     life = live(
-        [*flags, "--output-dir", run], partial(on_call, "train.update", 6, partial(fill_disk, small_disk, left))
+        [*flags, "--output-dir", run], partial(on_call, "train.train_step", 6, partial(fill_disk, small_disk, left))
     )
     assert life.wait() == 1
     assert re.fullmatch(
         r"(warning: nothing more can be written for TensorBoard .*\n)?"
         rf"error: {run}, after update [56]: .*No space left on device.*; "
-        rf"--resume {run} continues after update 3\n",
+        rf"--resume {run} continues after update 4\n",
         life.complained,
     )
-    assert steps_saved(run) == [3]
+    assert steps_saved(run) == [3, 4]
     (small_disk / "filling").unlink()
     assert live(["--resume", run]).wait() == 0
     assert_same(run, unbroken)
 
 
 FAILING_WRITES = [
-    ("running.state.save_model", 3),  # the weights
-    ("running.state.save_directory", 2),  # best/
+    ("running.checkpoint.save_model", 3),
+    ("running.checkpoint.link_best", 3),
     ("running.metrics.Log.write", 8),
     ("storage.records.replace_file", 11),  # the answers at the end
     ("torch.save", 3),
@@ -113,7 +113,7 @@ def test_tensorboard_that_fails_ends_no_run(flags, unbroken, live, tmp_path):
 
 
 def test_a_run_is_trained_by_one_process(interrupted, unbroken, live):
-    first = live(["--resume", interrupted], partial(on_call, "train.update", 2, hang))
+    first = live(["--resume", interrupted], partial(on_call, "train.train_step", 2, hang))
     assert first.wait_for(lambda: "resuming" in first.said and "schedule" in first.said)
     second = live(["--resume", interrupted])
     assert second.wait() == 1
@@ -148,7 +148,7 @@ def test_of_two_new_runs_in_one_directory_one_trains(flags, unbroken, live, tmp_
 )
 def test_too_little_memory(flags, live, tmp_path, flags_too, largest, advice):
     run = tmp_path / "run"
-    fault = partial(on_call, "train.update", 4, partial(on_call, "train.token_loss", 1, ask_for_too_much))
+    fault = partial(on_call, "train.train_step", 4, partial(on_call, "train.token_loss", 1, ask_for_too_much))
     life = live([*flags, "--output-dir", run, *flags_too], fault)
     assert life.wait() == 1
     assert re.fullmatch(
@@ -169,8 +169,8 @@ def test_a_machine_with_too_little_memory(flags, live, tmp_path):
             file.write(json.dumps({"messages": messages}) + "\n")
     flags = [*on_dataset(flags, data), "--output-dir", run, "--micro-batch-tokens", "90000", "--save-every", "1"]
     flags += ["--batch-size", "3", "--max-length", "8192"]
-    keep_none = partial(pretend, "train.keep_freed_memory", None)
-    life = live(flags, keep_none, give_memory_back, partial(on_call, "train.update", 3, partial(little_memory, 1)))
+    keep_none = partial(pretend, "running.setup.keep_freed_memory", None)
+    life = live(flags, keep_none, give_memory_back, partial(on_call, "train.train_step", 3, partial(little_memory, 1)))
     assert life.wait() == 1
     assert (
         "after update 2: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192"

@@ -49,16 +49,16 @@ def test_inside_a_save(saving, unbroken, live, tmp_path, number):
     chance, run = random.Random(number), tmp_path / "run"
     life = live([*saving, "--output-dir", run])
     which = chance.randint(1, 10)
-    life.wait_for(lambda: (run / "checkpoints" / f"step-{which}").exists() or unfinished(run, which))
-    life.wait_for(lambda: unfinished(run))
+    life.wait_for(lambda: (run / "checkpoints" / f"step-{which}").exists() or partials(run, which))
+    life.wait_for(lambda: partials(run))
     time.sleep(chance.uniform(0, 0.003))
     life.kill()
-    assert unfinished(run)
+    assert partials(run)
     goes_on(live, saving, run, unbroken)
 
 
-def unfinished(run, step=""):
-    return list(Path(run).glob(f"checkpoints/.step-{step}*.unfinished-*")) + list(Path(run).glob(".best.unfinished-*"))
+def partials(run, step=""):
+    return list(Path(run).glob(f"checkpoints/.step-{step}*.partial-*"))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tests.conftest import tiny_llama
 from tests.faults.harness import BOUND, Life, assert_same, lines, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
+    corrupt_gradient,
     fail,
     full_disk,
     give_memory_back,
@@ -32,7 +33,6 @@ from tests.faults.inject import (
     on_call,
     pretend,
     send,
-    spoil_gradient,
 )
 from tests.faults.test_signals import STOPPING, children, is_zombie
 
@@ -69,7 +69,7 @@ def test_two_processes_write_what_one_does(unbroken, unbroken_together):
 KILLS = [
     (("train.train_step", 5), 1),
     (("train.token_loss", 8), 0),
-    (("train.save", 2), 0),
+    (("running.checkpoint.save", 2), 0),
     (("eval.loss_and_correct", 6), 1),
 ]
 
@@ -119,7 +119,7 @@ def test_a_forwarded_signal_counts_once(flags, lives, tmp_path):
     """A batch system sends it to every process, and torchrun forwards its own."""
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     faults = [(rank, partial(on_call, "train.train_step", 5, term)) for rank in (0, 1)]
-    faults += [(rank, partial(on_call, "train.save", 2, term)) for rank in (0, 1)]
+    faults += [(rank, partial(on_call, "running.checkpoint.save", 2, term)) for rank in (0, 1)]
     group = lives(2, [*flags, "--output-dir", run], *faults)
     assert group.wait() == [143, 143]
     assert group.complained.endswith(f"stopped after update 5; to resume: python train.py --resume {run}\n")
@@ -165,13 +165,13 @@ def test_a_signal_before_training_stops_all(flags, lives, tmp_path):
 
 
 FAILURES = {
-    "an exception": (partial(on_call, "train.update", 5, fail), "RuntimeError: a bug"),
+    "an exception": (partial(on_call, "train.train_step", 5, fail), "RuntimeError: a bug"),
     "too little memory": (
-        partial(on_call, "train.update", 5, partial(on_call, "train.token_loss", 1, ask_for_too_much)),
+        partial(on_call, "train.train_step", 5, partial(on_call, "train.token_loss", 1, ask_for_too_much)),
         r"error: after update 4: out of memory in a micro-batch of \d+ tokens",
     ),
     "a full disk": (
-        partial(on_call, "train.update", 5, full_disk),
+        partial(on_call, "train.train_step", 5, full_disk),
         "error: .*, after update 4: No space left on device; --resume .* continues after update 3\n",
     ),
 }
@@ -190,7 +190,7 @@ def test_one_fails_and_explains_itself(flags, lives, unbroken_together, tmp_path
 
 def test_an_update_that_is_not_finite_is_explained_once(flags, lives, unbroken_together, tmp_path):
     run = tmp_path / "run"
-    group = lives(2, [*flags, "--output-dir", run], (1, partial(on_call, "train.update", 8, spoil_gradient)))
+    group = lives(2, [*flags, "--output-dir", run], (1, partial(on_call, "train.train_step", 8, corrupt_gradient)))
     assert group.wait() == [1, 1]
     first, *window = group.complained.splitlines()
     assert first.startswith("error: update 8: loss ")
@@ -212,7 +212,7 @@ def test_a_mistake_is_reported_once_and_nothing_is_left(flags, lives, tmp_path):
 @pytest.mark.parametrize(("rank", "fault"), some([(1, kill), (0, fail), (2, ask_for_too_much)], fast=1))
 def test_a_failure_of_one_ends_all_with_shards_too(flags, lives, tmp_path, rank, fault):
     run = tmp_path / "run"
-    faulty = partial(on_call, "train.update", 5, partial(on_call, "model.supervised_states", 1, fault))
+    faulty = partial(on_call, "train.train_step", 5, partial(on_call, "model.supervised_states", 1, fault))
     group = lives(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty))
     assert group.wait() == [137 if fault is kill and each == rank else 1 for each in range(3)]
     assert group.complained.count("rror: ") == 1
@@ -292,7 +292,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(flags, lives, live, unb
     run = tmp_path / "run"
     for life, (size, count) in enumerate(changes):
         argv = [*(["--resume", run] if life else [*flags, "--output-dir", run]), "--shard", count]
-        faults = [] if life == 2 else [partial(on_call, "train.update", 4, partial(send, signal.SIGTERM))]
+        faults = [] if life == 2 else [partial(on_call, "train.train_step", 4, partial(send, signal.SIGTERM))]
         if size == 1:
             assert live(argv, *faults).wait() == (0 if life == 2 else 143)
         else:
@@ -309,7 +309,7 @@ def test_resume_auto_begins_continues_and_ends(flags, live, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
     assert live(argv, partial(on_call, "storage.records.replace_file", 1, kill)).wait() == 137  # before there is a run
-    assert live(argv, partial(on_call, "train.update", 8, kill)).wait() == 137
+    assert live(argv, partial(on_call, "train.train_step", 8, kill)).wait() == 137
     life = live(argv)
     assert life.wait() == 0, life.complained
     assert f"resuming {run} from step-6\n" in life.said

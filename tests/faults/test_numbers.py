@@ -11,21 +11,21 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.faults.harness import assert_same, lines, on_dataset, steps_saved
-from tests.faults.inject import fewer_bits_of_scale, on_call, spoil_gradient, spoil_weights
+from tests.faults.inject import corrupt_gradient, corrupt_weights, fewer_bits_of_scale, on_call
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (partial(spoil_weights, math.nan), "loss nan, gradient norm nan"),
-        (partial(spoil_weights, math.inf), "loss nan, gradient norm nan"),
-        (spoil_gradient, r"loss \d\.\d+, gradient norm (nan|inf)"),
+        (partial(corrupt_weights, math.nan), "loss nan, gradient norm nan"),
+        (partial(corrupt_weights, math.inf), "loss nan, gradient norm nan"),
+        (corrupt_gradient, r"loss \d\.\d+, gradient norm (nan|inf)"),
     ],
     ids=["a weight that is no number", "an infinite weight", "an infinite gradient of a finite loss"],
 )
 def test_an_update_that_is_not_finite(flags, unbroken, live, conversations, tmp_path, fault, said):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], partial(on_call, "train.update", 8, fault))
+    life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 8, fault))
     assert life.wait() == 1
     first, *window = life.complained.splitlines()
     assert re.fullmatch(
@@ -36,14 +36,14 @@ def test_an_update_that_is_not_finite(flags, unbroken, live, conversations, tmp_
     assert len(window) == 7
     loss = "nan" if "loss nan" in said else r"\d\.\d{4}"
     assert all(re.fullmatch(rf"  loss {loss} {re.escape(str(conversations))}:\d+", line) for line in window)
-    assert steps_saved(run) == [3, 6]
+    assert steps_saved(run) == [4, 6]
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6]
     assert live(["--resume", run]).wait() == 0
     assert_same(run, unbroken)
 
 
 def test_of_a_large_window_the_worst_are_named(flags, live, tmp_path):
-    fault = partial(on_call, "train.update", 1, spoil_gradient)
+    fault = partial(on_call, "train.train_step", 1, corrupt_gradient)
     life = live([*flags, "--output-dir", tmp_path / "run", "--batch-size", "20"], fault)
     assert life.wait() == 1
     *_, tenth, rest = life.complained.splitlines()
@@ -53,14 +53,14 @@ def test_of_a_large_window_the_worst_are_named(flags, live, tmp_path):
 
 def test_an_evaluation_that_is_not_finite(flags, live, conversations, tmp_path):
     run = tmp_path / "run"
-    fault = partial(on_call, "train.evaluate_split", 4, partial(spoil_weights, math.nan))
+    fault = partial(on_call, "running.validation.explain_out_of_memory", 4, partial(corrupt_weights, math.nan))
     life = live([*flags, "--output-dir", run], fault)  # the evaluation after update 8
     assert life.wait() == 1
     first, *worst = life.complained.splitlines()
     assert first == f"error: after update 8: eval loss nan; --resume {run} continues after update 6; of these:"
     assert all(re.fullmatch(rf"  loss nan {re.escape(str(conversations))}:\d+", line) for line in worst)
     assert len(worst) == 8
-    assert steps_saved(run) == [3, 6]
+    assert steps_saved(run) == [4, 6]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -73,7 +73,7 @@ def test_weights_that_are_no_numbers_are_refused(flags, live, tiny_model_dir, tm
     life = live([*flags, "--model", directory, "--output-dir", tmp_path / "run"])
     assert life.wait() == 1
     assert life.complained == (
-        f"error: --model {directory}: its weights model.layers.1.mlp.down_proj.weight are not all finite numbers\n"
+        f"error: --model {directory}: weight model.layers.1.mlp.down_proj.weight contains NaN or Inf\n"
     )
     assert not (tmp_path / "run").exists()
 

@@ -16,7 +16,9 @@ def test_exact_from_any_step(flags, unbroken, live, tmp_path, step):
     """In the middle of an epoch, between two logged updates (1, 3, 7, 9), before the short last window of an epoch
     (4, 9) and at the end of one (5)."""
     run = tmp_path / "run"
-    live([*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.update", step + 1, kill)).wait()
+    live(
+        [*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.train_step", step + 1, kill)
+    ).wait()
     assert steps_saved(run)[-1] == step
     life = live(["--resume", run])
     assert life.wait() == 0, life.complained
@@ -30,7 +32,9 @@ def test_exact_from_any_step(flags, unbroken, live, tmp_path, step):
 )
 def test_the_comparison_notices_a_wrong_resume(flags, unbroken, live, tmp_path, step, fault):
     run = tmp_path / "run"
-    live([*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.update", step + 1, kill)).wait()
+    live(
+        [*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.train_step", step + 1, kill)
+    ).wait()
     assert live(["--resume", run], fault).wait() == 0
     with pytest.raises(AssertionError):
         assert_same(run, unbroken)
@@ -52,7 +56,7 @@ def test_the_random_state_is_resumed(flags, live, dropping_out, tmp_path):
     assert live([*flags, "--output-dir", tmp_path / "unbroken"]).wait() == 0
     for name, faults in (("right", ()), ("wrong", (partial(forget, "random"),))):
         run = tmp_path / name
-        live([*flags, "--output-dir", run], partial(on_call, "train.update", 8, kill)).wait()
+        live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 8, kill)).wait()
         assert live(["--resume", run], *faults).wait() == 0
     assert_same(tmp_path / "right", tmp_path / "unbroken")
     with pytest.raises(AssertionError):
@@ -63,7 +67,7 @@ def test_the_fp16_scale_and_the_overflow_count_are_resumed(flags, live, tmp_path
     flags, overflow = [*flags, "--dtype", "fp16"], partial(fewer_bits_of_scale, 24)
     assert live([*flags, "--output-dir", tmp_path / "unbroken"], overflow).wait() == 0
     run = tmp_path / "run"
-    live([*flags, "--output-dir", run], overflow, partial(on_call, "train.save", 3, kill)).wait()
+    live([*flags, "--output-dir", run], overflow, partial(on_call, "running.checkpoint.save", 3, kill)).wait()
     assert live(["--resume", run], overflow).wait() == 0
     assert_same(run, tmp_path / "unbroken")
     assert lines(run, "train")[-1]["overflows"] > 0
@@ -93,7 +97,7 @@ def test_a_moved_run_resumes(interrupted, unbroken, live, tmp_path):
 
 def test_killed_before_its_first_checkpoint_it_begins_again(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
-    live([*flags, "--output-dir", run], partial(on_call, "train.update", 3, kill)).wait()
+    live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 3, kill)).wait()
     assert lines(run, "train")
     life = live(["--resume", run])
     assert life.wait() == 0, life.complained
@@ -103,15 +107,15 @@ def test_killed_before_its_first_checkpoint_it_begins_again(flags, unbroken, liv
 
 def test_killed_again_before_anything_new_was_saved(interrupted, unbroken, live):
     for _ in range(3):
-        live(["--resume", interrupted], partial(on_call, "train.update", 2, kill)).wait()
+        live(["--resume", interrupted], partial(on_call, "train.train_step", 2, kill)).wait()
     assert live(["--resume", interrupted]).wait() == 0
     assert_same(interrupted, unbroken)
 
 
 INTERRUPTIONS = [
-    ("train.evaluate", 2),
+    ("running.validation.evaluate", 2),
     ("storage.records.write_answers", 2),
-    ("train.evaluate", 3),
+    ("running.validation.evaluate", 3),
     ("eval.answers", 2),
 ]
 
@@ -163,7 +167,7 @@ def test_another_precision_on_another_machine_is_a_change(flags, live, tmp_path)
     """`--dtype auto` is bf16 where the processor has it and fp32 elsewhere."""
     run, native = tmp_path / "run", partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": True})
     flags = [*flags, "--dtype", "auto", "--output-dir", run]
-    live(flags, native, partial(on_call, "train.update", 5, kill)).wait()
+    live(flags, native, partial(on_call, "train.train_step", 5, kill)).wait()
     life = live(["--resume", run], partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": False}))
     assert life.wait() == 1
     assert life.complained.splitlines()[1].strip() == "forward pass in bf16 -> fp32 (--dtype)"

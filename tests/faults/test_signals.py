@@ -50,7 +50,8 @@ def test_a_signal_in_an_evaluation_abandons_it_until_resumed(flags, unbroken, li
 
 
 @pytest.mark.parametrize(
-    "function", some(["running.state.write_state", "storage.durable.write_manifest", "storage.durable.verify"], fast=1)
+    "function",
+    some(["running.checkpoint.save_model", "storage.durable.write_manifest", "storage.durable.verify"], fast=1),
 )
 def test_a_signal_in_a_save_finishes_it(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
@@ -152,7 +153,7 @@ def close_output(*_, **__):
 
 def test_a_reader_of_the_output_that_vanishes_does_not_end_the_run(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], partial(on_call, "train.update", 2, close_output))
+    life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 2, close_output))
     assert life.wait() == 0
     assert_same(run, unbroken)
 

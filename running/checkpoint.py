@@ -1,0 +1,279 @@
+"""The checkpoints of a run: snapshot, write, manifest, rename, verify, prune; finding the newest valid one; restoring.
+
+    checkpoints/step-N/   complete or absent
+        model/            an ordinary Hugging Face directory: weights, tokenizer, generation config
+        training.pt       everything else that resuming needs: AdamW's moments, the position, the random states
+        MANIFEST.json     the size and SHA-256 of every file, the run's settings, and which step was the best so far
+    best                  a relative link to the model/ of the best step, whose checkpoint is never pruned
+
+There is one way to save, for one process and for many: rank 0 gathers what the ranks hold and writes it. On a CPU the
+updates wait for that. On a GPU they go on while a thread writes the copy on the host, which takes 12 bytes of rank 0's
+host memory for each parameter.
+"""
+
+import copy
+import math
+import pickle
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from compute.processes import gathered, is_first, rank, world_size
+from compute.sharding import is_sharded
+from config import UserError
+from evaluation.facts import run_facts
+from model import save_model
+from running.card import model_card
+from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link, verify
+
+torch.serialization.set_crc32_options(False)  # slow, and the SHA-256 of the manifest notices more
+
+MODEL, STATE, BEST = "model", "training.pt", "best"
+PROGRESS = ("step", "evaluated", "best_step", "best_loss", "overflows")  # fields of `Run` that training.pt holds
+
+
+# --- saving
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, on rank 0's CPU."""
+
+    directory: Path  # of the run
+    about: dict  # what the manifest says besides the files
+    weights: dict  # tensors by name, tied ones once
+    state: dict  # what training.pt holds
+    card: str  # the model card, where this is the best model so far
+    keep: int
+
+
+def save(run):
+    """Save a run as it is now. All ranks call this; rank 0 writes, in a thread where the run has a GPU.
+
+    Raises:
+        OSError, CorruptError: it could not be written or read back; older checkpoints are unchanged.
+    """
+    began = time.perf_counter()
+    run.saver.wait()
+    snapshot = take_snapshot(run)
+    run.saver.start(run.step, write_checkpoint if is_first() else None, run.model, run.tokenizer, snapshot)
+    seconds = time.perf_counter() - began
+    run.saver.seconds += seconds
+    run.log.add_points(run.step, {"time/checkpoint": seconds})
+
+
+def take_snapshot(run):
+    """The `Snapshot` of a run on rank 0; what it returns on other ranks is not used. All ranks call this."""
+    weights, moments = gather_state(run.model, run.optimizer)
+    device, random_states = run.precision.device, gathered(get_random_state(run.precision.device))
+    run.log.sync()
+    state = {name: getattr(run, name) for name in PROGRESS} | {
+        "optimizer": moments,
+        "scaler": run.scaler.state_dict(),
+        "log": copy.deepcopy(run.log.state()) if is_first() else {},
+        "random": random_states,
+    }
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    card = ""
+    if run.best_step == run.step and is_first():
+        card = model_card(run_facts(run.directory))
+    about = {"step": run.step, "best_step": run.best_step, **run.described}
+    return Snapshot(run.directory, about, weights, state, card, run.config.keep)
+
+
+def gather_state(model, optimizer):
+    """All weights and all moments by name, on rank 0's CPU (on a CPU perhaps the live ones); other ranks get none."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    named_once = dict(model.named_parameters()) | dict(model.named_buffers())
+    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    return {name: tensor for name, tensor in weights.items() if name in named_once}, moments
+
+
+def get_random_state(device):
+    """The state of this process' random numbers, which dropout draws: of the CPU, and of its GPU or None."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def write_checkpoint(model, tokenizer, snapshot):
+    """Write a snapshot as `checkpoints/step-N`, verified on disk; then link the best model and prune older ones."""
+    path = checkpoint_path(snapshot.directory, snapshot.about["step"])
+    with atomic_directory(path, snapshot.about) as directory:
+        save_model(model, tokenizer, directory / MODEL, snapshot.weights)
+        if snapshot.card:
+            (directory / MODEL / "README.md").write_text(snapshot.card, encoding="utf-8")
+        save_state(snapshot.state, directory / STATE)
+    link_best(snapshot.directory, snapshot.about["best_step"])
+    prune(snapshot.directory, snapshot.about["step"], snapshot.keep)
+
+
+def save_state(state, path):
+    """Write `training.pt`.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides the operating system's error, which says more
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def link_best(run, best_step):
+    """Let `best` point to the model of a step, atomically; 0: there is no best model yet."""
+    if best_step:
+        replace_link(run / BEST, (checkpoint_path(Path(), best_step) / MODEL))
+    else:
+        (run / BEST).unlink(missing_ok=True)
+
+
+def prune(run, step, keep):
+    """Remove a run's checkpoints up to `step`, but for the newest `keep` and the best model that each of them names."""
+    done = [path for path in list_checkpoints(run) if step_of(path) <= step]
+    best_steps = {read_manifest(path)["best_step"] for path in done[-keep:]}
+    for path in done[:-keep]:
+        if step_of(path) not in best_steps:
+            remove_directory(path)
+
+
+class Saver:
+    """Writes checkpoints one at a time, in a thread; a run on a CPU waits for it at once."""
+
+    def __init__(self, in_background):
+        self.in_background, self.thread = in_background, ThreadPoolExecutor(max_workers=1)
+        self.writing: tuple[int, Future] | None = None
+        self.started = 0  # the step of the last checkpoint, which may still be being written
+        self.saved = 0  # the step of the last one that is written and verified
+        self.seconds = 0.0  # that the run waited for checkpoints
+
+    def start(self, step, write, *arguments):
+        """Call `write(*arguments)`, which writes the checkpoint of `step`; None: another rank does."""
+        self.started = step
+        if not write:
+            self.saved = step
+            return
+        self.writing = step, self.thread.submit(write, *arguments)
+        if not self.in_background:
+            self.wait()
+
+    def check(self):
+        """Raise what has failed since; nothing is waited for."""
+        if self.writing and self.writing[1].done():
+            self.wait()
+
+    def wait(self):
+        """Return when the last checkpoint is written, or raise what has failed."""
+        if self.writing:
+            step, future = self.writing
+            wait([future])  # a signal may interrupt this
+            self.writing = None
+            future.result()
+            self.saved = step
+
+    def close(self):
+        """Return when nothing is being written any more, whatever came of it."""
+        self.thread.shutdown()
+
+
+# --- finding
+
+
+def list_checkpoints(run):
+    """A run's checkpoint directories, oldest first."""
+    found = (Path(run) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def checkpoint_path(run, step):
+    """Where the checkpoint after `step` updates is, or would be."""
+    return Path(run) / "checkpoints" / f"step-{step}"
+
+
+def step_of(checkpoint):
+    """How many updates a checkpoint has seen: the N of `step-N`."""
+    return int(Path(checkpoint).name.removeprefix("step-"))
+
+
+def find_newest_valid(run, with_best=True):
+    """The newest checkpoint that verifies, its manifest, and why newer ones were skipped.
+
+    Args:
+        with_best: whether the checkpoint of the best model that it names has to verify, too.
+
+    Returns:
+        (path, manifest, reasons); path and manifest are None where there is none.
+    """
+    reasons = []
+    for path in reversed(list_checkpoints(run)):
+        try:
+            manifest = verify(path)
+            if with_best and manifest["best_step"] not in (0, manifest["step"]):
+                verify(checkpoint_path(run, manifest["best_step"]))
+            return path, manifest, reasons
+        except CorruptError as reason:
+            reasons.append(f"{path.name}: {reason}")
+    return None, None, reasons
+
+
+def verify_best(run):
+    """Verify the checkpoint of a run's best model.
+
+    Raises:
+        CorruptError: it is missing, or is not what was written.
+    """
+    return verify((Path(run) / BEST).resolve().parent)
+
+
+# --- restoring
+
+
+def restore(run, start):
+    """Load `training.pt` into a run whose model was loaded from the same checkpoint. All ranks call this.
+
+    Args:
+        start: a `ResumePoint`.
+
+    Raises:
+        UserError: it holds more than tensors, numbers and strings; nothing of it was executed.
+    """
+    path = start.path / STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded(run.model))
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: it holds more than tensors and numbers; do not trust it") from error
+    for name in PROGRESS:
+        setattr(run, name, state[name])
+    if start.best_is_lost:
+        run.best_step, run.best_loss, run.evaluated = 0, math.inf, 0
+    run.log_state = state["log"]
+    run.saver.started = run.saver.saved = run.step
+    # The optimizer's settings are the run's own: the user may have changed them.
+    settings = get_optimizer_state_dict(run.model, run.optimizer)
+    full = {**settings, "state": state["optimizer"]}
+    set_optimizer_state_dict(run.model, run.optimizer, full, options=StateDictOptions(full_state_dict=True))
+    if state["scaler"] and run.scaler.is_enabled():
+        run.scaler.load_state_dict(state["scaler"])
+    set_random_state(run, state["random"])
+
+
+def set_random_state(run, states):
+    """Continue the random numbers of a run, which dropout draws, as the ranks left them."""
+    if len(states) != world_size():  # another number of ranks draws others anyway: new ones, drawn by no rank before
+        torch.manual_seed(hash((run.config.seed, run.step, rank())))
+        return
+    on_cpu, on_gpu = states[rank()]
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None and run.precision.device.type == "cuda":
+        torch.cuda.set_rng_state(on_gpu, run.precision.device)

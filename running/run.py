@@ -1,0 +1,57 @@
+"""A run in memory: its settings, data, model and optimizer, and its position in training."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compute.layout import Layout
+from config import Config
+from data import Data, windows_per_epoch
+from model import Precision
+from running.checkpoint import Saver
+from running.metrics import Log
+from storage.records import describe
+
+
+@dataclass
+class Run:
+    """Everything that a run works with, and its position in training."""
+
+    config: Config
+    precision: Precision
+    layout: Layout
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
+    log: Log | None = None
+    step: int = 0  # updates done; epoch, window and learning rate are arithmetic on it
+    evaluated: int = 0  # the step of the last evaluation
+    best_step: int = 0
+    best_loss: float = math.inf  # on the eval split, at best_step
+    overflows: int = 0  # updates skipped so far because fp16 gradients overflowed
+    log_state: dict = field(default_factory=dict)  # of the checkpoint that was resumed from
+    changes: list = field(default_factory=list)  # of settings, allowed by the user when the run was resumed
+    saver: Saver = field(init=False)
+
+    def __post_init__(self):
+        self.saver = Saver(in_background=self.precision.device.type == "cuda")
+
+    @property
+    def directory(self):
+        return Path(self.config.output_dir)
+
+    @property
+    def total_steps(self):
+        per_epoch = windows_per_epoch(len(self.data.train.examples), self.config.batch_size)
+        return self.config.max_steps or self.config.epochs * per_epoch
+
+    @property
+    def described(self):
+        """What `config.json` and a checkpoint's manifest say of the run, a dict of JSON values."""
+        device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
+        return describe(self.config, self.precision, self.data) | device

@@ -1,0 +1,84 @@
+"""What a run needs before its first update: data, tokenizer and model, loaded, checked and measured."""
+
+import dataclasses
+import os
+
+import torch
+
+from compute.layers import checkpoint_activations
+from compute.memory import keep_freed_memory, refuse_too_large
+from compute.processes import from_first, rank, smallest
+from compute.self_check import choose_layout
+from config import OF_THE_TEMPLATE
+from conversations.tokenizer import load_tokenizer
+from data import prepare, windows_per_epoch
+from model import choose_precision, count_parameters, load_on_ranks, token_loss
+from running.resume import check_same_run, recorded_budget
+from running.run import Run
+from storage import hub
+from storage.records import describe
+
+
+def load_run(config, start=None, allow_changes=False):
+    """A `Run` without an optimizer, at step 0; nothing is written yet.
+
+    Args:
+        start: the `ResumePoint` of an interrupted run, whose model is loaded.
+
+    Raises:
+        UserError: something cannot be loaded, or it would be a different run and changes are not allowed.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    precision = choose_precision(config.device, config.dtype)
+    if precision.device.type == "cpu":
+        keep_freed_memory()
+    path, local_files_only, tokenizer = load_run_tokenizer(config, start)
+    data = prepare(config, tokenizer)
+    changes = []
+    if start:
+        described = describe(config, precision, data)
+        changed = check_same_run(config.output_dir, start.described, described, allow_changes)
+        changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
+    if precision.device.type == "cuda":
+        refuse_too_large(*count_parameters(path, local_files_only), precision, config)
+    path = start.model if start and start.model else path
+    model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    layout = choose_layout(
+        model,
+        token_loss,
+        config,
+        tokenizer.pad_token_id,
+        precision,
+        longest=max(split.longest for split in data.splits.values()),
+        total_tokens=count_training_tokens(config, data),
+        budget=from_first(recorded_budget, start, config, precision),
+    )
+    layout = dataclasses.replace(layout, tokens=smallest(layout.tokens))  # of all ranks
+    config = dataclasses.replace(config, compile=layout.compiled)
+    torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
+    return Run(config, precision, layout, tokenizer, data, model, scaler=precision.grad_scaler(), changes=changes)
+
+
+def load_run_tokenizer(config, start):
+    """Where a run's untrained model is, whether only local files count, and the tokenizer.
+
+    A resumed run takes the tokenizer of its checkpoint, unless its template changes: the original model, or the file of
+    the template, may be gone.
+    """
+    template, options = config.chat_template, config.template_option
+    recorded = start and start.model and [start.described["config"][name] for name in OF_THE_TEMPLATE]
+    if recorded == [template, list(options)]:
+        path, local_files_only = str(start.model), True
+        template, options = ("chatml" if template == "chatml" else "model"), ()
+    else:
+        path, local_files_only = hub.find_model(config.model)
+    return path, local_files_only, load_tokenizer(path, local_files_only, template, options)
+
+
+def count_training_tokens(config, data):
+    """How many tokens a run trains on in all, padding not counted."""
+    updates = windows_per_epoch(len(data.train.examples), config.batch_size)
+    return data.train.tokens * (config.max_steps / updates if config.max_steps else config.epochs)
