@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import re
@@ -285,42 +284,6 @@ def with_absolute_paths(overrides: dict) -> dict:
     if "dataset" in overrides:
         paths["dataset"] = tuple(map(absolute, overrides["dataset"]))
     return {**overrides, **paths}
-
-
-def read_record(run):
-    """What a run directory's `config.json` holds: `report.describe`'s dict; the settings are under "config".
-
-    Raises:
-        UserError: it is damaged, or was written by another version of this program.
-    """
-    path = Path(run) / "config.json"
-    try:
-        record = json.loads(path.read_bytes())
-        if "model_type" in record:
-            raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
-        settings, other = record["config"], record.get("format") != FORMAT
-        types = typing.get_type_hints(Config)
-        other = other or settings.keys() != types.keys()
-        valid = other or all(is_of_type(settings[name], types[name]) for name in types)
-        complete = {"precision", "data", "versions"} <= record.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        other, valid, complete = False, False, False
-    if other:
-        raise UserError(
-            f"{path}: this run was made by another version of this program; use that one, or start a new run"
-        )
-    if not (valid and complete):
-        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings")
-    return record
-
-
-def is_of_type(value, expected):
-    """Whether a value out of JSON is what a field of `Config` holds."""
-    if expected is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if expected in (int, bool, str):
-        return type(value) is expected
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def validate(config: Config) -> None:

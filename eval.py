@@ -28,6 +28,7 @@ from data import DATA_FLAGS, prepare, prepare_for_evaluation
 from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
+from evaluation.facts import run_facts
 from evaluation.format import format_report, page_sections
 from evaluation.generation import GREEDY, Sampling, answers, encode_with_system
 from evaluation.page import page
@@ -232,7 +233,7 @@ def report_on(candidate, against, options):
         report |= {"against": other.report, **compare_models(other, evaluated)}
     if options.html:
         shown = evaluated.examples.get("train", [])[:3]
-        replace_file(options.html, page(candidate.run, shown, evaluated.tokenizer, page_sections(report)))
+        replace_file(options.html, page(run_facts(candidate.run), shown, evaluated.tokenizer, page_sections(report)))
     return report
 
 

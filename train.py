@@ -29,19 +29,19 @@ from compute.self_check import use_layout
 from compute.sharding import whole
 from config import Parser, UserError, resolve, run_command, with_absolute_paths
 from data import windows_per_epoch
+from evaluation.facts import run_facts
 from model import load_on_ranks, ties_hold, token_loss
 from running import checkpoint, directory, report, resume
-from running.dashboard import hyper_parameters
 from running.diagnostics import explain_failed_update, explain_failed_write
 from running.distributed import run_distributed
 from running.estimate import estimate
-from running.meter import peak_memory
-from running.metrics import Log, Unheard
+from running.metrics import Log, NullLog, peak_memory
+from running.progress import Progress
 from running.setup import load_run
 from running.signals import Signals, Stopped
 from running.validation import evaluate_split, generate_answers, log_test_and_answers
 from storage import hub
-from storage.records import final_numbers, is_finished
+from storage.records import is_finished, write_record
 
 RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: that of --output-dir, if it holds a run"
 
@@ -183,13 +183,11 @@ def fit(run, signals):
         Stopped: by a signal; the run is then as it was after its last complete update.
     """
     evaluate_and_save(run, signals)  # what an interrupted run may have left to do
-    # disable=None: a progress bar only on a terminal
-    with tqdm(total=run.total_steps, initial=run.step, unit="update", disable=None) as progress:
+    with Progress(run.total_steps, run.step) as progress:
         for metrics in updates(run):
             if run.step % run.config.log_every == 0:
                 run.log.write("train", run.step, metrics)
-            progress.update()
-            progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+            progress.update(metrics)
             evaluate_and_save(run, signals)
 
 
@@ -227,7 +225,6 @@ def evaluate_and_log(run, signals):
 def evaluate_untrained(run, signals):
     """Before the first update: the untrained model's losses and answers."""
     evaluation = evaluate_split(run, "eval", signals)
-    run.log.show_run(run.config, run.data.train.examples[:3], run.tokenizer)
     run.log.write("eval", 0, evaluation.report())
     run.log.write_losses("eval", "before", evaluation)
     log_test_and_answers(run, "before", 0, signals)
@@ -263,9 +260,9 @@ def train(run, signals, resumed):
     began = time.perf_counter()
     resume.check_agreement(run)
     if is_first():
-        report.write_record(run.directory, run.described, run.changes)
+        write_record(run.directory, run.described, run.changes)
         checkpoint.link_best(run.directory, run.best_step)
-    run.log = Log(run.directory, run.step if resumed else None, **run.log_state) if is_first() else Unheard()
+    run.log = Log(run.directory, run.step if resumed else None, **run.log_state) if is_first() else NullLog()
     try:
         with explain_failed_write(run), signals.deferred():  # it stops at a `signals.check()` alone
             if run.step == 0:
@@ -273,9 +270,9 @@ def train(run, signals, resumed):
             fit(run, signals)
             evaluate_best(run, signals)
             if is_first():
-                report.write_page(run)
-                row = hyper_parameters(run.config, run.precision.name, final_numbers(run.directory))
-                run.log.close(row, run.step)
+                facts = run_facts(run.directory)
+                report.write_page(run, facts)
+                run.log.close(facts)
     except Stopped as stop:
         with explain_failed_write(run):
             if run.saver.started < run.step and run.optimizer:  # `evaluate_best` has freed it
@@ -289,7 +286,7 @@ def train(run, signals, resumed):
         run.saver.close()
     if is_first():
         seconds = f"{time.perf_counter() - began:.0f} s, {run.saver.seconds:.0f} s of it for checkpoints"
-        print(f"\n{run.step} updates, {seconds}\n\n{report.summary(run.directory)}")
+        print(f"\n{run.step} updates, {seconds}\n\n{report.summary(facts)}")
     return 0
 
 
@@ -316,7 +313,7 @@ def resume_run(path, named, allow_changes, dry_run, signals):
     changed = resume.differences(recorded, {**recorded, "config": dataclasses.asdict(config)})
     finished = from_first(is_finished, path)
     if finished and not changed:
-        print(f"{path} is finished already" + ("" if dry_run else f"\n\n{report.summary(path)}"))
+        print(f"{path} is finished already" + ("" if dry_run else f"\n\n{report.summary(run_facts(path))}"))
         return 0
     with in_first(directory.locked, path):
         start = from_first(resume.find_resume_point, path, recorded)

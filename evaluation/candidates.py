@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from config import OF_THE_DATASET, Config, UserError, flag_name, read_record, resolve, with_tuples
+from config import OF_THE_DATASET, Config, UserError, flag_name, resolve, with_tuples
 from storage import hub
 from storage.durable import MANIFEST, CorruptError, verify
+from storage.records import read_record
 
 
 class Candidate(NamedTuple):

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from compute.processes import gathered, is_first, rank, world_size
 from compute.sharding import is_sharded
 from config import UserError
+from evaluation.facts import run_facts
 from model import save_model
 from running.card import model_card
 from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link, verify
@@ -86,7 +87,7 @@ def take_snapshot(run):
         torch.cuda.synchronize(device)
     card = ""
     if run.best_step == run.step and is_first():
-        card = model_card(run.described, run.log.untrained_loss, run.step, run.best_loss)
+        card = model_card(run_facts(run.directory))
     about = {"step": run.step, "best_step": run.best_step, **run.described}
     return Snapshot(run.directory, about, weights, state, card, run.config.keep)
 

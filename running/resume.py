@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compute.processes import from_first, gathered
-from config import FREE_TO_CHANGE, UserError, as_text, flag_name, read_record, resolve, with_absolute_paths, with_tuples
+from config import FREE_TO_CHANGE, UserError, as_text, flag_name, resolve, with_absolute_paths, with_tuples
 from running.checkpoint import MODEL, find_newest_valid
 from running.directory import locked
-from storage.records import is_finished, read_metrics
+from storage.records import is_finished, read_metrics, read_record
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ResumePoint:
     """Where a run resumes: at a checkpoint, or at its beginning if it died before the first one (path is None)."""
 
     path: Path | None
-    described: dict  # what it was made with, as `report.describe` says it
+    described: dict  # what it was made with, as `records.describe` says it
     best_is_lost: bool = False  # the best model so far is corrupt
 
     @property
@@ -125,7 +125,7 @@ def last_logged_update(run):
 
 
 def differences(before, now):
-    """What differs between two descriptions of a run, as `report.describe` gives them, and makes it a different run."""
+    """What differs between two records of a run, as `records.describe` gives them, and makes it a different run."""
     recorded = before["config"]
     flags = [
         f"{flag_name(name)} {as_text(recorded[name])} -> {as_text(value)}"

@@ -11,9 +11,9 @@ from compute.layout import Layout
 from config import Config
 from data import Data, windows_per_epoch
 from model import Precision
-from running import report
 from running.checkpoint import Saver
 from running.metrics import Log
+from storage.records import describe
 
 
 @dataclass
@@ -54,4 +54,4 @@ class Run:
     def described(self):
         """What `config.json` and a checkpoint's manifest say of the run, a dict of JSON values."""
         device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
-        return report.describe(self.config, self.precision, self.data) | device
+        return describe(self.config, self.precision, self.data) | device

@@ -14,10 +14,10 @@ from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import prepare
 from model import choose_precision, count_parameters, load_on_ranks, token_loss
-from running import report
 from running.resume import check_same_run, recorded_budget
 from running.run import Run
 from storage import hub
+from storage.records import describe
 
 
 def load_run(config, start=None, allow_changes=False):
@@ -39,7 +39,7 @@ def load_run(config, start=None, allow_changes=False):
     data = prepare(config, tokenizer)
     changes = []
     if start:
-        described = report.describe(config, precision, data)
+        described = describe(config, precision, data)
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
     if precision.device.type == "cuda":

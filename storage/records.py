@@ -1,21 +1,103 @@
-"""What a run's directory says of it: metrics, answers, losses of single conversations. `running/` writes them."""
+"""The files that say what a run is and what came of it: config.json, metrics.jsonl, answers.json, losses.json.
 
+They are written and read here and nowhere else; `evaluation.facts` puts them together for people.
+"""
+
+import importlib.metadata
 import json
-import statistics
+import platform
+import typing
+from dataclasses import asdict
 from pathlib import Path
 
-from config import UserError
+from config import FORMAT, Config, UserError
+from storage.durable import replace_file
+
+LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
 
 
-def read_metrics(run, lines=None):
-    """The first `lines` lines of a run's metrics, or all of them, as dicts; a truncated last line is left out.
+# --- config.json: what the run is
+
+
+def describe(config, precision, data):
+    """The identity of a run, as JSON: its settings, its precision, the sizes and fingerprint of its data, versions."""
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+    record = {
+        "format": FORMAT,
+        "config": asdict(config),
+        "precision": precision.name,
+        "data": {"fingerprint": data.fingerprint} | {name: len(split.examples) for name, split in data.splits.items()},
+        "versions": versions,
+    }
+    return json.loads(json.dumps(record))
+
+
+def write_record(run, record, changes=()):
+    """Write a run's config.json: its `describe` record, and the changes made on purpose when it was resumed."""
+    record = {**record, "changes": changes} if changes else record
+    replace_file(Path(run) / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def read_record(run):
+    """The record in a run's config.json, as `describe` made it; the settings are under "config".
+
+    Raises:
+        UserError: it is damaged, or was written by another version of this program.
+    """
+    path = Path(run) / "config.json"
+    try:
+        record = json.loads(path.read_bytes())
+        if "model_type" in record:
+            raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
+        settings, types = record["config"], typing.get_type_hints(Config)
+        other_version = record.get("format") != FORMAT or settings.keys() != types.keys()
+        valid = other_version or (
+            all(has_type(settings[name], types[name]) for name in types)
+            and {"precision", "data", "versions"} <= record.keys()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        other_version, valid = False, False
+    if other_version:
+        raise UserError(
+            f"{path}: this run was made by another version of this program; use that one, or start a new run"
+        )
+    if not valid:
+        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings")
+    return record
+
+
+def has_type(value, expected):
+    """Whether a value from JSON is valid for a field of `Config` of this type."""
+    if expected is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if expected in (int, bool, str):
+        return type(value) is expected
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+# --- metrics.jsonl: one line for each logged update, evaluation and test
+
+
+def write_metrics(run, metrics):
+    """Replace all lines of a run's metrics."""
+    replace_file(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+
+
+def append_metrics(run, line):
+    """Append one line to a run's metrics; it is on disk once the file is synced."""
+    with open(Path(run) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(run, count=None):
+    """The first `count` lines of a run's metrics, or all of them, as dicts; a truncated last line is ignored.
 
     Raises:
         UserError: a line is damaged.
     """
     path, metrics = Path(run) / "metrics.jsonl", []
     content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1][:lines], 1):
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1][:count], 1):
         try:
             metrics.append(json.loads(line))
             if not (isinstance(metrics[-1]["step"], int) and isinstance(metrics[-1]["kind"], str)):
@@ -25,26 +107,16 @@ def read_metrics(run, lines=None):
     return metrics
 
 
-def final_numbers(run):
-    """What became of a run, by name: loss and accuracy of its best model on the eval and test splits, and its speed."""
-    metrics = read_metrics(run)
-    evaluated = [line for line in metrics if line["kind"] == "eval" and line["step"]]
-    last = {line["kind"]: line for line in metrics}
-    last["eval"] = min(evaluated, key=lambda line: line["loss"], default=last.get("eval"))
-    train = [line for line in metrics if line["kind"] == "train"]
-    kinds = [kind for kind in ("eval", "test") if last.get(kind)]  # a line of the log may be lost
-    numbers = {f"{kind}_{name}": last[kind][name] for kind in kinds for name in ("loss", "accuracy")}
-    speed = [line["tokens_per_second"] for line in train]
-    return numbers | ({"tokens_per_second": statistics.median(speed)} if speed else {})
+# --- answers.json: the answers "before" and "after" training, lists of `generation.Answer` as dicts
 
 
-def is_finished(run):
-    """Whether a run has finished: its best model has answered the prompts."""
-    return "after" in read_answers(run)
+def write_answers(run, answers):
+    """Write a run's answers.json."""
+    replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_answers(run):
-    """The answers a run has given so far, in lists of dicts: "before" training and "after" it.
+    """The answers that a run has generated so far; {} where there are none.
 
     Raises:
         UserError: the file is damaged.
@@ -54,18 +126,28 @@ def read_answers(run):
         return {}
     try:
         answers = json.loads(path.read_bytes())
-        for one in (one for when in answers.values() for one in when):
-            one["prompt"] + one["text"] * one.setdefault("greedy", False)
+        for answer in (answer for when in answers.values() for answer in when):
+            answer["prompt"] + answer["text"] * answer.setdefault("greedy", False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged; delete it, and resuming writes the answers again") from error
     return answers
 
 
-def read_losses(run):
-    """Of each split the losses of its conversations "before" and "after" training, as pairs [loss sum, tokens].
+def is_finished(run):
+    """Whether a run has finished: its best model has answered the prompts."""
+    return "after" in read_answers(run)
 
-    It is empty where there is no such file, or a damaged one: nothing but intervals depends on it.
-    """
+
+# --- losses.json: of each split the losses of its conversations "before" and "after", as pairs [loss sum, tokens]
+
+
+def write_losses(run, losses):
+    """Write a run's losses.json."""
+    replace_file(Path(run) / "losses.json", json.dumps(losses) + "\n")
+
+
+def read_losses(run):
+    """The losses of a run's held-out conversations; {} without a valid file, as only intervals depend on it."""
     try:
         losses = json.loads((Path(run) / "losses.json").read_bytes())
         for pair in (pair for split in losses.values() for pairs in split.values() for pair in pairs):

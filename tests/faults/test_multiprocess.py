@@ -308,7 +308,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(flags, lives, live, unb
 def test_resume_auto_begins_continues_and_ends(flags, live, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
-    assert live(argv, partial(on_call, "running.report.replace_file", 1, kill)).wait() == 137  # before there is a run
+    assert live(argv, partial(on_call, "storage.records.replace_file", 1, kill)).wait() == 137  # before there is a run
     assert live(argv, partial(on_call, "train.train_step", 8, kill)).wait() == 137
     life = live(argv)
     assert life.wait() == 0, life.complained

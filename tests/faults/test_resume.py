@@ -116,7 +116,7 @@ def test_killed_again_before_anything_new_was_saved(interrupted, unbroken, live)
 
 INTERRUPTIONS = [
     ("running.validation.evaluate", 2),
-    ("running.metrics.replace_answers", 2),
+    ("storage.records.write_answers", 2),
     ("running.validation.evaluate", 3),
     ("eval.answers", 2),
 ]

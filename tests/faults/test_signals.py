@@ -69,10 +69,10 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
 
 
 @pytest.mark.parametrize(
-    "function", some(["train.greedy_and_sampled", "train.load_model", "running.metrics.replace_answers"], fast=1)
+    "function", some(["train.greedy_and_sampled", "train.load_model", "storage.records.write_answers"], fast=1)
 )
 def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, unbroken, live, function):
-    call = {"train.load_model": 2, "train.greedy_and_sampled": 1, "running.metrics.replace_answers": 2}[function]
+    call = {"train.load_model": 2, "train.greedy_and_sampled": 1, "storage.records.write_answers": 2}[function]
     life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
     stopped(life, interrupted, 130, 10)
     goes_on(live, interrupted, unbroken)
