@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def renaming(old: str, new: str) -> Iterator[None]:
+def rewrite_errors(old: str, new: str) -> Iterator[None]:
     """Replace a text in the messages of `UserError`s, as where the user has named something by another flag."""
     try:
         yield
@@ -174,13 +174,13 @@ PRESETS = {
         "save_every": 30,
     },
 }
-OF_THE_DATASET = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
-OF_THE_TEMPLATE = ("chat_template", "template_option")
+DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
+TEMPLATE_SETTINGS = ("chat_template", "template_option")
 
-FORMAT = 3  # of a run directory
+RUN_FORMAT = 3  # of a run directory
 
 # The settings that may change when a run is resumed, because no update depends on them.
-FREE_TO_CHANGE = (
+MAY_CHANGE_ON_RESUME = (
     "device layout micro_batch_tokens shard compile deterministic gradient_checkpointing save_every keep output_dir"
 ).split()
 
@@ -230,21 +230,21 @@ class Parser(argparse.ArgumentParser):
             if name in ("output_dir", "resume", "html") and value:
                 values[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
         names = {each.name for each in dataclasses.fields(Config)}
-        named = with_tuples({name: value for name, value in values.items() if name in names})
+        named = lists_to_tuples({name: value for name, value in values.items() if name in names})
         return named, {name: value for name, value in values.items() if name not in names}
 
 
-def as_text(value) -> str:
+def format_value(value) -> str:
     """A setting's value as it is written on the command line."""
     return " ".join(value) if isinstance(value, list | tuple) else value
 
 
 def help_text(each):
     """The help of a flag: its text, its default, and the values that presets have instead."""
-    defaults = [] if each.default in ("", None, ()) else [f"default {as_text(each.default)}"]
+    defaults = [] if each.default in ("", None, ()) else [f"default {format_value(each.default)}"]
     for preset, settings in PRESETS.items():
         if defaults and each.name in settings:
-            defaults.append(f"{preset}: {Path(str(as_text(settings[each.name]))).name}")
+            defaults.append(f"{preset}: {Path(str(format_value(settings[each.name]))).name}")
     text = each.metadata["help"] + (f" ({', '.join(defaults)})" if defaults else "")
     return text.replace("%", "%%")
 
@@ -263,7 +263,7 @@ def resolve(overrides: dict, preset: str) -> Config:
     return config
 
 
-def with_tuples(settings: dict) -> dict:
+def lists_to_tuples(settings: dict) -> dict:
     """Settings with tuples, as `Config` has them, instead of the lists of a parser or of JSON."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from config import Config, Parser, UserError, as_text, renaming, resolve, run_command
+from config import Config, Parser, UserError, format_value, resolve, rewrite_errors, run_command
 from conversations.corpus import load_corpus
 from conversations.masking import Example
 from conversations.mixture import choose_rows, keep_duplicates_together, repeat_by_weight
-from conversations.preview import page, preview, refuse_other_file
+from conversations.preview import check_page_path, page, preview
 from conversations.sources import Source, check_sources, find_files, notes_on_directories, parse_source
 from conversations.tokenizer import load_tokenizer
 from storage import hub
@@ -98,7 +98,7 @@ class Data:
         return hashlib.sha256(" ".join(split.digest for split in self.splits.values()).encode()).hexdigest()
 
 
-def prepare(config, tokenizer):
+def load_data(config, tokenizer):
     """Read, check, encode and split the dataset of a `Config`.
 
     Raises:
@@ -111,14 +111,14 @@ def prepare(config, tokenizer):
     notes = [*notes_on_directories(sources), *corpus.notes, *notes_on_quantities(rows, source_of, sources)]
     held_out = None
     if config.eval_dataset:
-        with renaming("--dataset", "--eval-dataset"):
+        with rewrite_errors("--dataset", "--eval-dataset"):
             all_of_it = dataclasses.replace(config, max_examples=0)  # which is of --dataset
             held_out, evaluated = load_once([config.eval_dataset], all_of_it, tokenizer)
         notes += [f"--eval-dataset: {note}" for note in held_out.notes]
         chosen, known = rows, {held_out.digests[row] for row in evaluated}
         rows = [row for row in chosen if digests[row] not in known]
         if not rows:
-            raise UserError(f"--dataset {as_text(config.dataset)}: all of its conversations are in --eval-dataset")
+            raise UserError(f"--dataset {format_value(config.dataset)}: all of its conversations are in --eval-dataset")
         if len(rows) < len(chosen):
             notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
@@ -138,12 +138,12 @@ def prepare(config, tokenizer):
             why = f"nothing is supervised in the {name} split; see --max-length"
             if not splits[name].dropped:
                 why = f"the {name} split is empty, as all of its conversations are duplicates; use --eval-dataset"
-            raise UserError(f"--dataset {as_text(config.dataset)}: {why}")
+            raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
     warnings = [*warnings_about(splits), *warnings_of_unused(config, sources, splits, tokenizer)]
     return Data(**splits, notes=tuple(notes), warnings=tuple(warnings))
 
 
-def prepare_for_evaluation(config, tokenizer):
+def load_split(config, tokenizer):
     """The dataset of a `Config`, as far as it is used, as one `Split`.
 
     Raises:
@@ -151,7 +151,7 @@ def prepare_for_evaluation(config, tokenizer):
     """
     split = make_split(*load_once(config.dataset, config, tokenizer))
     if not split.examples:
-        raise UserError(f"--dataset {as_text(config.dataset)}: nothing in it is supervised; see --max-length")
+        raise UserError(f"--dataset {format_value(config.dataset)}: nothing in it is supervised; see --max-length")
     return split
 
 
@@ -305,12 +305,12 @@ def main(argv):
     if options["html"]:
         if options["json"]:
             raise UserError("--html and --json: use one of them")
-        refuse_other_file(options["html"])
+        check_page_path(options["html"])
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
     check_sources(config)
     tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template, config.template_option)
-    data = prepare(config, tokenizer)
+    data = load_data(config, tokenizer)
     examples = data.train.examples[: options["show"]]
     if options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)

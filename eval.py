@@ -17,27 +17,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compute.layers import in_eval_mode
 from compute.layout import Layout
 from compute.memory import is_out_of_memory
-from compute.processes import gathered, rank, summed, total
+from compute.processes import all_gather, all_reduce_sum, all_reduce_tensor, rank
 from compute.self_check import choose_layout
-from config import Parser, UserError, flag_name, renaming, run_command
+from config import Parser, UserError, flag_name, rewrite_errors, run_command
 from conversations.masking import Example
-from conversations.preview import refuse_other_file
+from conversations.preview import check_page_path
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
-from data import DATA_FLAGS, prepare, prepare_for_evaluation
+from data import DATA_FLAGS, load_data, load_split
 from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
 from evaluation.facts import run_facts
 from evaluation.format import format_report, page_sections
-from evaluation.generation import GREEDY, Sampling, answers, encode_with_system
+from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
 from evaluation.texts import load_text, read_prompts
 from model import Precision, choose_precision, load_model, loss_and_correct, token_loss
 from storage import hub
 from storage.durable import replace_file
 
-VIBE_PROMPTS = ("What is the capital of France?", "Who are you?")
+DEFAULT_PROMPTS = ("What is the capital of France?", "Who are you?")
 
 
 @dataclass(frozen=True)
@@ -90,31 +90,31 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=precision.device)  # read once, at the end: no sync with a GPU
     tokens, examples, losses = 0, list(examples), []
     with in_eval_mode(model):
-        for batch in layout.share(examples):
+        for batch in layout.local_micro_batches(examples):
             before_each()
             with precision.autocast():
                 scores = loss_and_correct(model, batch.to(precision.device))  # (2, N)
             sums += scores.sum(1)
             losses.append(scores[0])
             tokens += len(batch.targets)
-    loss_sum, correct = summed(sums).tolist()  # all_reduce
-    return Evaluation(loss_sum, total(tokens), int(correct), gather_by_example(losses, examples, layout))
+    loss_sum, correct = all_reduce_tensor(sums).tolist()  # all_reduce
+    return Evaluation(loss_sum, all_reduce_sum(tokens), int(correct), gather_by_example(losses, examples, layout))
 
 
 def gather_by_example(losses, examples, layout):
     """The token losses of each example, gathered from the micro-batches of all ranks: a tuple of tensors."""
     index = {id(example): number for number, example in enumerate(examples)}
-    local = [index[id(example)] for micro_batch in layout.shares(examples)[rank()] for example in micro_batch]
+    local = [index[id(example)] for micro_batch in layout.partition(examples)[rank()] for example in micro_batch]
     parts = torch.cat(losses).cpu().split([examples[number].supervised_tokens for number in local])
     found = {number: part.clone() for number, part in zip(local, parts, strict=True)}  # a view would send its storage
-    everywhere = {number: part for share in gathered(found) for number, part in share.items()}
+    everywhere = {number: part for share in all_gather(found) for number, part in share.items()}
     return tuple(everywhere[number] for number in range(len(examples)))
 
 
-def greedy_and_sampled(model, tokenizer, prompts, sampling, max_new_tokens=50, system=""):
+def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, max_new_tokens=50, system=""):
     """A model's `Answer`s to prompts: first the greedy ones, then the sampled ones."""
     limits = max_new_tokens, system
-    return [one for each in (GREEDY, sampling) for one in answers(model, tokenizer, prompts, each, *limits)]
+    return [one for each in (GREEDY, sampling) for one in generate_answers(model, tokenizer, prompts, each, *limits)]
 
 
 def main(argv):
@@ -127,7 +127,7 @@ def main(argv):
     check_options(options)
     if options.push_to_hub:
         return push(options.models_or_runs[0], options.push_to_hub)
-    with renaming("--model ", ""):  # this command has no such flag
+    with rewrite_errors("--model ", ""):  # this command has no such flag
         candidates = [find_candidate(name, overrides) for name in options.models_or_runs]
         check_candidates(candidates, options)
         if overrides.keys() & {"dataset", "eval_dataset"}:
@@ -199,7 +199,7 @@ def check_candidates(candidates, options):
     if options.html:
         if candidates[0].run is None or not options.own_data:
             raise UserError("--html is about a run and its own dataset; name a run, and leave --dataset out")
-        refuse_other_file(options.html)
+        check_page_path(options.html)
     others = [candidate.model for candidate in candidates if candidate.run is None]
     if options.own_data and 0 < len(others) < len(candidates):
         raise UserError(
@@ -255,7 +255,7 @@ def evaluate_model(name, config, options):
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
-    prompts = read_prompts(options.prompts or VIBE_PROMPTS)
+    prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
     check_prompt_lengths(prompts, tokenizer, options)
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
@@ -272,7 +272,10 @@ def evaluate_model(name, config, options):
     report["splits"] = {split: loss for split, loss in losses.items() if split != "text"}
     if text:
         report["text"] = {"file": options.text, **losses["text"]}
-    generate, sampling = answers if options.greedy else greedy_and_sampled, get_sampling(options, config.seed)
+    generate, sampling = (
+        generate_answers if options.greedy else generate_greedy_and_sampled,
+        get_sampling(options, config.seed),
+    )
     given = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
     report |= {"answers": [asdict(one) for one in given], "finished": sum(one.finished for one in given)}
     return ModelReport(report, tokenizer, examples, evaluations)
@@ -286,8 +289,8 @@ def load_splits(config, tokenizer, options):
     """
     try:
         if options.own_data:
-            return prepare(config, tokenizer).splits
-        return {"all": prepare_for_evaluation(config, tokenizer)}
+            return load_data(config, tokenizer).splits
+        return {"all": load_split(config, tokenizer)}
     except UserError as error:
         if not (options.own_data and (options.prompts or options.text)):
             raise

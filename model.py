@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
-from compute.processes import from_first, is_first, local_rank, local_world_size, world_size
-from compute.sharding import refuse_shard, shard
+from compute.processes import broadcast_from_rank0, is_rank0, local_rank, local_world_size, world_size
+from compute.sharding import check_shard, shard
 from config import UserError, first_line
 from conversations.templates import stop_ids
 from storage import hub
 from storage.hub import LOADING_ERRORS
 
-MOST_NEW_ROWS = 1024  # of embeddings, for tokens that a tokenizer has and a model has not
+MAX_NEW_EMBEDDINGS = 1024  # of embeddings, for tokens that a tokenizer has and a model has not
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def choose_precision(device="auto", dtype="auto"):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if device.type == "cuda" and world_size() > 1:
-        device = own_gpu(device)
+        device = local_gpu(device)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for what libraries put on the current one
     if dtype == "auto" and device.type == "cuda":
@@ -106,9 +106,9 @@ def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=Fals
     """
     if shard_count == 1:
         return load_model(path, tokenizer, precision.device, local_files_only)
-    refuse_shard(shard_count)
-    full = load_model(path, tokenizer, "cpu", local_files_only) if is_first() else None
-    if full is not None and not ties_hold(full):  # the other ranks know its configuration alone
+    check_shard(shard_count)
+    full = load_model(path, tokenizer, "cpu", local_files_only) if is_rank0() else None
+    if full is not None and not has_expected_tying(full):  # the other ranks know its configuration alone
         raise UserError(
             f"--model {path}: its output head is not its embeddings, as its configuration says; correct "
             "tie_word_embeddings there, or use --shard 1"
@@ -118,7 +118,7 @@ def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=Fals
 
 def broadcast_sharded(full, shard_count, precision):
     """The model that rank 0 has (None elsewhere), its weights sharded over `shard_count` ranks. All ranks call this."""
-    config, generation_config, dtype = from_first(lambda: (full.config, full.generation_config, full.dtype))
+    config, generation_config, dtype = broadcast_from_rank0(lambda: (full.config, full.generation_config, full.dtype))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.get_input_embeddings().padding_idx, model.generation_config = None, generation_config
@@ -133,7 +133,7 @@ def broadcast_sharded(full, shard_count, precision):
     return model
 
 
-def own_gpu(device):
+def local_gpu(device):
     """The GPU of this process, where a machine has several.
 
     Raises:
@@ -167,12 +167,12 @@ def load_model(path, tokenizer, device, local_files_only=False):
         )
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
-    refuse_misfits(path, report)
+    check_loaded_weights(path, report)
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise UserError(f"--model {path}: weight {name} contains NaN or Inf")
     new_rows = len(tokenizer) - model.get_input_embeddings().num_embeddings
-    if new_rows > MOST_NEW_ROWS:
+    if new_rows > MAX_NEW_EMBEDDINGS:
         raise UserError(
             f"--model {path}: its tokenizer has {new_rows:,} more tokens than the model has embeddings; "
             "they do not belong together"
@@ -190,7 +190,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
     return model.to(device)
 
 
-def refuse_misfits(path, report):
+def check_loaded_weights(path, report):
     """Raise `UserError` where a checkpoint's weights are not all of the model's; name those that are not used.
 
     Args:
@@ -231,7 +231,7 @@ def save_model(model, tokenizer, directory, weights=None):
 def token_loss(model, batch):
     """Sum of the token losses of a `layout.Batch`, in fp32 (fp64 for a model in fp64)."""
     if batch.own_logits:
-        logits, targets = own_logits(model, batch), batch.targets
+        logits, targets = full_logits(model, batch), batch.targets
         return F.cross_entropy(logits.to(cross_entropy.accumulation_dtype(logits)), targets, reduction="sum")
     hidden, head = supervised_states(model, batch), model.get_output_embeddings()
     return cross_entropy.linear_cross_entropy(hidden, head, batch.targets, batch.compiled)
@@ -240,7 +240,7 @@ def token_loss(model, batch):
 def loss_and_correct(model, batch):
     """The token losses, and which supervised tokens the model ranks first: (2, N), in fp64, without a gradient."""
     if batch.own_logits:
-        return cross_entropy.loss_and_correct_of_logits(own_logits(model, batch), batch.targets)
+        return cross_entropy.loss_and_correct_from_logits(full_logits(model, batch), batch.targets)
     return cross_entropy.loss_and_correct(supervised_states(model, batch), model.get_output_embeddings(), batch.targets)
 
 
@@ -250,13 +250,13 @@ def supervised_states(model, batch):
     return hidden.flatten(0, 1).index_select(0, batch.predicting)
 
 
-def own_logits(model, batch):
+def full_logits(model, batch):
     """The same positions' logits, (N, V), out of all those that the model itself makes, (B, T, V)."""
     logits = model(**batch.inputs, use_cache=False).logits
     return logits.flatten(0, 1).index_select(0, batch.predicting)
 
 
-def ties_hold(model):
+def has_expected_tying(model):
     """Whether a model that says its output head is its input embedding has it so."""
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return tied or not model.config.get_text_config().tie_word_embeddings

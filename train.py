@@ -16,32 +16,30 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from compute.gradients import SummedGradients
+from compute.gradients import GradientAllReduce
 from compute.layers import compiled_graphs, deterministic_algorithms
-from compute.layout import PrefetchedWindows
-from compute.processes import balance, from_first, in_first, is_first, summed, total
-from compute.self_check import use_layout
-from compute.sharding import whole
-from config import Parser, UserError, resolve, run_command, with_absolute_paths
-from data import windows_per_epoch
-from evaluation.facts import run_facts
-from model import load_on_ranks, ties_hold, token_loss
-from running import checkpoint, directory, report, resume
+from compute.layout import Batch, PrefetchedWindows
+from compute.processes import all_reduce_sum, all_reduce_tensor, broadcast_from_rank0, load_balance, on_rank0
+from compute.sharding import full_tensor
+from config import Parser, UserError, run_command
+from model import Precision, token_loss
+from running import checkpoint, directory, report, resume, setup
 from running.diagnostics import explain_failed_update, explain_failed_write
 from running.distributed import run_distributed
 from running.estimate import estimate
-from running.metrics import Log, NullLog, peak_memory
+from running.metrics import peak_memory
 from running.progress import Progress
-from running.setup import load_run
 from running.signals import Signals, Stopped
-from running.validation import evaluate_split, generate_answers, log_test_and_answers
+from running.validation import answer_prompts, evaluate_best, evaluate_split, evaluate_untrained
 from storage import hub
-from storage.records import is_finished, write_record
+from storage.records import is_finished
 
 RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: that of --output-dir, if it holds a run"
 
@@ -49,11 +47,21 @@ RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: 
 # --- one update
 
 
-def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm, while_busy=lambda: None):
+def train_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    window: Sequence[Batch],
+    lr: float,
+    *,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+    while_busy: Callable[[], None] = lambda: None,
+) -> dict[str, float] | None:
     """One update: the gradient of the mean token loss over a window, clipped and applied.
 
     Args:
-        window: its micro-batches, as `Layout.batches` makes them; with several ranks each has its `Layout.share`.
+        window: its micro-batches, those of this rank: `Layout.local_micro_batches`.
         while_busy: called while a GPU computes.
 
     Returns:
@@ -67,22 +75,22 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     local_tokens = sum(micro_batch.tokens for micro_batch in window)
-    tokens, supervised = total(local_tokens, sum(len(micro_batch.targets) for micro_batch in window))
+    tokens, supervised = all_reduce_sum(local_tokens, sum(len(micro_batch.targets) for micro_batch in window))
     if supervised == 0:
         raise ValueError("no token of this window is supervised: it has no mean loss")
     loss_sum = 0.0
-    with SummedGradients(model, passes=len(window)) as gradients:  # an all-reduce over the ranks
+    with GradientAllReduce(model, passes=len(window)) as gradients:  # an all-reduce over the ranks
         for micro_batch in window:
             with precision.autocast():
                 micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
             scaler.scale(micro_loss_sum / supervised).backward()
             loss_sum += micro_loss_sum.detach()
     scaler.unscale_(optimizer)
-    grad_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
+    grad_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     apply_if_finite(optimizer, scaler, grad_norm)
     optimizer.zero_grad()
     while_busy()
-    loss, grad_norm = summed(loss_sum).item() / supervised, grad_norm.item()  # the only wait for a GPU
+    loss, grad_norm = all_reduce_tensor(loss_sum).item() / supervised, grad_norm.item()  # the only wait for a GPU
     if not math.isfinite(grad_norm):
         if math.isfinite(loss) and scaler.get_scale() > 1:  # only fp16 has a scale to lower
             return None
@@ -93,7 +101,7 @@ def train_step(model, optimizer, window, lr, *, precision, scaler, max_grad_norm
         "lr": lr,
         "tokens": tokens,
         "supervised_tokens": supervised,
-        **balance([micro_batch.tokens for micro_batch in window], gradients.waited),
+        **load_balance([micro_batch.tokens for micro_batch in window], gradients.sync_seconds),
     }
 
 
@@ -143,13 +151,13 @@ def updates(run):
     Raises:
         UserError: the loss or the gradient is not finite, or there is too little memory; nothing was applied.
     """
-    config, examples = run.config, run.data.train.examples
-    windows = PrefetchedWindows(examples, config.batch_size, config.seed, run.layout)
+    config = run.config
+    windows = PrefetchedWindows(run.data.train.examples, config.batch_size, config.seed, run.layout)
     while run.step < run.total_steps:
         began = time.perf_counter()
         run.model.train()
         with explain_failed_update(run), deterministic_algorithms(config.deterministic):
-            window = windows.at(run.step)
+            window = windows.get(run.step)
             seconds_data = time.perf_counter() - began
             metrics = train_step(
                 run.model,
@@ -168,7 +176,7 @@ def updates(run):
         seconds = time.perf_counter() - began
         metrics |= {"tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds, "seconds_data": seconds_data}
         metrics["peak_memory"] = peak_memory(run.precision.device)
-        metrics["epoch"] = run.step / windows_per_epoch(len(examples), config.batch_size)
+        metrics["epoch"] = run.step / run.steps_per_epoch
         if run.scaler.is_enabled():
             metrics["overflows"] = run.overflows
         if run.layout.compiled:
@@ -209,7 +217,7 @@ def evaluate_and_log(run, signals):
     evaluation = evaluate_split(run, "eval", signals)
     seconds = time.perf_counter() - began
     run.log.write("eval", run.step, {**evaluation.report(), "seconds": seconds})
-    run.log.show_answers("answers", run.step, generate_answers(run))
+    run.log.show_answers("answers", run.step, answer_prompts(run))
     run.evaluated = run.step
     is_best = evaluation.loss < run.best_loss
     note = "   best so far" if is_best else ""
@@ -222,33 +230,12 @@ def evaluate_and_log(run, signals):
     return is_best
 
 
-def evaluate_untrained(run, signals):
-    """Before the first update: the untrained model's losses and answers."""
-    evaluation = evaluate_split(run, "eval", signals)
-    run.log.write("eval", 0, evaluation.report())
-    run.log.write_losses("eval", "before", evaluation)
-    log_test_and_answers(run, "before", 0, signals)
-
-
-def evaluate_best(run, signals):
-    """After the last update: the test loss and the answers of the best model, loaded from disk."""
-    run.saver.wait()
-    from_first(checkpoint.verify_best, run.directory)
-    run.optimizer = run.model = None  # free their memory
-    best = run.directory / checkpoint.BEST
-    run.model = load_on_ranks(best, run.tokenizer, run.precision, run.config.shard, local_files_only=True)
-    use_layout(run.model, run.layout)
-    if not ties_hold(run.model):
-        raise UserError(f"{best}: its output head is no longer tied to its embeddings")
-    log_test_and_answers(run, "after", run.best_step, signals)
-
-
 # --- a run, from its start or from a checkpoint to its end
 
 
 def build_run(config, start=None, allow_changes=False):
     """A `Run` ready to train, from the `ResumePoint` of an interrupted one if there is one; nothing is written yet."""
-    run = load_run(config, start, allow_changes)
+    run = setup.load_run(config, start, allow_changes)
     run.optimizer = make_optimizer(run.model, config.weight_decay)
     if start and start.path:
         checkpoint.restore(run, start)
@@ -259,20 +246,14 @@ def train(run, signals, resumed):
     """Train in the run's directory, which is locked. Returns the exit status."""
     began = time.perf_counter()
     resume.check_agreement(run)
-    if is_first():
-        write_record(run.directory, run.described, run.changes)
-        checkpoint.link_best(run.directory, run.best_step)
-    run.log = Log(run.directory, run.step if resumed else None, **run.log_state) if is_first() else NullLog()
+    run.open(resumed)
     try:
         with explain_failed_write(run), signals.deferred():  # it stops at a `signals.check()` alone
             if run.step == 0:
                 evaluate_untrained(run, signals)
             fit(run, signals)
             evaluate_best(run, signals)
-            if is_first():
-                facts = run_facts(run.directory)
-                report.write_page(run, facts)
-                run.log.close(facts)
+            report.write_report(run)
     except Stopped as stop:
         with explain_failed_write(run):
             if run.saver.started < run.step and run.optimizer:  # `evaluate_best` has freed it
@@ -284,17 +265,15 @@ def train(run, signals, resumed):
         return 128 + stop.number
     finally:
         run.saver.close()
-    if is_first():
-        seconds = f"{time.perf_counter() - began:.0f} s, {run.saver.seconds:.0f} s of it for checkpoints"
-        print(f"\n{run.step} updates, {seconds}\n\n{report.summary(facts)}")
+    seconds = f"{time.perf_counter() - began:.0f} s, {run.saver.seconds:.0f} s of it for checkpoints"
+    print(f"\n{run.step} updates, {seconds}\n\n{report.summary(run.directory)}")
     return 0
 
 
 def start_run(named, dry_run, signals):
     """A new run. Returns the exit status."""
-    preset, why = from_first(hub.choose_preset, named)
-    config = resolve(with_absolute_paths(named), preset)
-    with in_first(directory.new_directory, config) as path:
+    config, why = setup.choose_config(named)
+    with on_rank0(directory.new_directory, config) as path:
         config = dataclasses.replace(config, output_dir=str(path))
         print(report.headline(config, why))
         run = build_run(config)
@@ -302,21 +281,21 @@ def start_run(named, dry_run, signals):
         if dry_run:
             print(estimate(run, train_step))
             return 0
-        with in_first(directory.locked, path):
-            from_first(directory.refuse_foreign, path)  # another run may have begun in it by now
+        with on_rank0(directory.locked, path):
+            broadcast_from_rank0(directory.check_output_dir, path)  # another run may have begun in it by now
             return train(run, signals, resumed=False)
 
 
 def resume_run(path, named, allow_changes, dry_run, signals):
     """The rest of a run. Returns the exit status."""
-    config, recorded = resume.resumed_config(path, named)
-    changed = resume.differences(recorded, {**recorded, "config": dataclasses.asdict(config)})
-    finished = from_first(is_finished, path)
+    config, recorded = resume.load_resumed_config(path, named)
+    changed = resume.list_changes(recorded, {**recorded, "config": dataclasses.asdict(config)})
+    finished = broadcast_from_rank0(is_finished, path)
     if finished and not changed:
-        print(f"{path} is finished already" + ("" if dry_run else f"\n\n{report.summary(run_facts(path))}"))
+        print(f"{path} is finished already" + ("" if dry_run else f"\n\n{report.summary(path)}"))
         return 0
-    with in_first(directory.locked, path):
-        start = from_first(resume.find_resume_point, path, recorded)
+    with on_rank0(directory.locked, path):
+        start = broadcast_from_rank0(resume.find_resume_point, path, recorded)
         run = build_run(config, start, allow_changes)
         if finished and run.step >= run.total_steps:  # its record would name settings it was not trained with
             what = f"nothing is left to train with {', '.join(changed)}"
@@ -344,7 +323,7 @@ def command(argv, signals):
         raise UserError("--allow-changes needs --resume")
     hub.quiet_libraries()
     try:
-        path = resume.run_to_resume(options["resume"], named)
+        path = resume.find_run_to_resume(options["resume"], named)
         if path:
             return resume_run(path, named, options["allow_changes"], options["dry_run"], signals)
         return start_run(named, options["dry_run"], signals)

@@ -56,7 +56,7 @@ def train_ours(workload, layout, compile=False):
     model.train()
     for window in workload.windows:
         workload.begin()
-        micro_batches = list(layout.batches(window))
+        micro_batches = list(layout.micro_batches(window))
         numbers = train_step(
             model, optimizer, micro_batches, LEARNING_RATE, precision=precision, scaler=scaler, max_grad_norm=1.0
         )

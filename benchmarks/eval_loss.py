@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from compute.layout import Layout
 from config import resolve, run_command
 from conversations.tokenizer import load_tokenizer
-from data import prepare
+from data import load_data
 from eval import evaluate
 from model import choose_precision, load_model
 from storage import hub
@@ -25,7 +25,7 @@ def main(_argv):
     tokenizer = load_tokenizer(path, local)
     precision = choose_precision("cpu", "fp32")
     model = load_model(path, tokenizer, precision.device, local)
-    examples = prepare(config, tokenizer).eval.examples
+    examples = load_data(config, tokenizer).eval.examples
     rows = Dataset.from_list([{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in examples])
     pad_id = tokenizer.pad_token_id
     print(f"{config.model}, the {len(examples)} eval conversations of the quickstart, fp32")

@@ -45,7 +45,7 @@ def measure_update(length, count):
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     for lengths in ([64], [length] * count):
         began = time.perf_counter()
-        window = list(layout.batches(random_examples(lengths, 49_152)))
+        window = list(layout.micro_batches(random_examples(lengths, 49_152)))
         train_step(model, optimizer, window, 1e-4, precision=precision, scaler=scaler, max_grad_norm=1.0)
     return {"seconds": time.perf_counter() - began, "peak_memory_gb": peak_memory(precision)}
 

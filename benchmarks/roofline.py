@@ -117,7 +117,7 @@ def trace_update(tokens, length, supervised):
         labels = torch.arange(length).where(torch.arange(length) < supervised * length, IGNORE)
         examples = [Example(torch.zeros(length, dtype=torch.long), labels)] * (tokens // length)
         layout = Layout(True, tokens, 0)
-        (batch,) = layout.batches(examples)
+        (batch,) = layout.micro_batches(examples)
         with FakeTensorMode(allow_non_fake_inputs=False) as fake:
             model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
             use_layout(model, layout)

@@ -30,11 +30,11 @@ def loss_and_correct(hidden, head, targets):
     """The token losses, and 1 where the target is ranked first, else 0: (2, N), in fp64, without a gradient."""
     found = [hidden.new_zeros(2, 0, dtype=torch.float64)]
     for rows, logits in logits_by_chunk(*cast_for_matmul(hidden, head.weight, head.bias)):
-        found += [loss_and_correct_of_logits(*block) for block in by_block(logits, targets[rows])]
+        found += [loss_and_correct_from_logits(*block) for block in by_block(logits, targets[rows])]
     return torch.cat(found, 1)
 
 
-def loss_and_correct_of_logits(logits, targets):
+def loss_and_correct_from_logits(logits, targets):
     """The same of logits, (n, V): (2, n), in fp64."""
     losses = F.cross_entropy(logits.to(accumulation_dtype(logits)), targets, reduction="none")
     return torch.stack([losses.double(), (logits.argmax(-1) == targets).double()])

@@ -22,11 +22,11 @@ def compile_layers(model, **options):
     """
     # Two dimensions that are equal by chance, such as the numbers of conversations and of heads, are not always equal.
     torch.fx.experimental._config.use_duck_shape = False
-    for layer in layers_of(model):
+    for layer in get_layers(model):
         layer.compile(dynamic=True, **options)
 
 
-def layers_of(model):
+def get_layers(model):
     """The layers of a model, by transformers' list of their classes. FSDP puts a prefix before a class's name."""
     for module in model.modules():
         if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or ()):

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from compute.processes import rank, shares_by_tokens, world_size
+from compute.processes import partition_by_tokens, rank, world_size
 from conversations.masking import IGNORE, Example
 from data import window_at
 
@@ -59,30 +59,30 @@ class Layout:
         why = f" (not packed: {self.why})" if self.why else ""
         return f"{name}{head}, {self.tokens:,} tokens at a time{why}{', compiled' if self.compiled else ''}"
 
-    def batches(self, examples):
+    def micro_batches(self, examples):
         """Iterate over the micro-batches of some examples, those with the most tokens first."""
-        return map(self.batch, self.cut(examples))
+        return map(self.collate, self.plan_micro_batches(examples))
 
-    def share(self, examples):
+    def local_micro_batches(self, examples):
         """Iterate over the micro-batches of this rank's share of some examples."""
-        return map(self.batch, self.shares(examples)[rank()])
+        return map(self.collate, self.partition(examples)[rank()])
 
-    def shares(self, examples):
+    def partition(self, examples):
         """The examples of each rank's micro-batches, equally many for all ranks.
 
         Ranks with fewer get empty ones: in a sharded model every rank takes part in every forward pass.
         """
-        cuts = [self.cut(share) for share in shares_by_tokens(examples, world_size())]
+        cuts = [self.plan_micro_batches(share) for share in partition_by_tokens(examples, world_size())]
         most = max(map(len, cuts))
         return [cut + [[]] * (most - len(cut)) for cut in cuts]
 
-    def cut(self, examples):
+    def plan_micro_batches(self, examples):
         """Plan the micro-batches of some examples: lists of them, the one with the most tokens first."""
         if self.packed:
             return sorted(cut_packed(examples, self.tokens), key=lambda batch: -sum(map(length, batch)))
         return cut_padded(examples, self.tokens)
 
-    def batch(self, examples):
+    def collate(self, examples):
         """Collate examples into one micro-batch; no examples into two padding tokens that count for nothing."""
         collate = collate_packed if self.packed else collate_padded
         inputs, next_tokens = collate(
@@ -170,7 +170,7 @@ class PrefetchedWindows:
         self.arguments, self.layout = (examples, batch_size, seed), layout
         self.thread, self.ahead = ThreadPoolExecutor(max_workers=1), {}
 
-    def at(self, step):
+    def get(self, step):
         """This rank's micro-batches of the window that update `step` (from 0) sees."""
         self.prefetch(step)
         self.ahead = {step: self.ahead[step]}
@@ -179,4 +179,6 @@ class PrefetchedWindows:
     def prefetch(self, step):
         """Start to collate a window; called once a GPU has its work, as this takes Python's time from launching it."""
         if step not in self.ahead:
-            self.ahead[step] = self.thread.submit(lambda: list(self.layout.share(window_at(step, *self.arguments))))
+            self.ahead[step] = self.thread.submit(
+                lambda: list(self.layout.local_micro_batches(window_at(step, *self.arguments)))
+            )

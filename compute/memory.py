@@ -21,7 +21,7 @@ BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
 BYTES_PER_HEAD_PARAMETER = 6  # more in the output head: the fp32 gradient of a micro-batch, and the 16-bit weight
 
 
-def refuse_too_large(parameters, head, precision, config):
+def check_model_fits(parameters, head, precision, config):
     """Raise `UserError` if a model is too large to be trained on a GPU; called before the model is loaded.
 
     Args:
@@ -77,7 +77,7 @@ def measure_micro_batch_budget(model, token_loss, layout, precision, longest, tr
         model.zero_grad()
         model.train(was_training)
     per_token = (large - small) / (many - few)
-    moments = 8 * sum(map(own_numbers, model.parameters())) if training else 0
+    moments = 8 * sum(map(local_numel, model.parameters())) if training else 0
     room = GPU_SHARE * (free - moments) - (small - per_token * few)
     return max(1024, min(GPU_TOKENS, int(room / per_token) // 1024 * 1024))
 
@@ -91,7 +91,7 @@ def probe_pass(model, token_loss, layout, precision, lengths, training):
     before = torch.cuda.memory_allocated(precision.device)
     torch.cuda.reset_peak_memory_stats(precision.device)
     examples = random_examples(lengths, model.get_input_embeddings().num_embeddings)
-    (batch,) = replace(layout, tokens=2**40).batches(examples)
+    (batch,) = replace(layout, tokens=2**40).micro_batches(examples)
     with precision.autocast(), torch.set_grad_enabled(training):
         loss = token_loss(model, batch.to(precision.device))
     if training:
@@ -99,7 +99,7 @@ def probe_pass(model, token_loss, layout, precision, lengths, training):
     return batch.inputs["input_ids"].numel(), torch.cuda.max_memory_allocated(precision.device) - before
 
 
-def own_numbers(weights):
+def local_numel(weights):
     """The number of elements of a tensor that are on this rank."""
     return weights.to_local().numel() if isinstance(weights, DTensor) else weights.numel()
 

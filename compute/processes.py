@@ -21,7 +21,7 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def is_first():
+def is_rank0():
     """True on rank 0, which alone writes files and prints."""
     return rank() == 0
 
@@ -39,19 +39,19 @@ def local_world_size():
 # --- collectives
 
 
-def total(*numbers):
+def all_reduce_sum(*numbers):
     """All-reduce one number or several by sum; returns one number or a list. Integers stay exact."""
     return reduce_numbers(numbers, distributed.ReduceOp.SUM)
 
 
-def largest(*numbers):
+def all_reduce_max(*numbers):
     """All-reduce one number or several by maximum; returns one number or a list."""
     return reduce_numbers(numbers, distributed.ReduceOp.MAX)
 
 
-def smallest(number):
+def all_reduce_min(number):
     """All-reduce a number by minimum."""
-    return -largest(-number)
+    return -all_reduce_max(-number)
 
 
 def reduce_numbers(numbers, operation):
@@ -64,30 +64,30 @@ def reduce_numbers(numbers, operation):
     return numbers[0] if len(numbers) == 1 else list(numbers)
 
 
-def summed(tensor):
+def all_reduce_tensor(tensor):
     """All-reduce a tensor by sum, in place; returns it."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
-def from_first(function, *arguments):
+def broadcast_from_rank0(function, *arguments):
     """Call a function on rank 0 alone, and broadcast its result."""
     if world_size() == 1:
         return function(*arguments)
-    result = [function(*arguments) if is_first() else None]
+    result = [function(*arguments) if is_rank0() else None]
     distributed.broadcast_object_list(result, device=torch.device("cpu"))
     return result[0]
 
 
 @contextlib.contextmanager
-def in_first(manager, *arguments):
+def on_rank0(manager, *arguments):
     """Enter a context manager on rank 0 alone, and broadcast the value it yields."""
-    with manager(*arguments) if is_first() else contextlib.nullcontext() as value:
-        yield from_first(lambda: value)
+    with manager(*arguments) if is_rank0() else contextlib.nullcontext() as value:
+        yield broadcast_from_rank0(lambda: value)
 
 
-def gathered(value):
+def all_gather(value):
     """All-gather a picklable value; returns a list by rank."""
     values = [value] * world_size()
     if world_size() > 1:
@@ -95,15 +95,15 @@ def gathered(value):
     return values
 
 
-def wait_for_all():
+def barrier():
     """A barrier, on the CPU: torch's own would take the backend of the GPU."""
-    total(0)
+    all_reduce_sum(0)
 
 
 # --- a window's parts
 
 
-def shares_by_tokens(examples, count):
+def partition_by_tokens(examples, count):
     """Partition examples among `count` ranks by tokens: the longest first, each to the rank with the fewest so far.
 
     The result is the same on every rank, without communication. A part may be empty.
@@ -116,7 +116,7 @@ def shares_by_tokens(examples, count):
     return parts
 
 
-def balance(micro_batches, sync_seconds):
+def load_balance(micro_batches, sync_seconds):
     """Metrics of how evenly a window was partitioned; none for one process.
 
     Args:
@@ -125,9 +125,9 @@ def balance(micro_batches, sync_seconds):
     """
     if world_size() == 1:
         return {}
-    tokens, empty, count = total(sum(micro_batches), micro_batches.count(0), len(micro_batches))
+    tokens, empty, count = all_reduce_sum(sum(micro_batches), micro_batches.count(0), len(micro_batches))
     return {
-        "largest_share": largest(sum(micro_batches)) * world_size() / tokens,
+        "largest_share": all_reduce_max(sum(micro_batches)) * world_size() / tokens,
         "empty_share": empty / count,
-        "waiting_seconds": largest(sync_seconds),
+        "waiting_seconds": all_reduce_max(sync_seconds),
     }

@@ -14,7 +14,7 @@ from compute.attention import PACKED, compiles
 from compute.layers import compile_layers, in_eval_mode
 from compute.layout import Layout, random_examples
 from compute.memory import CPU_TOKENS, measure_micro_batch_budget
-from compute.sharding import is_sharded, whole
+from compute.sharding import full_tensor, is_sharded
 from config import UserError, first_line
 
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
@@ -139,7 +139,7 @@ def check_head(model, precision):
     """
     ids = random_examples([8], model.get_input_embeddings().num_embeddings)[0].input_ids[None].to(precision.device)
     head, backbone = model.get_output_embeddings(), model.base_model
-    weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
+    weight, bias = full_tensor(head.weight), None if head.bias is None else full_tensor(head.bias)
     random = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     real_forward = backbone.forward
 
@@ -180,11 +180,11 @@ def loss_and_gradient(model, token_loss, layout, precision):
     examples = random_examples(LENGTHS, len(embeddings[0]))
     with in_eval_mode(model):
         loss = 0.0
-        for batch in replace(layout, tokens=2**20).batches(examples):
+        for batch in replace(layout, tokens=2**20).micro_batches(examples):
             with precision.autocast():
                 loss = loss + token_loss(model, batch.to(precision.device))
         loss.backward()
-        gradient = whole(matrix.grad)
+        gradient = full_tensor(matrix.grad)
         model.zero_grad()
         return loss.detach(), gradient
 

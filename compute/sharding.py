@@ -9,12 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from compute.layers import layers_of
+from compute.layers import get_layers
 from compute.processes import world_size
 from config import UserError
 
 
-def refuse_shard(count):
+def check_shard(count):
     """Raise `UserError` where so many processes cannot share one copy of the weights."""
     size = world_size()
     if size == 1 and count > 1:
@@ -39,7 +39,7 @@ def shard(model, count, device, dtype):
     copies = world_size() // count
     shape, names = ((copies, count), ("copy", "part")) if copies > 1 else ((count,), ("part",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    layers = list(layers_of(model))
+    layers = list(get_layers(model))
     if not layers:
         raise UserError("--shard: it is not known what this model's layers are; use --shard 1")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
@@ -49,7 +49,7 @@ def shard(model, count, device, dtype):
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     fully_shard(ends, mesh=mesh, reshard_after_forward=False)
     fully_shard(model.base_model, mesh=mesh)
-    for part in parts_of(model):
+    for part in fsdp_modules(model):
         part.set_gradient_divide_factor(1.0)  # a sum, no mean
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other that is one
     model.to_empty(device=device)
@@ -57,20 +57,20 @@ def shard(model, count, device, dtype):
 
 def is_sharded(model):
     """Whether processes share a model's weights."""
-    return any(True for _ in parts_of(model))
+    return any(True for _ in fsdp_modules(model))
 
 
-def parts_of(model):
+def fsdp_modules(model):
     """The modules whose weights are put together at once."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def put_apart(model):
+def reshard(model):
     """Leave each process with its part of the weights alone, as it is after a backward pass."""
-    for part in parts_of(model):
+    for part in fsdp_modules(model):
         part.reshard()
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A tensor, put together where processes share it: all of them call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

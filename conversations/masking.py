@@ -8,6 +8,7 @@ once others follow it. docs/masking.md has the definition.
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from conversations import templates
 from conversations.formats import ROLES
@@ -38,7 +39,7 @@ class Example(NamedTuple):
         return Example(self.input_ids[:length], self.labels[:length])
 
 
-def encode(conversations: list, tokenizer, supervise: str = "all") -> list[Example]:
+def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: str = "all") -> list[Example]:
     """Conversations to `Example`s, in their order, by the tokenizer's template; see `encode_each`."""
     return [example for examples in encode_each(conversations, tokenizer, supervise) for example in examples]
 

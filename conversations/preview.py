@@ -55,16 +55,16 @@ def preview(example, tokenizer, color):
     return text
 
 
-def refuse_other_file(path):
+def check_page_path(path):
     """Raise `UserError` where a page would overwrite a file that is not an earlier page."""
     path = Path(path)
-    if not is_replaceable(path):
+    if not is_missing_or_page(path):
         raise UserError(f"--html {path}: it exists and is not an earlier page; name another file")
     if not path.parent.is_dir():
         raise UserError(f"--html {path}: there is no directory {path.parent}")
 
 
-def is_replaceable(path):
+def is_missing_or_page(path):
     """Whether there is nothing at a path, or an earlier page."""
     return not path.exists() or (path.is_file() and path.read_bytes().startswith(PAGE.encode()))
 

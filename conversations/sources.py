@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from config import UserError, first_line, renaming
+from config import UserError, first_line, rewrite_errors
 from storage import hub
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -85,12 +85,12 @@ def check_sources(config):
     flags += [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
     on_hub = []
     for flag, text in flags:
-        with renaming("--dataset", flag):
+        with rewrite_errors("--dataset", flag):
             source = parse_source(text)
             if not find_files(source.name):
                 on_hub.append((flag, source))
     for flag, source in on_hub:
-        with renaming("--dataset", flag):
+        with rewrite_errors("--dataset", flag):
             hub.must_use_cache("dataset", source.name, source.config)
 
 

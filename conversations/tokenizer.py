@@ -13,10 +13,10 @@ import jinja2
 import jinja2.meta
 from transformers import AutoConfig, AutoTokenizer
 
-from config import UserError, renaming
+from config import UserError, rewrite_errors
 from conversations import templates
 from conversations.templates import encode_texts
-from storage.hub import LOADING_ERRORS, why_not_loaded
+from storage.hub import LOADING_ERRORS, explain_load_error
 
 START, END = "<|im_start|>", "<|im_end|>"
 NO_LIMIT = 2**31 - 1  # tokens, for a model without a context length
@@ -56,7 +56,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except LOADING_ERRORS as error:
         raise UserError(
-            f"--model {path}: no usable tokenizer and configuration ({why_not_loaded(path, error)})"
+            f"--model {path}: no usable tokenizer and configuration ({explain_load_error(path, error)})"
         ) from error
     if chat_template == "chatml":
         control, end = [START, END], END
@@ -65,7 +65,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
         template = read_template(chat_template, tokenizer.chat_template, path)
-        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
+        with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
             tokenizer.chat_template = with_options(template, template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
@@ -88,7 +88,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
     if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        with renaming("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
+        with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
             if difference := templates.compare_marks(tokenizer):
                 print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from config import OF_THE_DATASET, Config, UserError, flag_name, resolve, with_tuples
+from config import DATASET_SETTINGS, Config, UserError, flag_name, lists_to_tuples, resolve
 from storage import hub
 from storage.durable import MANIFEST, CorruptError, verify
 from storage.records import read_record
@@ -23,11 +23,11 @@ def find_candidate(name, overrides):
     model, run = find_model(name)
     if run is None:
         return Candidate(model, None, resolve({**overrides, "model": model}, hub.choose_preset(overrides)[0]))
-    settings = with_tuples(read_record(run)["config"])
+    settings = lists_to_tuples(read_record(run)["config"])
     if settings["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
         settings |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
     if "dataset" in overrides:
-        settings = {name: value for name, value in settings.items() if name not in OF_THE_DATASET}
+        settings = {name: value for name, value in settings.items() if name not in DATASET_SETTINGS}
     else:
         for name in ("seed", "eval_fraction", "test_fraction"):
             if overrides.get(name, settings[name]) != settings[name]:

@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import Path
 
-from config import as_text
+from config import format_value
 from evaluation.comparison import difference, verdict
 from storage.records import read_answers, read_losses, read_metrics, read_record
 
@@ -34,7 +34,7 @@ def run_facts(run):
         "model": model,
         "datasets": datasets,
         "settings": config,
-        "recipe": {name: as_text(config[name]) for name in RECIPE},
+        "recipe": {name: format_value(config[name]) for name in RECIPE},
         "precision": record["precision"],
         "data": record["data"],
         "versions": record["versions"],

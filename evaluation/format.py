@@ -2,7 +2,7 @@
 
 import textwrap
 
-from config import as_text
+from config import format_value
 from evaluation.comparison import verdict
 
 
@@ -39,7 +39,7 @@ def format_losses(report):
     """The lines of a model and its losses."""
     yield f"{report['model']} ({report['precision']})"
     if report["dataset"]:
-        yield f"  on {as_text(report['dataset'])}"
+        yield f"  on {format_value(report['dataset'])}"
     for name, split in report["splits"].items():
         yield f"  {name:<5} {format_loss(split)}   {split['supervised_tokens']:,} supervised tokens"
     yield from format_text(report)

@@ -51,7 +51,7 @@ class Answer:
 
 
 @torch.no_grad()
-def answers(
+def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],

@@ -4,9 +4,8 @@ import math
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
-from config import Config, as_text, flag_name
+from config import Config, flag_name, format_value
 from conversations.preview import PAGE, STYLE, token_spans
 from evaluation.facts import format_bytes, format_duration
 
@@ -35,13 +34,17 @@ def page(facts, examples, tokenizer, sections=()):
         facts=facts,
         charts=[chart for title, lines in CHARTS.items() if (chart := plot(title, lines, facts["metrics"]))],
         settings=[
-            (flag_name(name), as_text(value), as_text(value) != as_text(Config.__dataclass_fields__[name].default))
+            (
+                flag_name(name),
+                format_value(value),
+                format_value(value) != format_value(Config.__dataclass_fields__[name].default),
+            )
             for name, value in facts["settings"].items()
         ],
-        masks=[Markup("".join(token_spans(example, tokenizer))) for example in examples],  # escaped by `token_spans`
+        masks=["".join(token_spans(example, tokenizer)) for example in examples],  # escaped by `token_spans`
         sections=sections,
-        page_start=Markup(PAGE),
-        style=Markup(STYLE),
+        page_start=PAGE,
+        style=STYLE,
     )
 
 

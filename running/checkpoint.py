@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from compute.processes import gathered, is_first, rank, world_size
+from compute.processes import all_gather, is_rank0, rank, world_size
 from compute.sharding import is_sharded
 from config import UserError
 from evaluation.facts import run_facts
@@ -66,7 +66,7 @@ def save(run):
     began = time.perf_counter()
     run.saver.wait()
     snapshot = take_snapshot(run)
-    run.saver.start(run.step, write_checkpoint if is_first() else None, run.model, run.tokenizer, snapshot)
+    run.saver.start(run.step, write_checkpoint if is_rank0() else None, run.model, run.tokenizer, snapshot)
     seconds = time.perf_counter() - began
     run.saver.seconds += seconds
     run.log.add_points(run.step, {"time/checkpoint": seconds})
@@ -75,20 +75,20 @@ def save(run):
 def take_snapshot(run):
     """The `Snapshot` of a run on rank 0; what it returns on other ranks is not used. All ranks call this."""
     weights, moments = gather_state(run.model, run.optimizer)
-    device, random_states = run.precision.device, gathered(get_random_state(run.precision.device))
+    device, random_states = run.precision.device, all_gather(get_random_state(run.precision.device))
     run.log.sync()
     state = {name: getattr(run, name) for name in PROGRESS} | {
         "optimizer": moments,
         "scaler": run.scaler.state_dict(),
-        "log": copy.deepcopy(run.log.state()) if is_first() else {},
+        "log": copy.deepcopy(run.log.state()) if is_rank0() else {},
         "random": random_states,
     }
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     card = ""
-    if run.best_step == run.step and is_first():
+    if run.best_step == run.step and is_rank0():
         card = model_card(run_facts(run.directory))
-    about = {"step": run.step, "best_step": run.best_step, **run.described}
+    about = {"step": run.step, "best_step": run.best_step, **run.describe()}
     return Snapshot(run.directory, about, weights, state, card, run.config.keep)
 
 

@@ -41,7 +41,7 @@ def explain_failed_write(run):
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
 
 
-def refuse_non_finite(run, split, loss):
+def check_finite(run, split, loss):
     """Raise `UserError` where the loss over a split is not finite; it names the split's worst conversations."""
     if not math.isfinite(loss):
         examples = getattr(run.data, split).examples
@@ -73,8 +73,8 @@ def explain_out_of_memory(run, examples):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        largest = run.layout.shares(examples())[rank()][0]
-        tokens = run.layout.batch(largest).inputs["input_ids"].numel()
+        largest = run.layout.partition(examples())[rank()][0]
+        tokens = run.layout.collate(largest).inputs["input_ids"].numel()
         remedy = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
         if len(largest) > 1:
             remedy = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"

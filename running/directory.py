@@ -27,13 +27,13 @@ def new_directory(config):
     Raises:
         UserError: it holds something already, or cannot be written.
     """
-    directory = Path(config.output_dir or f"runs/{name_of(config)}-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory = Path(config.output_dir or f"runs/{name_run(config)}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         if config.output_dir:
-            refuse_foreign(directory)
+            check_output_dir(directory)
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         if not config.output_dir:
-            directory = unused(directory)
+            directory = make_unique(directory)
             missing.insert(0, directory)
         make_directory(directory)
         tempfile.TemporaryDirectory(dir=directory).cleanup()
@@ -47,14 +47,14 @@ def new_directory(config):
                 path.rmdir()
 
 
-def name_of(config):
+def name_run(config):
     """What a run is called: its preset, or its first dataset, in characters that a shell takes as they are."""
     if config.dataset == PRESETS[config.preset].get("dataset"):
         return config.preset
     return re.sub(r"[^\w.-]+", "-", Path(config.dataset[0]).stem).strip("-.") or "run"
 
 
-def unused(directory):
+def make_unique(directory):
     """Make a directory of that name, or with a number behind it, that did not exist, and return it."""
     make_directory(directory.parent)
     for number in itertools.count(1):
@@ -64,7 +64,7 @@ def unused(directory):
             return candidate
 
 
-def refuse_foreign(directory):
+def check_output_dir(directory):
     """Raise `UserError` where a new run would write into a directory that holds something, or that a run replaces."""
     if directory.is_symlink() and not directory.exists():
         target = directory.readlink()

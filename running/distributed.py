@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from compute.processes import wait_for_all
+from compute.processes import barrier
 from config import UserError, die_with_parent, first_line, report_error
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # in torchrun's environment
@@ -49,7 +49,7 @@ def run_distributed(work):
             stream.flush()
         os._exit(status)  # the backends' threads may abort an interpreter that is taken down
     with contextlib.suppress(RuntimeError):  # a rank that is gone already has done its work too
-        wait_for_all()  # a rank that leaves while another one is still connected may abort
+        barrier()  # a rank that leaves while another one is still connected may abort
         distributed.destroy_process_group()
     return status
 

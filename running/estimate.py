@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from compute.processes import from_first, largest, local_world_size, world_size
+from compute.processes import all_reduce_max, broadcast_from_rank0, local_world_size, world_size
 from data import window_at, windows_per_epoch
 from eval import evaluate
 from evaluation.facts import format_bytes, format_duration
@@ -36,14 +36,16 @@ def estimate(run, train_step):
 
     parameters = sum(weights.numel() for weights in run.model.parameters())
     weights = 4 * parameters // config.shard  # fp32, as its gradient and AdamW's two moments
-    peak, memory = largest(peak_memory(device)), device_memory(device)
+    peak, memory = all_reduce_max(peak_memory(device)), device_memory(device)
     parts = {"weights": weights, "gradients": weights, "AdamW": 2 * weights}
     parts["activations and the rest"] = max(0, peak - 4 * weights)
     fits = "" if peak < 0.9 * memory else ": hardly fits, use a lower --micro-batch-tokens"
 
     # Weights and moments; besides those kept, the best one, and a new one before an old one is removed.
     disk = (config.keep + 2) * 12 * parameters
-    free = from_first(lambda: shutil.disk_usage(run.directory).free)  # rank 0 removes the directory afterwards
+    free = broadcast_from_rank0(
+        lambda: shutil.disk_usage(run.directory).free
+    )  # rank 0 removes the directory afterwards
     enough = "" if disk < free else ": not enough, use a lower --keep or another --output-dir"
     lines = {
         "memory": f"{format_bytes(peak)} at the peak{' of a process' if world_size() > 1 else ''} of "
@@ -66,12 +68,16 @@ def measure(run, train_step):
     settings["max_grad_norm"] = config.max_grad_norm
     run.model.train()
     with explain_failed_update(run):
-        micro_batches = list(run.layout.share(window_at(0, run.data.train.examples, config.batch_size, config.seed)))
+        micro_batches = list(
+            run.layout.local_micro_batches(window_at(0, run.data.train.examples, config.batch_size, config.seed))
+        )
         train_step(run.model, run.optimizer, micro_batches[:1], 0.0, **settings)  # compiles, and allocates what stays
         start = time.perf_counter()
         tokens = train_step(run.model, run.optimizer, micro_batches, 0.0, **settings)["tokens"]
         update = time.perf_counter() - start
-        evaluated = [each for batch in run.layout.cut(run.data.eval.examples)[-world_size() :] for each in batch]
+        evaluated = [
+            each for batch in run.layout.plan_micro_batches(run.data.eval.examples)[-world_size() :] for each in batch
+        ]
         start = time.perf_counter()
         evaluate(run.model, evaluated, run.layout, run.precision)
         return update / tokens, (time.perf_counter() - start) / sum(len(each.input_ids) for each in evaluated)

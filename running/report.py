@@ -5,11 +5,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from compute.processes import world_size
-from config import PRESETS, as_text
-from conversations.preview import is_replaceable
+from compute.processes import is_rank0, world_size
+from config import PRESETS, format_value
+from conversations.preview import is_missing_or_page
 from data import window_at, windows_per_epoch
-from evaluation.facts import format_bytes
+from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
 from storage.durable import replace_file
@@ -26,7 +26,7 @@ def headline(config, why):
     preset = "no preset" if config.preset == "none" else f"preset {config.preset}"
     if config.dataset != PRESETS[config.preset].get("dataset", config.dataset):
         why += ", but of it only the model: the dataset is your own"
-    return f"{preset} ({why}): {config.model} on {as_text(config.dataset)}, into {config.output_dir}"
+    return f"{preset} ({why}): {config.model} on {format_value(config.dataset)}, into {config.output_dir}"
 
 
 def plan(run):
@@ -34,7 +34,7 @@ def plan(run):
     config, data, layout, ranks = run.config, run.data, run.layout, world_size()
     train, per_epoch = data.train.examples, windows_per_epoch(len(data.train.examples), config.batch_size)
     windows = [window_at(step, train, config.batch_size, config.seed) for step in range(min(per_epoch, SAMPLED))]
-    micro_batches = sum(len(layout.shares(window)[0]) for window in windows) / len(windows)
+    micro_batches = sum(len(layout.partition(window)[0]) for window in windows) / len(windows)
     truncated, dropped, lost, supervised = (
         sum(getattr(split, name) for split in data.splits.values())
         for name in ("truncated", "dropped", "supervised_lost", "supervised")
@@ -78,8 +78,9 @@ def count_conversations(split, noun=" conversations"):
     return f"{len(split.examples):,}{noun}"
 
 
-def summary(facts):
+def summary(directory):
     """The summary of a run: losses and answers before and after side by side, and what to do next."""
+    facts = run_facts(directory)
     best = f"best, update {facts['best_step'] or 0}"
     lines = [f"  {'':<18}{'before':>10}{best:>22}"]
     for kind, loss in facts["losses"].items():
@@ -102,10 +103,13 @@ def summary(facts):
     return "\n".join(lines)
 
 
-def write_page(run, facts):
-    """Write a `Run`'s page into its directory, unless a file that is not such a page is in the way."""
-    path = run.directory / REPORT
-    if is_replaceable(path):
+def write_report(run):
+    """Close a finished run's log with its facts, and write its page, unless another file is in the way; on rank 0."""
+    if not is_rank0():
+        return
+    facts, path = run_facts(run.directory), run.directory / REPORT
+    run.log.close(facts)
+    if is_missing_or_page(path):
         replace_file(path, page(facts, run.data.train.examples[:3], run.tokenizer))
     else:
         print(f"warning: {path} is not an earlier report, and is left as it is", file=sys.stderr)

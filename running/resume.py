@@ -6,8 +6,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compute.processes import from_first, gathered
-from config import FREE_TO_CHANGE, UserError, as_text, flag_name, resolve, with_absolute_paths, with_tuples
+from compute.processes import all_gather, broadcast_from_rank0
+from config import (
+    MAY_CHANGE_ON_RESUME,
+    UserError,
+    flag_name,
+    format_value,
+    lists_to_tuples,
+    resolve,
+    with_absolute_paths,
+)
 from running.checkpoint import MODEL, find_newest_valid
 from running.directory import locked
 from storage.records import is_finished, read_metrics, read_record
@@ -54,7 +62,7 @@ def find_resume_point(run, recorded):
         raise UserError(
             f"--resume {run}: it is finished, with no checkpoint to continue from; try a run of --model {best}"
         )
-    logged = last_logged_update(run)
+    logged = find_last_logged_update(run)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
     if logged > 2 * recorded["config"]["save_every"]:
         raise UserError(
@@ -64,7 +72,7 @@ def find_resume_point(run, recorded):
     return ResumePoint(None, recorded)
 
 
-def run_to_resume(asked, named):
+def find_run_to_resume(asked, named):
     """The directory of the run that `--resume` asks for; None where a new one begins.
 
     Raises:
@@ -74,10 +82,10 @@ def run_to_resume(asked, named):
         return Path(asked) if asked else None
     if "output_dir" not in named:
         raise UserError("--resume auto needs --output-dir, by which it finds the run again")
-    return from_first(run_in, Path(named["output_dir"]))
+    return broadcast_from_rank0(find_run_in, Path(named["output_dir"]))
 
 
-def run_in(directory):
+def find_run_in(directory):
     """A directory that holds a run; None where there is none, once what a killed process left of one is removed."""
     if (directory / "config.json").exists():
         return directory
@@ -86,7 +94,7 @@ def run_in(directory):
             pass
 
 
-def resumed_config(directory, named):
+def load_resumed_config(directory, named):
     """The `Config` of a run with the settings that a user named on top, and what its `config.json` holds.
 
     Raises:
@@ -102,11 +110,11 @@ def resumed_config(directory, named):
         raise UserError(f"--output-dir {named['output_dir']}: a resumed run stays in its own directory; leave that out")
     recorded = read_record(directory)
     named = with_absolute_paths(named) | {"output_dir": str(directory)}
-    settings = with_tuples({**recorded["config"], **named})
+    settings = lists_to_tuples({**recorded["config"], **named})
     return resolve(settings, settings["preset"]), recorded
 
 
-def recorded_budget(start, config, precision):
+def get_recorded_budget(start, config, precision):
     """The tokens of a micro-batch that an interrupted run had, so that it rounds as before.
 
     0 where that is not known to fit: on another device, or with other settings that decide what memory is taken.
@@ -119,23 +127,23 @@ def recorded_budget(start, config, precision):
     return before["micro_batch_tokens"] if same else 0
 
 
-def last_logged_update(run):
+def find_last_logged_update(run):
     """The last update in the metrics of a run; 0 where there is none."""
     return max((line["step"] for line in read_metrics(run)), default=0)
 
 
-def differences(before, now):
+def list_changes(before, now):
     """What differs between two records of a run, as `records.describe` gives them, and makes it a different run."""
     recorded = before["config"]
     flags = [
-        f"{flag_name(name)} {as_text(recorded[name])} -> {as_text(value)}"
+        f"{flag_name(name)} {format_value(recorded[name])} -> {format_value(value)}"
         for name, value in now["config"].items()
-        if name not in FREE_TO_CHANGE and as_text(recorded[name]) != as_text(value)
+        if name not in MAY_CHANGE_ON_RESUME and format_value(recorded[name]) != format_value(value)
     ]
     if before.get("precision") != now.get("precision"):
         flags.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
     if before["data"] != now["data"]:
-        flags.append(f"data {sizes(before['data'])} -> {sizes(now['data'])}")
+        flags.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
     return flags
 
 
@@ -145,24 +153,28 @@ def check_agreement(run):
     Raises:
         UserError: they are not; it says what differs.
     """
-    described = run.described
+    described = run.describe()
     mine = {flag_name(name): value for name, value in described.pop("config").items()}
-    mine |= {"versions": described["versions"], "data": sizes(described["data"]), "precision": described["precision"]}
+    mine |= {
+        "versions": described["versions"],
+        "data": summarize_data(described["data"]),
+        "precision": described["precision"],
+    }
     mine |= {"layout": run.layout.describe(), "step": run.step}
-    first, *others = gathered(mine)
+    first, *others = all_gather(mine)
     for number, other in enumerate(others, 1):
         for name, value in other.items():
             if value != first[name]:
-                theirs = f"{as_text(first[name])} in the first, {as_text(value)} in process {number}"
+                theirs = f"{format_value(first[name])} in the first, {format_value(value)} in process {number}"
                 raise UserError(f"the processes do not agree on {name}: {theirs}")
-    owner = from_first(read_owner, run.directory)
-    strangers = [number for number, same in enumerate(gathered(sees(run.directory, owner))) if not same]
+    owner = broadcast_from_rank0(read_owner, run.directory)
+    strangers = [number for number, same in enumerate(all_gather(can_see(run.directory, owner))) if not same]
     if strangers:
         advice = "name a directory on a file system that all processes share"
         raise UserError(f"--output-dir {run.directory}: process {strangers[0]} does not see it; {advice}")
 
 
-def sees(directory, owner, seconds=10):
+def can_see(directory, owner, seconds=10):
     """Whether this process sees the owner of a locked run; a network's file system may take a while to show it."""
     end = time.monotonic() + seconds
     while not (same := read_owner(directory) == owner) and time.monotonic() < end:
@@ -176,7 +188,7 @@ def read_owner(directory):
     return owner.read_text(encoding="utf-8") if owner.exists() else ""
 
 
-def sizes(data):
+def summarize_data(data):
     """A dataset in a few words: how many conversations its splits have, and its fingerprint."""
     counts = "/".join(f"{count:,}" for name, count in data.items() if name != "fingerprint")
     return f"{data['fingerprint'][:8]} ({counts} conversations)"
@@ -188,7 +200,7 @@ def check_same_run(run, before, now, allow_changes):
     Raises:
         UserError: there are some, and they are not allowed.
     """
-    changed = differences(before, now)
+    changed = list_changes(before, now)
     if changed and not allow_changes:
         what = "\n".join(changed)
         raise UserError(

@@ -8,12 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compute.layout import Layout
+from compute.processes import is_rank0
 from config import Config
 from data import Data, windows_per_epoch
 from model import Precision
-from running.checkpoint import Saver
-from running.metrics import Log
-from storage.records import describe
+from running.checkpoint import Saver, link_best
+from running.metrics import Log, NullLog
+from storage.records import describe, write_record
 
 
 @dataclass
@@ -46,12 +47,22 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
-    def total_steps(self):
-        per_epoch = windows_per_epoch(len(self.data.train.examples), self.config.batch_size)
-        return self.config.max_steps or self.config.epochs * per_epoch
+    def steps_per_epoch(self):
+        return windows_per_epoch(len(self.data.train.examples), self.config.batch_size)
 
     @property
-    def described(self):
+    def total_steps(self):
+        return self.config.max_steps or self.config.epochs * self.steps_per_epoch
+
+    def open(self, resumed):
+        """Begin to write in the run's directory: rank 0 records what the run is, and opens its log."""
+        self.log = NullLog()
+        if is_rank0():
+            write_record(self.directory, self.describe(), self.changes)
+            link_best(self.directory, self.best_step)
+            self.log = Log(self.directory, self.step if resumed else None, **self.log_state)
+
+    def describe(self):
         """What `config.json` and a checkpoint's manifest say of the run, a dict of JSON values."""
         device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
         return describe(self.config, self.precision, self.data) | device

@@ -6,18 +6,24 @@ import os
 import torch
 
 from compute.layers import checkpoint_activations
-from compute.memory import keep_freed_memory, refuse_too_large
-from compute.processes import from_first, rank, smallest
+from compute.memory import check_model_fits, keep_freed_memory
+from compute.processes import all_reduce_min, broadcast_from_rank0, rank
 from compute.self_check import choose_layout
-from config import OF_THE_TEMPLATE
+from config import TEMPLATE_SETTINGS, resolve, with_absolute_paths
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
-from data import prepare
+from data import load_data
 from model import choose_precision, count_parameters, load_on_ranks, token_loss
-from running.resume import check_same_run, recorded_budget
+from running.resume import check_same_run, get_recorded_budget
 from running.run import Run
 from storage import hub
 from storage.records import describe
+
+
+def choose_config(named):
+    """The `Config` of a new run, of the settings that the user named and a preset's; and why it is that preset."""
+    preset, why = broadcast_from_rank0(hub.choose_preset, named)
+    return resolve(with_absolute_paths(named), preset), why
 
 
 def load_run(config, start=None, allow_changes=False):
@@ -36,14 +42,14 @@ def load_run(config, start=None, allow_changes=False):
     if precision.device.type == "cpu":
         keep_freed_memory()
     path, local_files_only, tokenizer = load_run_tokenizer(config, start)
-    data = prepare(config, tokenizer)
+    data = load_data(config, tokenizer)
     changes = []
     if start:
         described = describe(config, precision, data)
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
     if precision.device.type == "cuda":
-        refuse_too_large(*count_parameters(path, local_files_only), precision, config)
+        check_model_fits(*count_parameters(path, local_files_only), precision, config)
     path = start.model if start and start.model else path
     model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
     if config.gradient_checkpointing:
@@ -55,9 +61,9 @@ def load_run(config, start=None, allow_changes=False):
         tokenizer.pad_token_id,
         precision,
         longest=max(split.longest for split in data.splits.values()),
-        budget=from_first(recorded_budget, start, config, precision),
+        budget=broadcast_from_rank0(get_recorded_budget, start, config, precision),
     )
-    layout = dataclasses.replace(layout, tokens=smallest(layout.tokens))  # of all ranks
+    layout = dataclasses.replace(layout, tokens=all_reduce_min(layout.tokens))  # of all ranks
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     return Run(config, precision, layout, tokenizer, data, model, scaler=precision.grad_scaler(), changes=changes)
 
@@ -69,7 +75,7 @@ def load_run_tokenizer(config, start):
     the template, may be gone.
     """
     template, options = config.chat_template, config.template_option
-    recorded = start and start.model and [start.described["config"][name] for name in OF_THE_TEMPLATE]
+    recorded = start and start.model and [start.described["config"][name] for name in TEMPLATE_SETTINGS]
     if recorded == [template, list(options)]:
         path, local_files_only = str(start.model), True
         template, options = ("chatml" if template == "chatml" else "model"), ()

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from compute.processes import is_first, largest, world_size
+from compute.processes import all_reduce_max, is_rank0, world_size
 
 # Ctrl-C, a shutdown, the warning that batch systems send before they kill, and a closed terminal.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -54,7 +54,7 @@ class Signals:
             self.received, self.received_at = number, time.monotonic()
             for each in () if launched else self.previous:
                 signal.signal(each, signal.SIG_DFL)  # which needs no interpreter, where a library is busy
-            if is_first():
+            if is_rank0():
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     # not print(), as the signal may have interrupted one
                     os.write(2, b"\nstopping after this update; press Ctrl-C again to quit now\n")
@@ -71,7 +71,7 @@ class Signals:
         received = self.received
         if world_size() > 1:
             self.collective = True
-            received = largest(received or 0)
+            received = all_reduce_max(received or 0)
         if received:
             self.received = received
             raise Stopped(received)

@@ -2,11 +2,15 @@
 
 import contextlib
 
-from compute.processes import is_first
+from compute.processes import broadcast_from_rank0, is_rank0
+from compute.self_check import use_layout
 from compute.sharding import is_sharded
-from eval import VIBE_PROMPTS, evaluate, greedy_and_sampled
-from evaluation.generation import Sampling, answers
-from running.diagnostics import explain_out_of_memory, refuse_non_finite
+from config import UserError
+from eval import DEFAULT_PROMPTS, evaluate, generate_greedy_and_sampled
+from evaluation.generation import Sampling, generate_answers
+from model import has_expected_tying, load_on_ranks
+from running.checkpoint import BEST, verify_best
+from running.diagnostics import check_finite, explain_out_of_memory
 
 
 def evaluate_split(run, split, signals):
@@ -19,23 +23,44 @@ def evaluate_split(run, split, signals):
     examples = getattr(run.data, split).examples
     with explain_out_of_memory(run, lambda: examples):
         evaluation = evaluate(run.model, examples, run.layout, run.precision, signals.check)
-    refuse_non_finite(run, split, evaluation.loss)
+    check_finite(run, split, evaluation.loss)
     return evaluation
+
+
+def evaluate_untrained(run, signals):
+    """Before the first update: log the untrained model's losses and answers."""
+    evaluation = evaluate_split(run, "eval", signals)
+    run.log.write("eval", 0, evaluation.report())
+    run.log.write_losses("eval", "before", evaluation)
+    log_test_and_answers(run, "before", 0, signals)
+
+
+def evaluate_best(run, signals):
+    """After the last update: log the test loss and the answers of the best model, loaded from disk."""
+    run.saver.wait()
+    broadcast_from_rank0(verify_best, run.directory)
+    run.optimizer = run.model = None  # free their memory
+    best = run.directory / BEST
+    run.model = load_on_ranks(best, run.tokenizer, run.precision, run.config.shard, local_files_only=True)
+    use_layout(run.model, run.layout)
+    if not has_expected_tying(run.model):
+        raise UserError(f"{best}: its output head is no longer tied to its embeddings")
+    log_test_and_answers(run, "after", run.best_step, signals)
 
 
 def log_test_and_answers(run, when, step, signals):
     """Log the loss over the test split and the answers to the prompts, "before" or "after" training."""
     evaluation = evaluate_split(run, "test", signals) if run.data.test.examples else None
-    generated = generate_answers(run, greedy_and_sampled, Sampling(seed=run.config.seed))
+    generated = answer_prompts(run, generate_greedy_and_sampled, Sampling(seed=run.config.seed))
     if evaluation:
         run.log.write("test", step, evaluation.report())
         run.log.write_losses("test", when, evaluation)
     run.log.write_answers(when, step, generated)
 
 
-def generate_answers(run, generate=answers, *settings):
+def answer_prompts(run, generate=generate_answers, *settings):
     """Answers of a run's model to the prompts. Ranks that share its weights generate together, else rank 0 alone."""
     sharded = is_sharded(run.model)
-    prompts = VIBE_PROMPTS if sharded or is_first() else ()
+    prompts = DEFAULT_PROMPTS if sharded or is_rank0() else ()
     with run.precision.autocast() if sharded else contextlib.nullcontext():  # sharded layers stay in bf16 or fp16
         return generate(run.model, run.tokenizer, prompts, *settings)

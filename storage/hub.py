@@ -51,7 +51,7 @@ def find_model(name):
     return name, must_use_cache("model", name)
 
 
-def why_not_loaded(path, error):
+def explain_load_error(path, error):
     """The reason why a model could not be loaded, in one line."""
     for file in sorted(Path(path).glob("*")):
         if is_lfs_pointer(file):

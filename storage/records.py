@@ -10,7 +10,7 @@ import typing
 from dataclasses import asdict
 from pathlib import Path
 
-from config import FORMAT, Config, UserError
+from config import RUN_FORMAT, Config, UserError
 from storage.durable import replace_file
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -23,7 +23,7 @@ def describe(config, precision, data):
     """The identity of a run, as JSON: its settings, its precision, the sizes and fingerprint of its data, versions."""
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
     record = {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "config": asdict(config),
         "precision": precision.name,
         "data": {"fingerprint": data.fingerprint} | {name: len(split.examples) for name, split in data.splits.items()},
@@ -50,7 +50,7 @@ def read_record(run):
         if "model_type" in record:
             raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
         settings, types = record["config"], typing.get_type_hints(Config)
-        other_version = record.get("format") != FORMAT or settings.keys() != types.keys()
+        other_version = record.get("format") != RUN_FORMAT or settings.keys() != types.keys()
         valid = other_version or (
             all(has_type(settings[name], types[name]) for name in types)
             and {"precision", "data", "versions"} <= record.keys()

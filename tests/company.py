@@ -31,7 +31,7 @@ def serve(rank, size, port, pipe):
     distributed.destroy_process_group()
 
 
-class Company:
+class WorkerPool:
     """A process group of `size` processes."""
 
     def __init__(self, size):

@@ -113,7 +113,7 @@ def layout_of(packed, tokens=10_000, own_logits=False):
 
 def one_batch(examples, packed=False):
     """Examples as a single micro-batch."""
-    (batch,) = layout_of(packed).batches(examples)
+    (batch,) = layout_of(packed).micro_batches(examples)
     return batch
 
 

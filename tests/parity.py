@@ -8,7 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compute.layers import checkpoint_activations
 from compute.self_check import choose_layout
-from compute.sharding import whole
+from compute.sharding import full_tensor
 from data import Data, Split, window_at
 from model import Precision, token_loss
 from running.run import Run
@@ -54,7 +54,7 @@ class GradientFloor:
         return self
 
     def look(self, *_):
-        gradients = [whole(weights.grad).abs() for weights in self.model.parameters()]
+        gradients = [full_tensor(weights.grad).abs() for weights in self.model.parameters()]
         relative = flatten(each / each.square().mean().sqrt() for each in gradients)  # NaN where there is no gradient
         self.values = relative if self.values is None else relative.minimum(self.values)
 
@@ -112,4 +112,4 @@ def flat_difference(weights, others, floor=None, rate=1.0):
 
 def flatten(tensors):
     """Tensors as one of one dimension, on the CPU; all ranks call this where they are sharded."""
-    return torch.cat([whole(tensor.detach()).flatten().cpu() for tensor in tensors])
+    return torch.cat([full_tensor(tensor.detach()).flatten().cpu() for tensor in tensors])

@@ -19,7 +19,7 @@ import eval as eval_command
 from config import UserError
 from evaluation import chat as chat_module
 from evaluation.chat import Chat
-from evaluation.generation import GREEDY, answers
+from evaluation.generation import GREEDY, generate_answers
 from tests.test_generation import always_generating
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def chat(tiny_model, tiny_tokenizer):
 
 
 def test_it_gives_the_same_answer_as_to_the_prompt_alone_and_remembers_it(chat, capsys):
-    alone = answers(chat.model, chat.tokenizer, ["Hi"], GREEDY, 5, "Be brief.")[0].text
+    alone = generate_answers(chat.model, chat.tokenizer, ["Hi"], GREEDY, 5, "Be brief.")[0].text
     chat.respond("Hi")
     assert capsys.readouterr().out.strip() == alone
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]

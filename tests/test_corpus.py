@@ -15,7 +15,7 @@ from conversations import corpus
 from conversations.masking import encode
 from conversations.mixture import keep_duplicates_together
 from conversations.tokenizer import load_tokenizer
-from data import Split, prepare, prepare_for_evaluation, warnings_about
+from data import Split, load_data, load_split, warnings_about
 from storage.cache import cache_directory
 
 
@@ -35,7 +35,7 @@ def write(tmp_path):
 
 def prepared(tokenizer, *files, **named):
     settings = {"dataset": files, "eval_fraction": 0.2, "test_fraction": 0.1} | named
-    return prepare(resolve(settings, "none"), tokenizer)
+    return load_data(resolve(settings, "none"), tokenizer)
 
 
 def texts(split, tokenizer):
@@ -267,7 +267,7 @@ def test_amounts_of_an_eval_dataset_are_kept_and_max_examples_does_not_cap_it(ti
 
 def test_an_evaluation_uses_the_amount_that_is_asked_for(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
-    split = prepare_for_evaluation(resolve({"dataset": (chats + "#7",)}, "none"), tiny_tokenizer)
+    split = load_split(resolve({"dataset": (chats + "#7",)}, "none"), tiny_tokenizer)
     assert len(split.examples) == 7
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compute import cross_entropy as loss
-from compute.cross_entropy import linear_cross_entropy, loss_and_correct, loss_and_correct_of_logits
+from compute.cross_entropy import linear_cross_entropy, loss_and_correct, loss_and_correct_from_logits
 from model import token_loss
 from tests import stand_in
 from tests.conftest import one_batch
@@ -104,7 +104,7 @@ def test_the_evaluated_loss_is_the_same_and_the_ranks_are_counted(monkeypatch):
         summed, correct = loss_and_correct(hidden, head, targets).sum(1)
         assert summed.item() == pytest.approx(linear_cross_entropy(hidden, head, targets).item(), rel=1e-6)
         assert correct == (head(hidden).argmax(-1) == targets).sum() >= 30
-        assert torch.equal(loss_and_correct_of_logits(head(hidden), targets)[1].sum(), correct)
+        assert torch.equal(loss_and_correct_from_logits(head(hidden), targets)[1].sum(), correct)
 
 
 def test_tied_and_untied_heads_get_the_models_own_gradient(tiny_model, ragged_window):

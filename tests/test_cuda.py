@@ -48,7 +48,7 @@ def test_an_update_is_that_of_a_cpu(ragged_window, name, tolerance, compile):
     def numbers(model, precision, layout):
         optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
         settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
-        window = list(layout.batches(ragged_window))
+        window = list(layout.micro_batches(ragged_window))
         updates = []
         while len(updates) < 3:
             update = train_step(model, optimizer, window, 2e-4, **settings)
@@ -68,7 +68,7 @@ def test_compiled_layers_are_not_recompiled_for_every_length(ragged_window):
     layout = choose_layout(model, token_loss, Config(compile=True), 0, precision)
     counts = []
     for count in range(1, 9):
-        for batch in layout.batches(ragged_window[:count]):
+        for batch in layout.micro_batches(ragged_window[:count]):
             with precision.autocast():
                 token_loss(model, batch.to(GPU)).backward()
         counts.append(compiled_graphs())
@@ -81,7 +81,7 @@ def test_an_update_waits_for_the_gpu_once(ragged_window, monkeypatch):
     monkeypatch.setattr(cross_entropy, "ROWS", 1)
     model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=100), 0, precision)
-    window = list(layout.batches(ragged_window * 8))
+    window = list(layout.micro_batches(ragged_window * 8))
     assert len(window) > 8
     model.train()
     torch.cuda.synchronize()
@@ -105,7 +105,7 @@ def test_deterministic_updates_repeat_bit_for_bit(ragged_window, compile, checkp
         layout = choose_layout(model, token_loss, Config(compile=compile, micro_batch_tokens=500), 0, precision)
         model.train()
         with deterministic_algorithms(True):
-            for batch in layout.batches(ragged_window * 4):
+            for batch in layout.micro_batches(ragged_window * 4):
                 with precision.autocast():
                     token_loss(model, batch.to(GPU)).backward()
         found.append([p.grad for p in model.parameters()])

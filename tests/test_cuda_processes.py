@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.company import Company
+from tests.company import WorkerPool
 from tests.test_processes import Case, assert_equal, updates
 
 COUNT = torch.cuda.device_count()
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not COUNT, reason="there is no GPU")
 
 @pytest.fixture(scope="module")
 def everyone():
-    company = Company(COUNT)
+    company = WorkerPool(COUNT)
     yield company
     company.close()
 

@@ -8,7 +8,7 @@ import torch
 from compute.self_check import use_layout
 from conversations.masking import encode_prompt
 from evaluation import generation
-from evaluation.generation import GREEDY, Answer, Sampling, answers, batch_prompts
+from evaluation.generation import GREEDY, Answer, Sampling, batch_prompts, generate_answers
 from tests.conftest import layout_of, tiny_llama
 
 PROMPTS = ["Hi", "What is the capital of France?", "a b c d e f g h i j k l m", "Who?", "Count to 7"]
@@ -20,10 +20,10 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.5)
 @pytest.mark.parametrize("room", [1, 120, 10_000])
 def test_a_batch_answers_as_each_prompt_alone(tiny_model, tiny_tokenizer, monkeypatch, sampling, packed, room):
     use_layout(tiny_model, layout_of(packed))
-    alone = [answers(tiny_model, tiny_tokenizer, [prompt], sampling, 20)[0] for prompt in PROMPTS]
+    alone = [generate_answers(tiny_model, tiny_tokenizer, [prompt], sampling, 20)[0] for prompt in PROMPTS]
     monkeypatch.setattr(generation, "BATCH_TOKENS", room)
-    assert answers(tiny_model, tiny_tokenizer, PROMPTS, sampling, 20) == alone
-    assert answers(tiny_model, tiny_tokenizer, PROMPTS[::-1], sampling, 20) == alone[::-1]
+    assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS, sampling, 20) == alone
+    assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS[::-1], sampling, 20) == alone[::-1]
     assert [one.prompt for one in alone] == PROMPTS
 
 
@@ -47,7 +47,7 @@ def test_answers_are_seeded_and_leave_the_model_and_the_random_state_alone(tiny_
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, again, other = (
-        answers(tiny_model, tiny_tokenizer, ["Hi"], replace(SAMPLED, seed=seed), 8) for seed in (1, 1, 2)
+        generate_answers(tiny_model, tiny_tokenizer, ["Hi"], replace(SAMPLED, seed=seed), 8) for seed in (1, 1, 2)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert first == again != other
@@ -60,7 +60,7 @@ def test_answers_are_seeded_and_leave_the_model_and_the_random_state_alone(tiny_
 def test_two_prompts_of_one_batch_do_not_share_their_noise(tiny_model, tiny_tokenizer):
     with torch.no_grad():  # a head that knows nothing: all tokens are equally likely, and only the noise decides
         tiny_model.model.norm.weight.zero_()
-    one, other = answers(tiny_model, tiny_tokenizer, ["Hi", "Ho"], SAMPLED, 8)
+    one, other = generate_answers(tiny_model, tiny_tokenizer, ["Hi", "Ho"], SAMPLED, 8)
     assert one.text != other.text
 
 
@@ -75,7 +75,7 @@ def always_generating(token, model, tokenizer):
 
 def test_an_answer_ends_at_the_stop_token(tiny_model, tiny_tokenizer):
     always_generating(tiny_tokenizer.eos_token_id, tiny_model, tiny_tokenizer)
-    found = answers(tiny_model, tiny_tokenizer, ["Hi", "Who are you?"])
+    found = generate_answers(tiny_model, tiny_tokenizer, ["Hi", "Who are you?"])
     assert found == [Answer(prompt, "", True, 1, True) for prompt in ("Hi", "Who are you?")]
 
 
@@ -83,11 +83,11 @@ def test_an_answer_ends_at_the_context_length(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "model_max_length", 50)
     model = tiny_llama(len(tiny_tokenizer), max_position_embeddings=50)
     short, near, beyond = "Hi", "Hi " * 5, "Hi " * 50
-    found = answers(model, tiny_tokenizer, [beyond, near, short], max_new_tokens=30)
+    found = generate_answers(model, tiny_tokenizer, [beyond, near, short], max_new_tokens=30)
     room = [50 - len(encode_prompt(prompt, tiny_tokenizer)) for prompt in (near, short)]
     assert [one.tokens for one in found] == [0, min(30, room[0]), min(30, room[1])]
     assert room[0] < 30
-    assert answers(model, tiny_tokenizer, []) == []
+    assert generate_answers(model, tiny_tokenizer, []) == []
 
 
 def test_batches_hold_a_bounded_number_of_tokens(monkeypatch):

@@ -18,7 +18,7 @@ ROWS = [Example(torch.tensor([8]), torch.tensor([8])), Example(torch.tensor([5, 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 200), st.booleans())
 def test_micro_batches_are_a_partition_within_the_budget_largest_first(lengths, budget, packed):
     examples = [Example(torch.full((length,), number), torch.zeros(length)) for number, length in enumerate(lengths)]
-    cut = layout_of(packed, budget).cut(examples)
+    cut = layout_of(packed, budget).plan_micro_batches(examples)
     numbers = [int(example.input_ids[0]) for micro_batch in cut for example in micro_batch]
     assert sorted(numbers) == list(range(len(lengths)))
     sizes = [[len(example.input_ids) for example in micro_batch] for micro_batch in cut]
@@ -67,7 +67,7 @@ def test_windows_come_in_order_and_are_made_when_the_update_before_them_is_under
     windows = PrefetchedWindows(ragged_window, 3, 42, layout_of(packed=True))
     for step in (0, 1, 1, 2, 5, 3):  # an overflow asks for a window again
         ahead = windows.ahead.get(step)
-        (batch,) = windows.at(step)
+        (batch,) = windows.get(step)
         expected = one_batch(window_at(step, ragged_window, 3, 42), packed=True)
         assert torch.equal(batch.inputs["input_ids"], expected.inputs["input_ids"])
         assert (ahead is not None) == (step in (1, 2))

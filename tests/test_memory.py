@@ -116,9 +116,9 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(monkeypat
     assert (parameters, head) == (sum(p.numel() for p in model.parameters()), 259 * 32)
     needed = 16 * parameters + 6 * head
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed, 2 * needed))
-    memory.refuse_too_large(parameters, head, GPU, Config(model="mine"))
+    memory.check_model_fits(parameters, head, GPU, Config(model="mine"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - 1, 2 * needed))
     with pytest.raises(UserError, match=r"--model mine: .* GB free; use a smaller model, or .* with --shard 2"):
-        memory.refuse_too_large(parameters, head, GPU, Config(model="mine"))
-    memory.refuse_too_large(parameters, head, GPU, Config(model="mine", shard=2))
-    memory.refuse_too_large(10**12, 0, FP32, Config(model="mine"))
+        memory.check_model_fits(parameters, head, GPU, Config(model="mine"))
+    memory.check_model_fits(parameters, head, GPU, Config(model="mine", shard=2))
+    memory.check_model_fits(10**12, 0, FP32, Config(model="mine"))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from config import UserError
 from conversations.masking import IGNORE, encode
 from conversations.tokenizer import load_tokenizer
-from model import choose_precision, load_model, save_model, ties_hold
+from model import choose_precision, has_expected_tying, load_model, save_model
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -24,7 +24,7 @@ def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
     ]
     model = load_model(tmp_path / "base", tokenizer, torch.device("cpu"))
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 260
-    assert ties_hold(model)
+    assert has_expected_tying(model)
     ids, labels = encode(
         [[{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]], tokenizer
     )[0]
@@ -71,9 +71,9 @@ def test_a_tokenizer_with_chatml_is_left_its_vocabulary(real_tokenizer, capsys):
 
 
 def test_an_untied_head_that_should_be_tied_is_noticed(tiny_model):
-    assert ties_hold(tiny_model)
+    assert has_expected_tying(tiny_model)
     tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.clone())
-    assert not ties_hold(tiny_model)
+    assert not has_expected_tying(tiny_model)
 
 
 def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, tiny_model):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 import eval as eval_command
 import train as train_command
@@ -66,7 +66,7 @@ def test_a_run_ends_with_its_page(run):
 
 def test_numbers_are_those_of_the_log_wherever_they_are_shown(run):
     text, facts = (run / "report.html").read_text(), run_facts(run)
-    card, printed = (run / "best" / "README.md").read_text(), summary(facts)
+    card, printed = (run / "best" / "README.md").read_text(), summary(run)
     train = [line for line in read_metrics(run) if line["kind"] == "train"]
     for kind in ("eval", "test"):
         lines = [line for line in read_metrics(run) if line["kind"] == kind]
@@ -109,7 +109,7 @@ def test_lost_lines_of_the_log_lose_only_their_part(run, tiny_tokenizer):
     for kept in ([], lines[:1], lines[1:], lines[3:4]):
         (run / "metrics.jsonl").write_text("".join(kept))
         assert page(run_facts(run), [], tiny_tokenizer).startswith(PAGE)
-        assert "the best model" in summary(run_facts(run))
+        assert "the best model" in summary(run)
     first, *_, last = [line for line in map(json.loads, lines) if line["kind"] == "train"]  # as --log-every 2 leaves
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, last)))
     assert run_facts(run)["cost"]["tokens"] == round(3 / 2 * (first["tokens"] + last["tokens"]))
@@ -166,8 +166,9 @@ def test_foreign_text_never_becomes_html_or_yaml(run, tiny_tokenizer):
     shown = page(facts, [], tiny_tokenizer, [(HOSTILE, HOSTILE)])
     assert Tags(shown).seen == known
     assert "{{ 7 * 7 }}" in shown
-    _, metadata, text = model_card(facts).split("---\n", 2)
-    assert set(yaml.safe_load(metadata)) == {"library_name", "pipeline_tag", "tags"}
+    card = ModelCard(model_card(facts))
+    text = card.text
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     assert Tags(text).seen == {"br"}
     assert "\nlicense" not in text
     assert "7 * 7" in text.replace("\\", "")
@@ -184,7 +185,7 @@ def test_the_card_has_the_license_and_the_hub_ids_that_are_known(run, tmp_path):
         "".join(json.dumps(line) + "\n" for line in read_metrics(run) if (line["kind"], line["step"]) != ("eval", 0))
     )
     card = model_card(run_facts(run))
-    metadata = yaml.safe_load(card.split("---\n")[1])
+    metadata = ModelCard(card).data.to_dict()
     assert metadata["base_model"] == "owner/no-base"
     assert metadata["datasets"] == ["owner/1e3"]
     assert "license" not in metadata

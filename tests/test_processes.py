@@ -9,18 +9,18 @@ from torch.distributed import is_initialized
 
 import compute.layout
 import train
-from compute.gradients import SummedGradients
+from compute.gradients import GradientAllReduce
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
-from compute.memory import own_numbers
-from compute.processes import balance, is_first, local_rank, rank, shares_by_tokens, total, world_size
+from compute.memory import local_numel
+from compute.processes import all_reduce_sum, is_rank0, load_balance, local_rank, partition_by_tokens, rank, world_size
 from compute.self_check import choose_layout, use_layout
-from compute.sharding import put_apart, whole
+from compute.sharding import full_tensor, reshard
 from config import Config
 from conversations.masking import IGNORE, Example
 from eval import evaluate
-from model import Precision, broadcast_sharded, ties_hold, token_loss
+from model import Precision, broadcast_sharded, has_expected_tying, token_loss
 from running.checkpoint import gather_state
-from tests.company import Company
+from tests.company import WorkerPool
 from tests.conftest import layout_of, tiny_llama
 from tests.parity import GradientFloor, flat_difference, flatten
 
@@ -89,10 +89,12 @@ def updates(case):
     with pytest.MonkeyPatch.context() as patch, GradientFloor(model) as floor:
         BREAKAGES.get(case.breakage, lambda _: None)(patch)
         for window in windows(case.vocabulary):
-            numbers.append(train.train_step(model, optimizer, list(layout.share(window)), RATE, **settings))
+            numbers.append(
+                train.train_step(model, optimizer, list(layout.local_micro_batches(window)), RATE, **settings)
+            )
             if not case.unevaluated:
                 evaluations.append(evaluate(model, window, layout, precision).report())
-    put_apart(model)
+    reshard(model)
     return numbers, evaluations, flatten(model.parameters()), floor.values, compiled_graphs()
 
 
@@ -108,9 +110,9 @@ def survives_nan(shard):
     with pytest.MonkeyPatch.context() as patch:  # in one process alone
         patch.setattr(train, "token_loss", lambda *each: token_loss(*each) * (math.nan if rank() == 1 else 1.0))
         with pytest.raises(FloatingPointError):
-            train.train_step(model, optimizer, list(layout.share(windows(259)[0])), 1e-3, **settings)
+            train.train_step(model, optimizer, list(layout.local_micro_batches(windows(259)[0])), 1e-3, **settings)
     same = all(map(torch.equal, own, before))
-    return same and not any(whole(value).any() for of in optimizer.state.values() for value in of.values())
+    return same and not any(full_tensor(value).any() for of in optimizer.state.values() for value in of.values())
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +122,7 @@ def companies():
 
     def of(size):
         if size not in started:
-            started[size] = Company(size)
+            started[size] = WorkerPool(size)
         return started[size]
 
     yield of
@@ -179,7 +181,7 @@ def test_any_number_of_ranks_gives_the_same_updates(companies, case, size, shard
 @pytest.mark.parametrize("count", [1, 2], ids=["whole", "sharded"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_compiled_layers_give_the_same_updates_in_as_many_graphs(dtype, count):
-    company, alone, case = Company(2), Company(1), Case(dtype, compiled=True, shard=count)
+    company, alone, case = WorkerPool(2), WorkerPool(1), Case(dtype, compiled=True, shard=count)
     try:
         (one,) = alone.call(updates, replace(case, shard=0))  # one process, not even divided among itself
         for ours in company.call(updates, case):
@@ -195,8 +197,8 @@ def held(count):
     model, found = tiny_llama(263), tiny_llama(263)
     model = divided(model, count)
     buffers = all(torch.equal(buffer, other) for buffer, other in zip(model.buffers(), found.buffers(), strict=True))
-    own = sum(own_numbers(weights) for weights in model.parameters())
-    return own, sum(weights.numel() for weights in found.parameters()), ties_hold(model) and buffers
+    own = sum(local_numel(weights) for weights in model.parameters())
+    return own, sum(weights.numel() for weights in found.parameters()), has_expected_tying(model) and buffers
 
 
 def test_a_process_holds_its_part(companies):
@@ -251,67 +253,67 @@ def test_what_is_saved_is_gathered_on_rank_0(companies):
 
 def mean_of_means(patch):
     """Each process divides by its own tokens, and the gradients are averaged, as DDP does it."""
-    patch.setattr(train, "total", lambda *own: tuple(max(1, number) for number in own))
+    patch.setattr(train, "all_reduce_sum", lambda *own: tuple(max(1, number) for number in own))
 
-    class Averaged(SummedGradients):
+    class Averaged(GradientAllReduce):
         def __exit__(self, *failed):
             super().__exit__(*failed)
-            for weights in self.missing:
+            for weights in self.remaining:
                 weights.grad /= world_size()
 
-    patch.setattr(train, "SummedGradients", Averaged)
+    patch.setattr(train, "GradientAllReduce", Averaged)
 
 
 def dropped_share(patch):
     """The last process loses its last conversation."""
 
     def shares(every, count):
-        *others, last = shares_by_tokens(every, count)
+        *others, last = partition_by_tokens(every, count)
         return [*others, last[:-1]]
 
-    patch.setattr(compute.layout, "shares_by_tokens", shares)
+    patch.setattr(compute.layout, "partition_by_tokens", shares)
 
 
 def counted_empty_tokens(patch):
     """The tokens that stand for nothing are supervised."""
     real = compute.layout.Layout.batch
     nothing = Example(torch.tensor([0, 0]), torch.tensor([0, 0]))
-    patch.setattr(compute.layout.Layout, "batch", lambda layout, found: real(layout, found or [nothing]))
+    patch.setattr(compute.layout.Layout, "collate", lambda layout, found: real(layout, found or [nothing]))
 
 
 def unreduced_norm(patch):
     """Each process clips its own gradient, and then they are added."""
     real, summing = train.clip_grad_norm_, []
 
-    class Later(SummedGradients):
+    class Later(GradientAllReduce):
         def __enter__(self):
             summing.append(self)
             return self
 
         def __exit__(self, *_):
-            self.waited = 0.0
+            self.sync_seconds = 0.0
 
     def clip(parameters, most):
         norm = real(parameters, most)
-        SummedGradients.__exit__(summing.pop(), None)
+        GradientAllReduce.__exit__(summing.pop(), None)
         return norm
 
-    patch.setattr(train, "SummedGradients", Later)
+    patch.setattr(train, "GradientAllReduce", Later)
     patch.setattr(train, "clip_grad_norm_", clip)
 
 
 def summed_too_early(patch):
     """Each gradient is sent after the first of several backward passes."""
 
-    class Early(SummedGradients):
+    class Early(GradientAllReduce):
         def __init__(self, model, passes):
             super().__init__(model, min(passes, 1))
 
-        def grown(self, weights):
-            if self.missing[weights]:
-                super().grown(weights)
+        def on_accumulated(self, weights):
+            if self.remaining[weights]:
+                super().on_accumulated(weights)
 
-    patch.setattr(train, "SummedGradients", Early)
+    patch.setattr(train, "GradientAllReduce", Early)
 
 
 BREAKAGES = {
@@ -334,16 +336,16 @@ def test_the_comparison_notices(companies, breakage):
 
 def test_shares_are_even_and_lose_nothing():
     every = [Example(torch.arange(length), torch.arange(length)) for length in (9, 1, 8, 2, 7, 3, 6, 4, 5)]
-    shares = shares_by_tokens(every, 3)
+    shares = partition_by_tokens(every, 3)
     assert sorted(len(example.input_ids) for share in shares for example in share) == list(range(1, 10))
     assert [sum(len(example.input_ids) for example in share) for share in shares] == [16, 15, 14]
-    assert shares_by_tokens(every[:1], 3) == [every[:1], [], []]
+    assert partition_by_tokens(every[:1], 3) == [every[:1], [], []]
 
 
 def counts(lengths):
     """Of this process the tokens of its micro-batches, and what is counted of them."""
     window = [Example(torch.arange(length), torch.arange(length)) for length in lengths]
-    share = list(layout_of(packed=True, tokens=10).share(window))
+    share = list(layout_of(packed=True, tokens=10).local_micro_batches(window))
     return [batch.tokens for batch in share], [batch.inputs["input_ids"].numel() for batch in share]
 
 
@@ -358,7 +360,7 @@ def gradients_of_all(*passes):
         passes: of each process the weights that its backward passes reach, in the order in which they do.
     """
     weights = torch.nn.ParameterList(torch.zeros(()) for _ in range(3))
-    with SummedGradients(weights, passes=len(passes[rank()])):
+    with GradientAllReduce(weights, passes=len(passes[rank()])):
         for reached in passes[rank()]:
             loss = torch.ones(())
             for number in reversed(reached):  # as the last that is used is the first that a backward pass reaches
@@ -377,7 +379,7 @@ def one_pass_too_many():
     """What is said where more backward passes come than were announced."""
     model = torch.nn.Linear(1, 1)
     try:
-        with SummedGradients(model, passes=1):
+        with GradientAllReduce(model, passes=1):
             for _ in range(2):
                 model(torch.ones(1)).backward()
     except RuntimeError as error:
@@ -392,7 +394,7 @@ def test_a_gradient_that_was_sent_may_not_grow(companies):
 def numbers_of_all():
     """What the reductions give."""
     own = rank() + 1
-    return total(own), total(own, 0.5), is_first(), balance([own] + [0] * rank(), 0.0)
+    return all_reduce_sum(own), all_reduce_sum(own, 0.5), is_rank0(), load_balance([own] + [0] * rank(), 0.0)
 
 
 def test_sums_are_over_all_and_integers_stay_exact(companies):

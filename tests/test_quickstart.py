@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import QUICKSTART_MODEL, UserError
-from model import load_model, ties_hold
+from model import has_expected_tying, load_model
 from storage import hub, quickstart
 
 
@@ -15,7 +15,7 @@ def test_the_weights_are_smollm2s(real_tokenizer):
     model = load_model(path, real_tokenizer, torch.device("cpu"))
     assert sum(weights.numel() for weights in model.parameters()) == 134_515_008
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
-    assert ties_hold(model)
+    assert has_expected_tying(model)
 
 
 def test_missing_weights_are_one_line_that_says_what_to_install(monkeypatch):

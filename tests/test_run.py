@@ -76,7 +76,11 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert all(set(line) == expected for line in lines(run, "train"))
     assert lines(run, "train")[0]["lr"] == 0.0
     assert lines(run, "train")[-1]["epoch"] == 2.0
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-12", "step-9"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-12",
+        "step-8",
+        "step-9",
+    ]  # 9's best is 8
     assert sorted(path.name for path in run.rglob(".*")) == [".lock", ".owner"]
     described = json.loads((run / "config.json").read_text())
     assert described["config"]["lr"] == 1e-2
@@ -196,7 +200,7 @@ def test_a_resumed_run_takes_the_budget_it_was_begun_with(flags, tmp_path, monke
 def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags, tmp_path, monkeypatch):
     """On a GPU, what samples an answer has no deterministic algorithm and would be an error."""
     seen, real_step = {"update": [], "answer": []}, train_command.train_step
-    real_answer = train_command.generate_answers
+    real_answer = train_command.answer_prompts
 
     def spy(name, function):
         def called(*arguments, **options):
@@ -207,7 +211,7 @@ def test_updates_are_deterministic_where_asked_for_and_answers_need_not_be(flags
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(train_command, "train_step", spy("update", real_step))
-    monkeypatch.setattr(train_command, "generate_answers", spy("answer", real_answer))
+    monkeypatch.setattr(train_command, "answer_prompts", spy("answer", real_answer))
     for more in ([], ["--deterministic"]):
         train_command.main([*flags, *more, "--max-steps", "2", "--output-dir", str(tmp_path / f"run{len(more)}")])
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"

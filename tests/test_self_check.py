@@ -36,7 +36,7 @@ from compute.memory import CPU_TOKENS
 from compute.self_check import choose_layout, loss_and_gradient
 from config import Config, UserError
 from eval import evaluate
-from evaluation.generation import answers
+from evaluation.generation import generate_answers
 from model import Precision, save_model, token_loss
 from tests import stand_in
 from tests.conftest import layout_of, one_batch, tiny_llama
@@ -109,7 +109,7 @@ def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, mod
     assert why in layout.why
     assert bool(layout.why) == (expected != "packed")
     assert layout.tokens == CPU_TOKENS
-    (batch,) = layout.batches(ragged_window)
+    (batch,) = layout.micro_batches(ragged_window)
     assert token_loss(model, batch).item() == pytest.approx(own, rel=1e-5)
     assert evaluate(model, ragged_window, layout, FP32).loss * len(batch.targets) == pytest.approx(own, rel=1e-5)
     if not layout.packed:
@@ -142,9 +142,9 @@ def test_a_layout_can_be_asked_for(tiny_model):
 
 
 def test_nothing_of_it_is_saved_and_answers_are_the_same(tiny_model, tiny_tokenizer, tmp_path):
-    before = answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8)
+    before = generate_answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8)
     assert choose_layout(tiny_model, token_loss, Config(), 0, FP32).packed
-    assert answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8) == before
+    assert generate_answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8) == before
     save_model(tiny_model, tiny_tokenizer, tmp_path)
     assert "packed" not in (tmp_path / "config.json").read_text()
     assert not any(weights.grad is not None for weights in tiny_model.parameters())
@@ -217,12 +217,12 @@ def test_one_update_reads_two_numbers_from_the_device_when_all_of_it_is_submitte
     model, precision = tiny_llama(259, hidden_size=64), Precision("bf16", CPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=80), 0, precision)
     assert layout.packed
-    window = list(layout.batches(ragged_window))
+    window = list(layout.micro_batches(ragged_window))
     assert len(window) == 3
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
     settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
     with stand_in.Reads() as reads:
         optimizer.register_step_post_hook(lambda *_: reads.found.append("optimizer"))
-        train_step(model, optimizer, window, 1e-4, **settings, meanwhile=lambda: reads.found.append("meanwhile"))
-    assert reads.found == ["optimizer", "meanwhile", *["aten._local_scalar_dense"] * 2]
+        train_step(model, optimizer, window, 1e-4, **settings, while_busy=lambda: reads.found.append("while busy"))
+    assert reads.found == ["optimizer", "while busy", *["aten._local_scalar_dense"] * 2]

@@ -24,7 +24,7 @@ def update(model, window, budget, precision="fp32", steps=3, max_grad_norm=1.0, 
     model, scaler = copy.deepcopy(model), precision.grad_scaler()
     optimizer = make_optimizer(model, weight_decay=0.1)
     use_layout(model, layout_of(packed))
-    window = list(layout_of(packed, budget).batches(window))
+    window = list(layout_of(packed, budget).micro_batches(window))
     settings = {"precision": precision, "scaler": scaler, "max_grad_norm": max_grad_norm}
     logged = [train_step(model, optimizer, window, 2e-4, **settings) for _ in range(steps)]
     return logged, torch.cat([weights.detach().flatten() for weights in model.parameters()])
@@ -49,7 +49,8 @@ def test_any_cut_of_a_window_in_any_layout_gives_the_same_update(ragged_window, 
 
 def test_the_cuts_above_run_from_single_conversations_to_the_whole_window(ragged_window):
     cuts = {
-        packed: [len(layout_of(packed, budget).cut(ragged_window)) for budget in BUDGETS] for packed in (False, True)
+        packed: [len(layout_of(packed, budget).plan_micro_batches(ragged_window)) for budget in BUDGETS]
+        for packed in (False, True)
     }
     assert cuts == {False: [8, 6, 4, 3, 2, 1], True: [8, 5, 3, 2, 1, 1]}
 

@@ -30,7 +30,7 @@ def by_us(model, window):
     """One update of ours over a window."""
     precision = Precision("fp32", CPU)
     optimizer, scaler = train.make_optimizer(model, 0.1), precision.grad_scaler()
-    window = list(layout_of(packed=False).batches(window))
+    window = list(layout_of(packed=False).micro_batches(window))
     return train.train_step(model, optimizer, window, 1e-3, precision=precision, scaler=scaler, max_grad_norm=1.0)
 
 

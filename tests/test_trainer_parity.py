@@ -211,7 +211,8 @@ def test_the_whole_program_is_trainer(tiny_tokenizer, tmp_path):
         )
     for update in trainers:
         update.conversations = []  # metrics.jsonl does not name them
-    our_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-14", dtype=torch.float32)
+    last = tmp_path / "run" / "checkpoints" / "step-14" / "model"
+    our_model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
     assert len(ours) == 14
     parity.compare(ours, trainers, our_model, model, floor.values)
     examples = encode(evaluated["messages"], tiny_tokenizer)

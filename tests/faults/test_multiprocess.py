@@ -129,7 +129,7 @@ def test_a_forwarded_signal_counts_once(flags, lives, tmp_path):
 def test_a_signal_during_the_all_reduce_of_signals_is_not_lost(flags, lives, unbroken_together, tmp_path):
     """Sent when every rank has entered the all-reduce with no signal."""
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
-    faults = [(rank, partial(on_call, "running.signals.largest", 12, term)) for rank in (0, 1)]
+    faults = [(rank, partial(on_call, "running.signals.all_reduce_max", 12, term)) for rank in (0, 1)]
     group = lives(2, [*flags, "--output-dir", run], *faults)
     assert group.wait() == [143, 143]
     (step,) = re.findall(r"stopped after update (\d+); to resume", group.complained)
@@ -264,7 +264,7 @@ def test_ranks_with_different_settings_are_refused(flags, lives, tmp_path):
 
 def test_a_directory_that_one_rank_cannot_read_is_refused(flags, lives, tmp_path):
     run = tmp_path / "run"
-    blind = partial(pretend, "running.resume.sees", False)
+    blind = partial(pretend, "running.resume.can_see", False)
     group = lives(2, [*flags, "--output-dir", run], (1, blind))
     assert group.wait() == [1, 1]
     assert group.complained == (
@@ -551,9 +551,9 @@ def test_a_model_too_large_for_one_process_trains_on_three(flags, live, lives, t
     flags = [*flags, "--model", directory, "--max-steps", "2", "--eval-every", "100", "--save-every", "100"]
     limits = [
         answer_nothing,
-        partial(pretend, "train.keep_freed_memory", None),
+        partial(pretend, "running.setup.keep_freed_memory", None),
         give_memory_back,
-        partial(on_call, "train.load", 1, partial(little_memory, megabytes)),
+        partial(on_call, "running.setup.load_on_ranks", 1, partial(little_memory, megabytes)),
     ]
     life = live([*flags, "--output-dir", tmp_path / "whole"], *limits)
     assert life.wait(300) == 1

@@ -118,7 +118,7 @@ INTERRUPTIONS = [
     ("running.validation.evaluate", 2),
     ("storage.records.write_answers", 2),
     ("running.validation.evaluate", 3),
-    ("eval.answers", 2),
+    ("eval.generate_answers", 2),
 ]
 
 

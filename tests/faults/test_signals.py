@@ -34,14 +34,14 @@ def test_a_signal_in_an_update_finishes_it_and_saves(flags, unbroken, live, tmp_
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number)))
     stopped(life, run, SIGNALS[number], 5)
-    assert steps_saved(run) == [3, 5]
+    assert steps_saved(run) == [4, 5]
     goes_on(live, run, unbroken)
 
 
 def test_a_signal_in_an_evaluation_abandons_it_until_resumed(flags, unbroken, live, tmp_path):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     # Before the first update the eval split takes two micro-batches and the test split one; update 4 has the next two.
-    life = live([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 5, term))
+    life = live([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 4, term))
     stopped(life, run, 143, 4)
     assert steps_saved(run) == [3, 4]
     assert [line["step"] for line in lines(run, "eval")] == [0]
@@ -59,7 +59,9 @@ def test_a_signal_in_a_save_finishes_it(flags, unbroken, live, tmp_path, functio
     goes_on(live, run, unbroken)
 
 
-@pytest.mark.parametrize("function", some(["train.evaluate", "train.greedy_and_sampled"], fast=1))
+@pytest.mark.parametrize(
+    "function", some(["running.validation.evaluate", "running.validation.generate_greedy_and_sampled"], fast=1)
+)
 def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     life = live([*flags, "--output-dir", run], partial(on_call, function, 1, term))
@@ -69,10 +71,22 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
 
 
 @pytest.mark.parametrize(
-    "function", some(["train.greedy_and_sampled", "train.load_model", "storage.records.write_answers"], fast=1)
+    "function",
+    some(
+        [
+            "running.validation.generate_greedy_and_sampled",
+            "running.validation.load_on_ranks",
+            "storage.records.write_answers",
+        ],
+        fast=1,
+    ),
 )
 def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, unbroken, live, function):
-    call = {"train.load_model": 2, "train.greedy_and_sampled": 1, "storage.records.write_answers": 2}[function]
+    call = {
+        "running.validation.load_on_ranks": 1,
+        "running.validation.generate_greedy_and_sampled": 1,
+        "storage.records.write_answers": 2,
+    }[function]
     life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
     stopped(life, interrupted, 130, 10)
     goes_on(live, interrupted, unbroken)
