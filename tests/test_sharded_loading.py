@@ -1,0 +1,56 @@
+"""A model that ranks share is the one that a single process loads: weights, buffers and settings."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from compute.sharding import full_tensor
+from conversations.tokenizer import load_tokenizer
+from model import Precision, load_model, load_on_ranks
+from tests.conftest import tiny_llama, tiny_moe
+from tests.company import WorkerPool
+
+FP32 = Precision("fp32", torch.device("cpu"))
+TOKENS = 259
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS = {
+    "tied": tiny_llama,
+    "untied": partial(tiny_llama, tie_word_embeddings=False),
+    "scaled rope": partial(tiny_llama, rope_parameters=ROPE | {"original_max_position_embeddings": 64}),
+    "new rows": lambda _: tiny_llama(TOKENS - 2),
+    "new rows, untied": lambda _: tiny_llama(TOKENS - 2, tie_word_embeddings=False),
+    "mixture of experts": tiny_moe,
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    pool = WorkerPool(2)
+    yield pool
+    pool.close()
+
+
+def differences(path):
+    """The names of weights, buffers and settings in which the sharded model differs from the one of `load_model`."""
+    tokenizer = load_tokenizer(path, True)
+    ours, theirs = load_on_ranks(path, tokenizer, FP32, 2, True), load_model(path, tokenizer, "cpu", True)
+    found = {name: full_tensor(each.detach()) for name, each in ours.named_parameters()} | dict(ours.named_buffers())
+    expected = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+    assert found.keys() == expected.keys()
+    different = {name for name, each in found.items() if not torch.equal(each, expected[name])}
+    for settings in ("config", "generation_config"):
+        one, other = getattr(ours, settings).to_dict(), getattr(theirs, settings).to_dict()
+        different |= {f"{settings}.{name}" for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    return different
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sharded_model_is_the_one_that_one_process_loads(two_ranks, tiny_model_dir, tmp_path, name):
+    path = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (path / "model.safetensors").unlink()
+    MODELS[name](TOKENS).save_pretrained(path, max_shard_size="20KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    assert two_ranks.call(differences, str(path)) == [set(), set()]
