@@ -53,20 +53,12 @@ class Evaluation:
     def loss(self) -> float:
         return self.loss_sum / self.tokens
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # exp(710) overflows
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.tokens
-
     def report(self) -> dict:
         """The metrics to log."""
         return {
             "loss": self.loss,
-            "perplexity": self.perplexity,
-            "accuracy": self.accuracy,
+            "perplexity": math.exp(min(self.loss, 700.0)),  # exp(710) overflows
+            "accuracy": self.correct / self.tokens,
             "supervised_tokens": self.tokens,
         }
 
@@ -81,8 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model over examples: the sum of the token losses over the number of supervised tokens.
 
-    The ranks share the examples, and each returns the result over all of them. The model stays in its mode, train or
-    eval.
+    The ranks share the examples, and each returns the result over all of them. The model's mode is restored.
 
     Args:
         before_each: called before each micro-batch, equally often on every rank; it may raise.
@@ -97,23 +88,23 @@ def evaluate(
             sums += scores.sum(1)
             losses.append(scores[0])
             tokens += len(batch.targets)
-    loss_sum, correct = all_reduce_tensor(sums).tolist()  # all_reduce
+    loss_sum, correct = all_reduce_tensor(sums).tolist()
     return Evaluation(loss_sum, all_reduce_sum(tokens), int(correct), gather_by_example(losses, examples, layout))
 
 
 def gather_by_example(losses, examples, layout):
     """The token losses of each example, gathered from the micro-batches of all ranks: a tuple of tensors."""
     index = {id(example): number for number, example in enumerate(examples)}
-    local = [index[id(example)] for micro_batch in layout.partition(examples)[rank()] for example in micro_batch]
-    parts = torch.cat(losses).cpu().split([examples[number].supervised_tokens for number in local])
-    found = {number: part.clone() for number, part in zip(local, parts, strict=True)}  # a view would send its storage
-    everywhere = {number: part for share in all_gather(found) for number, part in share.items()}
+    local = [example for micro_batch in layout.partition(examples)[rank()] for example in micro_batch]
+    parts = torch.cat(losses).cpu().split([example.supervised_tokens for example in local])
+    # a clone, as a view would send its storage
+    numbered = [(index[id(example)], part.clone()) for example, part in zip(local, parts, strict=True)]
+    everywhere = dict(pair for share in all_gather(numbered) for pair in share)
     return tuple(everywhere[number] for number in range(len(examples)))
 
 
-def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, max_new_tokens=50, system=""):
+def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, *limits):
     """A model's `Answer`s to prompts: first the greedy ones, then the sampled ones."""
-    limits = max_new_tokens, system
     return [one for each in (GREEDY, sampling) for one in generate_answers(model, tokenizer, prompts, each, *limits)]
 
 
@@ -121,7 +112,6 @@ def main(argv):
     overrides, options = make_parser().parse(argv)
     hub.quiet_libraries()
     options = SimpleNamespace(**options, own_data="dataset" not in overrides)
-    options.system = options.system or ""
     if options.max_new_tokens is None:
         options.max_new_tokens = 500 if options.chat else 50
     check_options(options)
@@ -259,25 +249,28 @@ def evaluate_model(name, config, options):
     check_prompt_lengths(prompts, tokenizer, options)
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
+    examples = {split: content.examples for split, content in splits.items()} | {"text": text}
     longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=1024)
     model = load_model(path, tokenizer, precision.device, local_files_only)
     pad_id = tokenizer.pad_token_id
     layout = choose_layout(model, token_loss, config, pad_id, precision, longest=longest, training=False)
-    examples = {split: splits[split].examples for split in splits} | {"text": text}
     evaluations = {
         split: evaluate(model, rows, layout, precision) for split, rows in examples.items() if rows and split != "train"
     }
     losses = {split: evaluation.report() for split, evaluation in evaluations.items()}
-    report = {"model": name, "precision": precision.name, "dataset": list(config.dataset) if splits else []}
-    report["splits"] = {split: loss for split, loss in losses.items() if split != "text"}
-    if text:
-        report["text"] = {"file": options.text, **losses["text"]}
-    generate, sampling = (
-        generate_answers if options.greedy else generate_greedy_and_sampled,
-        get_sampling(options, config.seed),
-    )
-    given = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
-    report |= {"answers": [asdict(one) for one in given], "finished": sum(one.finished for one in given)}
+    of_text = losses.pop("text", None)
+    sampling = get_sampling(options, config.seed)
+    generate = generate_answers if options.greedy else generate_greedy_and_sampled
+    answers = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
+    report = {
+        "model": name,
+        "precision": precision.name,
+        "dataset": list(config.dataset) if splits else [],
+        "splits": losses,
+        **({"text": {"file": options.text, **of_text}} if of_text else {}),
+        "answers": [asdict(answer) for answer in answers],
+        "finished": sum(answer.finished for answer in answers),
+    }
     return ModelReport(report, tokenizer, examples, evaluations)
 
 

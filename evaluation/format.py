@@ -10,20 +10,19 @@ def format_report(report):
     """A report as text: losses, comparisons, answers; of several runs their losses, mean and spread."""
     if "runs" in report:
         return "\n".join(format_runs(report["runs"], report["over_runs"]))
-    other = report.get("against")
+    other, answers = report.get("against"), report["answers"]
     lines = [*format_losses(report), *(["", *format_losses(other)] if other else [])]
     for name in report.get("comparison", {}):
         lines += ["", *format_comparison(name, report)]
     lines += format_forgetting(report)
-    if other and report["answers"]:
+    if other:
         lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
-    for number, answer in enumerate(report["answers"]):
+    for number, answer in enumerate(answers):
         lines.append(f"\n  > {answer['prompt']}{'' if answer['greedy'] else ' (sampled)'}")
         text = answer["text"] + ("" if answer["finished"] else " …")
         lines += side_by_side(other["answers"][number]["text"], text) if other else [f"  {text}"]
-    if report["answers"]:
-        lines.append(f"\n  {report['finished']} of {len(report['answers'])} answers ended by themselves")
-        lines[-1] += f", of {other['model']} {other['finished']}" if other else ""
+    ended = f", of {other['model']} {other['finished']}" if other else ""
+    lines.append(f"\n  {report['finished']} of {len(answers)} answers ended by themselves{ended}")
     return "\n".join(lines)
 
 
@@ -41,18 +40,19 @@ def format_losses(report):
     if report["dataset"]:
         yield f"  on {format_value(report['dataset'])}"
     for name, split in report["splits"].items():
-        yield f"  {name:<5} {format_loss(split)}   {split['supervised_tokens']:,} supervised tokens"
+        yield format_loss(name, split, "supervised tokens")
     yield from format_text(report)
 
 
 def format_text(report):
     """The line of the loss on plain text, if it was measured."""
     if text := report.get("text"):
-        yield f"  text  {format_loss(text)}   {text['supervised_tokens']:,} tokens of {text['file']}"
+        yield format_loss("text", text, f"tokens of {text['file']}")
 
 
-def format_loss(split):
-    return "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
+def format_loss(name, split, unit):
+    losses = "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
+    return f"  {name:<5} {losses}   {split['supervised_tokens']:,} {unit}"
 
 
 def format_forgetting(report):
@@ -68,7 +68,7 @@ def format_comparison(split, report):
     yield f"  {split}: {report['model']} against {report['against']['model']}"
     yield f"    loss {found['before']:.4f} -> {found['after']:.4f}: {verdict(found)}"
     yield "    won {won}, lost {lost}, tied {tied} of {conversations} conversations".format(**found)
-    for title in ("by_turn", "by_length", "by_source"):
+    for title in ("by_turn", "by_source"):
         if len(found[title]) > 1:
             yield f"    {title.replace('_', ' ')}"
             yield from (f"      {group['name']:<22} {format_difference(group)}" for group in found[title])
