@@ -66,8 +66,7 @@ class Config:
 
     preset: str = setting(
         "auto",
-        "the experiment whose settings are the defaults; auto: none with a --dataset of your own, ultrachat with a GPU "
-        "and the Hub (or its cache), else quickstart",
+        "experiment that sets the defaults; auto: none with a --dataset, ultrachat with a GPU and Hub, else quickstart",
         choices=("auto", "ultrachat", "quickstart"),
     )
     model: str = setting("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
@@ -84,9 +83,7 @@ class Config:
         0.0, "fraction of rows that may be invalid; 0: none; without a value: 0.1", FRACTION, nargs="?", const=0.1
     )
     chat_template: str = setting("chatml", "chat template: chatml, model (the model's own), or a .jinja file")
-    template_option: tuple[str, ...] = setting(
-        (), "arguments of the model's or the file's template, as name=value: enable_thinking=false", nargs="+"
-    )
+    template_option: tuple[str, ...] = setting((), "arguments of the template: enable_thinking=false", nargs="+")
     supervise: str = setting("all", "assistant messages that are supervised", choices=("all", "last"))
 
     eval_dataset: str = setting("", "conversations to evaluate on, instead of a fraction of --dataset")
@@ -156,7 +153,6 @@ PRESETS = {
 }
 DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
 TEMPLATE_SETTINGS = ("chat_template", "template_option")
-
 RUN_FORMAT = 3  # of a run directory
 
 # The settings that may change when a run is resumed, because no update depends on them.
@@ -187,13 +183,10 @@ class Parser(argparse.ArgumentParser):
             options = {"default": argparse.SUPPRESS, "help": help_text(each), **each.metadata["parsing"]}
             if types[each.name] is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            else:
-                is_list = options.get("nargs") == "+"
-                options["type"] = str if is_list else types[each.name]
-                if "choices" not in options:
-                    options["metavar"] = METAVARS[options["type"]]
-                if is_list:
-                    options["action"] = "extend"  # a flag that is given twice has the values of both
+            elif options.get("nargs") == "+":
+                options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
+            elif "choices" not in options:
+                options |= {"type": types[each.name], "metavar": METAVARS[types[each.name]]}
             group.add_argument(flag_name(each.name), **options)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
@@ -213,13 +206,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def format_value(value) -> str:
-    """A setting's value as it is written on the command line."""
+    """A setting's value as the command line has it."""
     return " ".join(value) if isinstance(value, list | tuple) else value
 
 
 def help_text(each):
     """The help of a flag: its text, its default, and the values that presets have instead."""
-    defaults = [] if each.default in ("", None, ()) else [f"default {format_value(each.default)}"]
+    defaults = [f"default {format_value(each.default)}"] if each.default not in ("", ()) else []
     for preset, settings in PRESETS.items():
         if defaults and each.name in settings:
             defaults.append(f"{preset}: {Path(str(format_value(settings[each.name]))).name}")
@@ -250,7 +243,7 @@ def resolve(overrides: dict, preset: str) -> Config:
 
 
 def lists_to_tuples(settings: dict) -> dict:
-    """Settings with tuples, as `Config` has them, instead of the lists of a parser or of JSON."""
+    """Settings with the tuples of `Config` instead of the lists of a parser or of JSON."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
@@ -339,9 +332,8 @@ def caused_by_interrupt(error):
 
 def die_with_parent():
     """Let the kernel kill this process when its parent dies (Linux only), so that a killed parent leaves no process."""
-    prctl, pr_set_pdeathsig = getattr(ctypes.CDLL(None), "prctl", None), 1
-    if prctl:
-        prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compute.layers import in_eval_mode
 from compute.layout import Layout
 from compute.memory import is_out_of_memory
-from compute.processes import all_gather, all_reduce_sum, all_reduce_tensor, rank
+from compute.processes import all_gather, rank
 from compute.self_check import choose_layout
 from config import Parser, UserError, flag_name, rewrite_errors, run_command
 from conversations.masking import Example
@@ -29,7 +29,7 @@ from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
 from evaluation.facts import run_facts
-from evaluation.format import format_report, page_sections
+from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
 from evaluation.texts import load_text, read_prompts
@@ -78,29 +78,24 @@ def evaluate(
     Args:
         before_each: called before each micro-batch, equally often on every rank; it may raise.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=precision.device)  # read once, at the end: no sync with a GPU
-    tokens, examples, losses = 0, list(examples), []
+    examples, scores = list(examples), []
+    micro_batches = layout.partition(examples)[rank()]
     with in_eval_mode(model):
-        for batch in layout.local_micro_batches(examples):
+        for micro_batch in micro_batches:
             before_each()
+            batch = layout.collate(micro_batch).to(precision.device)
             with precision.autocast():
-                scores = loss_and_correct(model, batch.to(precision.device))  # (2, N)
-            sums += scores.sum(1)
-            losses.append(scores[0])
-            tokens += len(batch.targets)
-    loss_sum, correct = all_reduce_tensor(sums).tolist()
-    return Evaluation(loss_sum, all_reduce_sum(tokens), int(correct), gather_by_example(losses, examples, layout))
-
-
-def gather_by_example(losses, examples, layout):
-    """The token losses of each example, gathered from the micro-batches of all ranks: a tuple of tensors."""
+                scores.append(loss_and_correct(model, batch))  # (2, N), read at the end: no sync with a GPU
+    # The scores of each example, from the micro-batches of all ranks.
     index = {id(example): number for number, example in enumerate(examples)}
-    local = [example for micro_batch in layout.partition(examples)[rank()] for example in micro_batch]
-    parts = torch.cat(losses).cpu().split([example.supervised_tokens for example in local])
+    local = [example for micro_batch in micro_batches for example in micro_batch]
+    parts = torch.cat(scores, 1).cpu().split([example.supervised_tokens for example in local], 1)
     # a clone, as a view would send its storage
     numbered = [(index[id(example)], part.clone()) for example, part in zip(local, parts, strict=True)]
-    everywhere = dict(pair for share in all_gather(numbered) for pair in share)
-    return tuple(everywhere[number] for number in range(len(examples)))
+    by_example = dict(pair for share in all_gather(numbered) for pair in share)
+    ordered = [by_example[number] for number in range(len(examples))]
+    losses, correct = torch.cat(ordered, 1)
+    return Evaluation(losses.sum().item(), len(losses), int(correct.sum()), tuple(part[0] for part in ordered))
 
 
 def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, *limits):
@@ -223,7 +218,7 @@ def report_on(candidate, against, options):
         report |= {"against": other.report, **compare_models(other, evaluated)}
     if options.html:
         shown = evaluated.examples.get("train", [])[:3]
-        replace_file(options.html, page(run_facts(candidate.run), shown, evaluated.tokenizer, page_sections(report)))
+        replace_file(options.html, page(run_facts(candidate.run), shown, evaluated.tokenizer))
     return report
 
 
@@ -236,34 +231,33 @@ class ModelReport(NamedTuple):
     evaluations: dict  # of `Evaluation`, by the same names
 
 
-def evaluate_model(name, config, options):
+def evaluate_model(model_name, config, options):
     """Evaluate a model on the splits, a plain text and prompts, as far as the options ask for them: a `ModelReport`.
 
     Raises:
         UserError: something cannot be loaded, or a prompt is too long.
     """
     precision = choose_precision(config.device, config.dtype)
-    path, local_files_only = hub.find_model(name)
+    path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
     prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
     check_prompt_lengths(prompts, tokenizer, options)
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
-    examples = {split: content.examples for split, content in splits.items()} | {"text": text}
+    examples = {name: split.examples for name, split in splits.items()} | {"text": text}
     longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=1024)
     model = load_model(path, tokenizer, precision.device, local_files_only)
     pad_id = tokenizer.pad_token_id
     layout = choose_layout(model, token_loss, config, pad_id, precision, longest=longest, training=False)
-    evaluations = {
-        split: evaluate(model, rows, layout, precision) for split, rows in examples.items() if rows and split != "train"
-    }
-    losses = {split: evaluation.report() for split, evaluation in evaluations.items()}
+    held_out = {name: rows for name, rows in examples.items() if rows and name != "train"}
+    evaluations = {name: evaluate(model, rows, layout, precision) for name, rows in held_out.items()}
+    losses = {name: evaluation.report() for name, evaluation in evaluations.items()}
     of_text = losses.pop("text", None)
     sampling = get_sampling(options, config.seed)
     generate = generate_answers if options.greedy else generate_greedy_and_sampled
     answers = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
     report = {
-        "model": name,
+        "model": model_name,
         "precision": precision.name,
         "dataset": list(config.dataset) if splits else [],
         "splits": losses,

@@ -17,7 +17,7 @@ MAX_SHOWN = 10  # conversations that got better most, and as many that got worse
 BLOCK = 64  # tokens of a text that the bootstrap draws together, because neighbours depend on each other
 
 
-def difference(before, after, tokens, seed=0):
+def difference(before, after, tokens):
     """The difference of two losses per token over the same conversations, with its 95 % interval.
 
     Args:
@@ -30,7 +30,7 @@ def difference(before, after, tokens, seed=0):
     before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (before, after, tokens))
     n, change, interval = len(tokens), after - before, None
     if n >= MIN_CONVERSATIONS:
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(0)
         draws = (random.integers(n, size=n) for _ in range(RESAMPLES))
         differences = [change[rows].sum() / tokens[rows].sum() for rows in draws]
         interval = np.quantile(differences, [0.025, 0.975]).tolist()

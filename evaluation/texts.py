@@ -50,12 +50,11 @@ def load_text(path, tokenizer, max_length=0):
 
 
 def slice_text(ids, length):
-    """`Example`s of `length` tokens (at least 2) that score each token of a text, (T,), but the first exactly once.
+    """`Example`s of `length` tokens that score each token of a text, (T,), but the first exactly once.
 
     A slice begins in the middle of the one before it and scores only the tokens that are new. So every token is
     predicted from at least half a slice, except at the beginning of the text.
     """
-    length = max(length, 2)
     examples, start, scored = [], 0, 0
     while scored < len(ids):
         end = min(start + length, len(ids))

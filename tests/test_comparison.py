@@ -53,7 +53,7 @@ def world(random, n):
 
 
 @pytest.mark.parametrize("n", [40, 100])
-def test_the_interval_covers_the_true_difference_in_about_95_of_100_resamplings(monkeypatch, n):
+def test_the_interval_covers_the_true_difference_in_about_95_of_100_trials(monkeypatch, n):
     monkeypatch.setattr(comparison, "RESAMPLES", 500)
     random, covered = np.random.default_rng(0), 0
     for _ in range(300):
@@ -62,8 +62,8 @@ def test_the_interval_covers_the_true_difference_in_about_95_of_100_resamplings(
     assert 0.91 <= covered / 300 <= 0.98
 
 
-def test_an_interval_that_ignored_pairing_or_counted_tokens_would_not(monkeypatch):
-    """The control: resampling tokens as if they were independent covers far less often."""
+def test_an_interval_over_independent_tokens_covers_far_less(monkeypatch):
+    """The control: tokens of one conversation are not independent."""
     monkeypatch.setattr(comparison, "RESAMPLES", 500)
     random, covered = np.random.default_rng(0), 0
     for _ in range(60):
