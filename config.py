@@ -1,4 +1,4 @@
-"""The command line: every setting of a run in one frozen dataclass, the presets, the parser, and how a command exits.
+"""The command line: every setting of a run in one frozen dataclass, the presets, the parser, and a command's exit.
 
 `train.py`, `data.py` and `eval.py` take the same flags for the same settings: each picks its own from `Config`.
 """

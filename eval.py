@@ -232,7 +232,7 @@ class ModelReport(NamedTuple):
 
 
 def evaluate_model(model_name, config, options):
-    """Evaluate a model on the splits, a plain text and prompts, as far as the options ask for them: a `ModelReport`.
+    """The `ModelReport` on a model: its losses on the splits and on a plain text, and its answers.
 
     Raises:
         UserError: something cannot be loaded, or a prompt is too long.
@@ -269,10 +269,9 @@ def evaluate_model(model_name, config, options):
 
 
 def load_splits(config, tokenizer, options):
-    """The splits of the run's dataset by name, or all of the user's as one; none if only prompts or a text are needed.
+    """The splits of the run's dataset by name, or all of the user's as one.
 
-    Raises:
-        UserError: the dataset cannot be read.
+    A missing dataset is an error only where nothing else is to be evaluated, neither prompts nor a text.
     """
     try:
         if options.own_data:

@@ -1,4 +1,4 @@
-"""What `eval.py` evaluates or uploads: the model that a name on its command line stands for, and its settings."""
+"""The model that a name on `eval.py`'s command line stands for, with its settings, and its upload to the Hub."""
 
 import sys
 from pathlib import Path
@@ -27,12 +27,12 @@ def find_candidate(name, overrides):
     if settings["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
         settings |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
     if "dataset" in overrides:
-        settings = {name: value for name, value in settings.items() if name not in DATASET_SETTINGS}
+        settings = {key: value for key, value in settings.items() if key not in DATASET_SETTINGS}
     else:
-        for name in ("seed", "eval_fraction", "test_fraction"):
-            if overrides.get(name, settings[name]) != settings[name]:
-                what = "gives other splits than the run's, which may have learned what it is evaluated on"
-                print(f"warning: {flag_name(name)} {overrides[name]} {what}", file=sys.stderr)
+        for key in ("seed", "eval_fraction", "test_fraction"):
+            if overrides.get(key, settings[key]) != settings[key]:
+                why = "gives other splits than the run's, which may have learned what it is evaluated on"
+                print(f"warning: {flag_name(key)} {overrides[key]} {why}", file=sys.stderr)
     return Candidate(model, run, resolve({**settings, **overrides}, settings["preset"]))
 
 

@@ -1,6 +1,6 @@
-"""Is one model better than another on the same conversations, by how much, and is that more than chance?
+"""Comparison of two models on the same conversations: the difference of their losses, and its interval.
 
-Both are scored on each conversation, so the comparison is paired. What is uncertain is which conversations were held
+Both are scored on each conversation, so the comparison is paired. The uncertainty is in which conversations were held
 out: intervals come from a bootstrap, which draws the conversations anew with replacement.
 """
 
@@ -115,8 +115,8 @@ def compare_models(before, after):
     """The differences of two `ModelReport`s, as parts of a report.
 
     Returns:
-        A dict of "comparison", the `compare` of each split, and of "forgetting", if both were evaluated on a text. What
-        the models read differently is left out with a warning: losses over different tokens cannot be compared.
+        A dict of "comparison", the `compare` of each split, and of "forgetting", if both were evaluated on a text. A
+        split that the models read differently is left out with a warning: its losses are over different tokens.
     """
     found = {"comparison": {}}
     for name in [name for name in before.evaluations if name in after.evaluations]:

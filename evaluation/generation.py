@@ -1,4 +1,4 @@
-"""Generate answers to prompts, many at a time; each is what the model would answer to that prompt alone."""
+"""Generate answers to prompts, many at a time; each equals the answer to that prompt alone."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ BATCH_TOKENS = 16_384  # prompts, padding and new tokens of a batch: what the KV
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults are the reference experiment's. Temperature 0 is greedy."""
+    """The choice of the next token; the defaults are the reference experiment's. Temperature 0 is greedy."""
 
     temperature: float = 0.7
     top_p: float = 0.9
