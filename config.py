@@ -1,4 +1,4 @@
-"""The command line: every setting of a run in one frozen dataclass, the presets, the parser, and how a command exits.
+"""The command line: every setting of a run in one frozen dataclass, the presets, the parser, and a command's exit.
 
 `train.py`, `data.py` and `eval.py` take the same flags for the same settings: each picks its own from `Config`.
 """
@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import math
+import io
 import os
 import re
 import signal
@@ -38,7 +38,7 @@ AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 POSITIVE_FRACTION = ("above 0 and below 1", lambda value: 0 < value < 1)
-MAX_NUMBER = 2**62  # of any setting: seeds, and their sum with an epoch, are 64-bit integers
+MAX_NUMBER = 2**62  # above every setting: seeds, and their sum with an epoch, are 64-bit integers
 
 # The groups of --help, each by its first setting.
 GROUPS = {
@@ -55,15 +55,9 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def setting(default, help, rule=None, choices=None, **parsing):
-    """A field of `Config`.
-
-    Args:
-        help: a description with its unit.
-        rule: one of the rules above, which the value must keep.
-        parsing: further arguments of `add_argument`.
-    """
-    return field(default=default, metadata={"help": help, "rule": rule, "choices": choices, "parsing": parsing})
+def setting(default, help, rule=None, **parsing):
+    """A field of `Config`: its help with a unit, one of the rules above, and more arguments of `add_argument`."""
+    return field(default=default, metadata={"help": help, "rule": rule, "parsing": parsing})
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,7 @@ class Config:
 
     preset: str = setting(
         "auto",
-        "the experiment whose settings are the defaults; auto: none with a --dataset of your own, ultrachat with a GPU "
-        "and the Hub (or its cache), else quickstart",
+        "experiment that sets the defaults; auto: none with a --dataset, ultrachat with a GPU and Hub, else quickstart",
         choices=("auto", "ultrachat", "quickstart"),
     )
     model: str = setting("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
@@ -85,20 +78,12 @@ class Config:
     )
     split: str = setting("train", "split of a Hub dataset")
     max_examples: int = setting(0, "use the first N conversations; 0: all", NOT_NEGATIVE)
-    max_length: int = setting(
-        0, "tokens after which a conversation is truncated; 0: the model's context length", NOT_NEGATIVE
-    )
+    max_length: int = setting(0, "truncate a conversation after N tokens; 0: the model's context length", NOT_NEGATIVE)
     skip_bad_rows: float = setting(
-        0.0,
-        "fraction of the rows that may be skipped because they are invalid; 0: none; without a value: 0.1",
-        FRACTION,
-        nargs="?",
-        const=0.1,
+        0.0, "fraction of rows that may be invalid; 0: none; without a value: 0.1", FRACTION, nargs="?", const=0.1
     )
     chat_template: str = setting("chatml", "chat template: chatml, model (the model's own), or a .jinja file")
-    template_option: tuple[str, ...] = setting(
-        (), "arguments of the model's or the file's template, as name=value: enable_thinking=false", nargs="+"
-    )
+    template_option: tuple[str, ...] = setting((), "arguments of the template: enable_thinking=false", nargs="+")
     supervise: str = setting("all", "assistant messages that are supervised", choices=("all", "last"))
 
     eval_dataset: str = setting("", "conversations to evaluate on, instead of a fraction of --dataset")
@@ -110,9 +95,7 @@ class Config:
     batch_size: int = setting(32, "conversations an update sees: its window", AT_LEAST_ONE)
     lr: float = setting(2e-4, "peak learning rate", NOT_NEGATIVE)
     warmup_steps: int = setting(12, "updates until the peak learning rate; a cosine to 0 follows", NOT_NEGATIVE)
-    weight_decay: float = setting(
-        0.1, "AdamW's weight decay of matrices and embeddings; biases and norms have none", NOT_NEGATIVE
-    )
+    weight_decay: float = setting(0.1, "AdamW's weight decay; biases and norms have none", NOT_NEGATIVE)
     max_grad_norm: float = setting(1.0, "gradient norm above which the gradient is clipped; 0: never", NOT_NEGATIVE)
     seed: int = setting(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)
 
@@ -128,17 +111,11 @@ class Config:
         choices=("auto", "packed", "padded"),
     )
     micro_batch_tokens: int = setting(
-        0,
-        "tokens of a micro-batch, padding included; changes speed and memory, never the result; 0: by the device",
-        NOT_NEGATIVE,
+        0, "tokens of a micro-batch with its padding; changes only speed and memory; 0: by the device", NOT_NEGATIVE
     )
-    shard: int = setting(
-        1, "processes that shard one copy of the weights; changes speed and memory, never the result", AT_LEAST_ONE
-    )
+    shard: int = setting(1, "processes that share one copy of the weights; saves memory", AT_LEAST_ONE)
     compile: bool = setting(False, "compile the model's layers with torch.compile: faster after about a minute")
-    deterministic: bool = setting(
-        False, "bit-identical results on a GPU too, with slower attention; on a CPU they always are"
-    )
+    deterministic: bool = setting(False, "bit-identical results on a GPU too, as they always are on a CPU; slower")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
 
     output_dir: str = setting("", "run directory; default: runs/<preset or dataset>-<time>")
@@ -176,7 +153,6 @@ PRESETS = {
 }
 DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
 TEMPLATE_SETTINGS = ("chat_template", "template_option")
-
 RUN_FORMAT = 3  # of a run directory
 
 # The settings that may change when a run is resumed, because no update depends on them.
@@ -204,17 +180,13 @@ class Parser(argparse.ArgumentParser):
                 group = self.add_argument_group(GROUPS[each.name])
             if names is not None and each.name not in names:
                 continue
-            options = {"default": argparse.SUPPRESS, "help": help_text(each)}
+            options = {"default": argparse.SUPPRESS, "help": help_text(each), **each.metadata["parsing"]}
             if types[each.name] is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            else:
-                options["choices"] = each.metadata["choices"]
-                options |= each.metadata["parsing"]
-                is_list = options.get("nargs") == "+"
-                options["type"] = str if is_list else types[each.name]
-                options["metavar"] = None if options["choices"] else METAVARS[options["type"]]
-                if is_list:
-                    options["action"] = "extend"  # a flag that is given twice has the values of both
+            elif options.get("nargs") == "+":
+                options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
+            elif "choices" not in options:
+                options |= {"type": types[each.name], "metavar": METAVARS[types[each.name]]}
             group.add_argument(flag_name(each.name), **options)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
@@ -223,25 +195,24 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: a flag is unknown or its value is not valid.
         """
-        values = vars(self.parse_args(argv))
-        for name, value in values.items():
+        options = vars(self.parse_args(argv))
+        for name, value in options.items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
             if name in ("output_dir", "resume", "html") and value:
-                values[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
-        names = {each.name for each in dataclasses.fields(Config)}
-        named = lists_to_tuples({name: value for name, value in values.items() if name in names})
-        return named, {name: value for name, value in values.items() if name not in names}
+                options[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
+        overrides = {each.name: options.pop(each.name) for each in dataclasses.fields(Config) if each.name in options}
+        return lists_to_tuples(overrides), options
 
 
 def format_value(value) -> str:
-    """A setting's value as it is written on the command line."""
+    """A setting's value as the command line has it."""
     return " ".join(value) if isinstance(value, list | tuple) else value
 
 
 def help_text(each):
     """The help of a flag: its text, its default, and the values that presets have instead."""
-    defaults = [] if each.default in ("", None, ()) else [f"default {format_value(each.default)}"]
+    defaults = [f"default {format_value(each.default)}"] if each.default not in ("", ()) else []
     for preset, settings in PRESETS.items():
         if defaults and each.name in settings:
             defaults.append(f"{preset}: {Path(str(format_value(settings[each.name]))).name}")
@@ -259,12 +230,20 @@ def resolve(overrides: dict, preset: str) -> Config:
     if overrides.get("dataset", settings.get("dataset")) != settings.get("dataset"):
         settings = {name: value for name, value in settings.items() if name == "model"}
     config = Config(**{**settings, **overrides, "preset": preset})
-    validate(config)
+    for each in dataclasses.fields(Config):
+        value, rule = getattr(config, each.name), each.metadata["rule"]
+        if rule and not rule[1](value):
+            raise UserError(f"{flag_name(each.name)} must be {rule[0]}, not {value}")
+        if rule and value >= MAX_NUMBER:
+            raise UserError(f"{flag_name(each.name)} must be below 2**62, not {value}")
+    if config.eval_fraction + config.test_fraction >= 1:
+        fractions = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
+        raise UserError(f"{fractions} leave nothing to train on")
     return config
 
 
 def lists_to_tuples(settings: dict) -> dict:
-    """Settings with tuples, as `Config` has them, instead of the lists of a parser or of JSON."""
+    """Settings with the tuples of `Config` instead of the lists of a parser or of JSON."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
@@ -286,78 +265,42 @@ def with_absolute_paths(overrides: dict) -> dict:
     return {**overrides, **paths}
 
 
-def validate(config: Config) -> None:
-    """Raise `UserError` for the first setting whose value breaks its rule."""
-    for each in dataclasses.fields(config):
-        name, value, rule = flag_name(each.name), getattr(config, each.name), each.metadata["rule"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} must be finite, not {value}")
-        if rule and not rule[1](value):
-            raise UserError(f"{name} must be {rule[0]}, not {value}")
-        if isinstance(value, int | float) and value >= MAX_NUMBER:
-            limit = f"{MAX_NUMBER:.1e}" if isinstance(value, float) else "2**62"
-            raise UserError(f"{name} must be below {limit}, not {value}")
-    if config.eval_fraction + config.test_fraction >= 1:
-        fractions = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
-        raise UserError(f"{fractions} leave nothing to train on")
+class DetachableFile(io.FileIO):
+    """A file whose reader may vanish (`| head`, a closed terminal); what cannot be written is dropped."""
 
-
-class DetachableStream:
-    """A text stream whose reader may vanish (`| head`, a closed terminal); later output is dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, call, *arguments):
+    def write(self, data):
         try:
-            call(*arguments)
+            return super().write(data)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+            return len(data)
 
 
 def protect_output():
     """Let the program go on where stdout or stderr is closed, or cannot encode a character."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
+        stream = getattr(sys, name)  # None where it was closed
+        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+        writer = io.BufferedWriter(DetachableFile(number, "w", closefd=False))
+        encoding = stream.encoding if stream else None
         # a log file shows a line when it is printed, not at the end
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
-        setattr(sys, name, DetachableStream(stream))
+        setattr(sys, name, io.TextIOWrapper(writer, encoding, "backslashreplace", line_buffering=True))
 
 
 def run_command(main: Callable[[list[str]], int], single_process: bool = False) -> NoReturn:
     """Run `main(argv)` as a program and exit with the status it returns, or with that of `report_error`.
 
     Args:
-        single_process: whether torchrun is refused, each of whose processes would do all of the work.
+        single_process: refuse torchrun, each of whose processes would do all of the work.
     """
     protect_output()
     try:
-        if single_process:
-            check_single_process()
+        if single_process and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            program = Path(sys.argv[0]).name
+            raise UserError(f"{program} works in one process; start it without torchrun: python {program} ...")
         status = main(sys.argv[1:])
     except BaseException as error:
         status = report_error(error)
     sys.exit(status)
-
-
-def check_single_process():
-    """Raise `UserError` on rank 0 of several processes; the others exit silently."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
-        return
-    if os.environ["RANK"] != "0":
-        sys.exit(1)
-    program = Path(sys.argv[0]).name
-    raise UserError(f"{program} works in one process; start it without torchrun: python {program} ...")
 
 
 def report_error(error: BaseException) -> int:
@@ -368,7 +311,7 @@ def report_error(error: BaseException) -> int:
         print(str(error) or "interrupted", file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)  # as `running.signals.Stopped` has it
     if isinstance(error, SystemExit):
-        return error.code or 0
+        return int(error.code or 0)
     if isinstance(error, UserError):
         message = str(error)
     elif isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state and not a bug
@@ -381,7 +324,7 @@ def report_error(error: BaseException) -> int:
 
 
 def caused_by_interrupt(error):
-    """Is an exception that of Ctrl-C, or was it raised while that was handled, as by a library that failed over it?"""
+    """True for Ctrl-C itself, and for an exception that a library has raised while it handled Ctrl-C."""
     while error and type(error) is not KeyboardInterrupt:
         error = error.__context__
     return error is not None
@@ -389,9 +332,8 @@ def caused_by_interrupt(error):
 
 def die_with_parent():
     """Let the kernel kill this process when its parent dies (Linux only), so that a killed parent leaves no process."""
-    prctl, pr_set_pdeathsig = getattr(ctypes.CDLL(None), "prctl", None), 1
-    if prctl:
-        prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compute.layers import in_eval_mode
 from compute.layout import Layout
 from compute.memory import is_out_of_memory
-from compute.processes import all_gather, all_reduce_sum, all_reduce_tensor, rank
+from compute.processes import all_gather, rank
 from compute.self_check import choose_layout
 from config import Parser, UserError, flag_name, rewrite_errors, run_command
 from conversations.masking import Example
@@ -29,7 +29,7 @@ from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
 from evaluation.facts import run_facts
-from evaluation.format import format_report, page_sections
+from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
 from evaluation.texts import load_text, read_prompts
@@ -53,20 +53,12 @@ class Evaluation:
     def loss(self) -> float:
         return self.loss_sum / self.tokens
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # exp(710) overflows
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.tokens
-
     def report(self) -> dict:
         """The metrics to log."""
         return {
             "loss": self.loss,
-            "perplexity": self.perplexity,
-            "accuracy": self.accuracy,
+            "perplexity": math.exp(min(self.loss, 700.0)),  # exp(710) overflows
+            "accuracy": self.correct / self.tokens,
             "supervised_tokens": self.tokens,
         }
 
@@ -81,39 +73,33 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model over examples: the sum of the token losses over the number of supervised tokens.
 
-    The ranks share the examples, and each returns the result over all of them. The model stays in its mode, train or
-    eval.
+    The ranks share the examples, and each returns the result over all of them. The model's mode is restored.
 
     Args:
         before_each: called before each micro-batch, equally often on every rank; it may raise.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=precision.device)  # read once, at the end: no sync with a GPU
-    tokens, examples, losses = 0, list(examples), []
+    examples, scores = list(examples), []
+    micro_batches = layout.partition(examples)[rank()]
     with in_eval_mode(model):
-        for batch in layout.local_micro_batches(examples):
+        for micro_batch in micro_batches:
             before_each()
+            batch = layout.collate(micro_batch).to(precision.device)
             with precision.autocast():
-                scores = loss_and_correct(model, batch.to(precision.device))  # (2, N)
-            sums += scores.sum(1)
-            losses.append(scores[0])
-            tokens += len(batch.targets)
-    loss_sum, correct = all_reduce_tensor(sums).tolist()  # all_reduce
-    return Evaluation(loss_sum, all_reduce_sum(tokens), int(correct), gather_by_example(losses, examples, layout))
-
-
-def gather_by_example(losses, examples, layout):
-    """The token losses of each example, gathered from the micro-batches of all ranks: a tuple of tensors."""
+                scores.append(loss_and_correct(model, batch))  # (2, N), read at the end: no sync with a GPU
+    # The scores of each example, from the micro-batches of all ranks.
     index = {id(example): number for number, example in enumerate(examples)}
-    local = [index[id(example)] for micro_batch in layout.partition(examples)[rank()] for example in micro_batch]
-    parts = torch.cat(losses).cpu().split([examples[number].supervised_tokens for number in local])
-    found = {number: part.clone() for number, part in zip(local, parts, strict=True)}  # a view would send its storage
-    everywhere = {number: part for share in all_gather(found) for number, part in share.items()}
-    return tuple(everywhere[number] for number in range(len(examples)))
+    local = [example for micro_batch in micro_batches for example in micro_batch]
+    parts = torch.cat(scores, 1).cpu().split([example.supervised_tokens for example in local], 1)
+    # a clone, as a view would send its storage
+    numbered = [(index[id(example)], part.clone()) for example, part in zip(local, parts, strict=True)]
+    by_example = dict(pair for share in all_gather(numbered) for pair in share)
+    ordered = [by_example[number] for number in range(len(examples))]
+    losses, correct = torch.cat(ordered, 1)
+    return Evaluation(losses.sum().item(), len(losses), int(correct.sum()), tuple(part[0] for part in ordered))
 
 
-def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, max_new_tokens=50, system=""):
+def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, *limits):
     """A model's `Answer`s to prompts: first the greedy ones, then the sampled ones."""
-    limits = max_new_tokens, system
     return [one for each in (GREEDY, sampling) for one in generate_answers(model, tokenizer, prompts, each, *limits)]
 
 
@@ -121,7 +107,6 @@ def main(argv):
     overrides, options = make_parser().parse(argv)
     hub.quiet_libraries()
     options = SimpleNamespace(**options, own_data="dataset" not in overrides)
-    options.system = options.system or ""
     if options.max_new_tokens is None:
         options.max_new_tokens = 500 if options.chat else 50
     check_options(options)
@@ -233,7 +218,7 @@ def report_on(candidate, against, options):
         report |= {"against": other.report, **compare_models(other, evaluated)}
     if options.html:
         shown = evaluated.examples.get("train", [])[:3]
-        replace_file(options.html, page(run_facts(candidate.run), shown, evaluated.tokenizer, page_sections(report)))
+        replace_file(options.html, page(run_facts(candidate.run), shown, evaluated.tokenizer))
     return report
 
 
@@ -246,46 +231,47 @@ class ModelReport(NamedTuple):
     evaluations: dict  # of `Evaluation`, by the same names
 
 
-def evaluate_model(name, config, options):
-    """Evaluate a model on the splits, a plain text and prompts, as far as the options ask for them: a `ModelReport`.
+def evaluate_model(model_name, config, options):
+    """The `ModelReport` on a model: its losses on the splits and on a plain text, and its answers.
 
     Raises:
         UserError: something cannot be loaded, or a prompt is too long.
     """
     precision = choose_precision(config.device, config.dtype)
-    path, local_files_only = hub.find_model(name)
+    path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
     prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
     check_prompt_lengths(prompts, tokenizer, options)
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
+    examples = {name: split.examples for name, split in splits.items()} | {"text": text}
     longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=1024)
     model = load_model(path, tokenizer, precision.device, local_files_only)
     pad_id = tokenizer.pad_token_id
     layout = choose_layout(model, token_loss, config, pad_id, precision, longest=longest, training=False)
-    examples = {split: splits[split].examples for split in splits} | {"text": text}
-    evaluations = {
-        split: evaluate(model, rows, layout, precision) for split, rows in examples.items() if rows and split != "train"
+    held_out = {name: rows for name, rows in examples.items() if rows and name != "train"}
+    evaluations = {name: evaluate(model, rows, layout, precision) for name, rows in held_out.items()}
+    losses = {name: evaluation.report() for name, evaluation in evaluations.items()}
+    of_text = losses.pop("text", None)
+    sampling = get_sampling(options, config.seed)
+    generate = generate_answers if options.greedy else generate_greedy_and_sampled
+    answers = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
+    report = {
+        "model": model_name,
+        "precision": precision.name,
+        "dataset": list(config.dataset) if splits else [],
+        "splits": losses,
+        **({"text": {"file": options.text, **of_text}} if of_text else {}),
+        "answers": [asdict(answer) for answer in answers],
+        "finished": sum(answer.finished for answer in answers),
     }
-    losses = {split: evaluation.report() for split, evaluation in evaluations.items()}
-    report = {"model": name, "precision": precision.name, "dataset": list(config.dataset) if splits else []}
-    report["splits"] = {split: loss for split, loss in losses.items() if split != "text"}
-    if text:
-        report["text"] = {"file": options.text, **losses["text"]}
-    generate, sampling = (
-        generate_answers if options.greedy else generate_greedy_and_sampled,
-        get_sampling(options, config.seed),
-    )
-    given = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
-    report |= {"answers": [asdict(one) for one in given], "finished": sum(one.finished for one in given)}
     return ModelReport(report, tokenizer, examples, evaluations)
 
 
 def load_splits(config, tokenizer, options):
-    """The splits of the run's dataset by name, or all of the user's as one; none if only prompts or a text are needed.
+    """The splits of the run's dataset by name, or all of the user's as one.
 
-    Raises:
-        UserError: the dataset cannot be read.
+    A missing dataset is an error only where nothing else is to be evaluated, neither prompts nor a text.
     """
     try:
         if options.own_data:

@@ -1,4 +1,4 @@
-"""What `eval.py` evaluates or uploads: the model that a name on its command line stands for, and its settings."""
+"""The model that a name on `eval.py`'s command line stands for, with its settings, and its upload to the Hub."""
 
 import sys
 from pathlib import Path
@@ -27,12 +27,12 @@ def find_candidate(name, overrides):
     if settings["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
         settings |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
     if "dataset" in overrides:
-        settings = {name: value for name, value in settings.items() if name not in DATASET_SETTINGS}
+        settings = {key: value for key, value in settings.items() if key not in DATASET_SETTINGS}
     else:
-        for name in ("seed", "eval_fraction", "test_fraction"):
-            if overrides.get(name, settings[name]) != settings[name]:
-                what = "gives other splits than the run's, which may have learned what it is evaluated on"
-                print(f"warning: {flag_name(name)} {overrides[name]} {what}", file=sys.stderr)
+        for key in ("seed", "eval_fraction", "test_fraction"):
+            if overrides.get(key, settings[key]) != settings[key]:
+                why = "gives other splits than the run's, which may have learned what it is evaluated on"
+                print(f"warning: {flag_name(key)} {overrides[key]} {why}", file=sys.stderr)
     return Candidate(model, run, resolve({**settings, **overrides}, settings["preset"]))
 
 
@@ -40,14 +40,9 @@ def find_model(name):
     """The model of that name, and the run it belongs to: of a run its best model, else a directory or a Hub id."""
     path = Path(name).expanduser().absolute()
     run = next((each for each in (path, *path.parents[:3]) if is_run(each)), None)  # the run, or a model in it
-    if run != path:
-        return (str(path / "model") if (path / MANIFEST).exists() else name), run
-    best = find_best(run)
-    try:
-        verify_best(best)
-    except CorruptError as why:
-        print(f"warning: {why}", file=sys.stderr)
-    return str(best), run
+    if run == path:
+        return str(find_best(run)), run
+    return (str(path / "model") if (path / MANIFEST).exists() else name), run
 
 
 def is_run(path):
@@ -55,16 +50,16 @@ def is_run(path):
 
 
 def find_best(run):
-    """The directory of a run's best model; raises `UserError` where there is none."""
-    if not (run / "best").is_dir():
+    """The directory of a run's best model; raises `UserError` where there is none, or where it is corrupt."""
+    best = run / "best"
+    if not best.is_dir():
         raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
-    return run / "best"
-
-
-def verify_best(best):
-    """Verify the checkpoint that a run's `best` is a link into; a copy of it has no manifest to verify."""
-    if best.is_symlink():
-        verify(best.resolve().parent)
+    if best.is_symlink():  # a copy of the checkpoint that it links to has no manifest
+        try:
+            verify(best.resolve().parent)
+        except CorruptError as error:
+            raise UserError(str(error)) from error
+    return best
 
 
 def push(name, repository):
@@ -76,12 +71,7 @@ def push(name, repository):
     run = Path(name).expanduser()
     if not is_run(run):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
-    best = find_best(run)
-    try:
-        verify_best(best)
-    except CorruptError as why:
-        raise UserError(f"{why}; not uploaded") from why
-    address, private = hub.push(best.resolve(), repository)
+    address, private = hub.push(find_best(run).resolve(), repository)
     who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
     print(f"uploaded to {address}: {who}")
     return 0

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from config import UserError
 from conversations.masking import encode_prompt
-from evaluation.generation import derive_seed, generate
+from evaluation.generation import generate
 
 HELP = "/reset starts a new conversation, /undo removes the last exchange; Ctrl-C stops an answer, Ctrl-D quits"
 
@@ -35,9 +35,8 @@ class Chat:
                 print("(longer than the context length)", file=sys.stderr)
                 return
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        seeds = [derive_seed(self.sampling.seed, ids)]
         with contextlib.suppress(KeyboardInterrupt):
-            generate(self.model, self.tokenizer, [ids], self.sampling, self.max_new_tokens, seeds, streamer)
+            generate(self.model, self.tokenizer, [ids], self.sampling, self.max_new_tokens, streamer)
         streamer.end()
         if answer := streamer.text.strip():
             self.messages.append({"role": "assistant", "content": answer})
@@ -54,12 +53,10 @@ class Chat:
         if line == "/reset":
             self.messages.clear()
             return "new conversation"
-        if line == "/undo":
-            if not self.messages:
-                return "there is nothing to undo"
+        if line == "/undo" and self.messages:
             del self.messages[-2:]
             return "removed the last exchange"
-        return HELP
+        return "there is nothing to undo" if line == "/undo" else HELP
 
 
 class Streamer(TextStreamer):

@@ -1,6 +1,6 @@
-"""Is one model better than another on the same conversations, by how much, and is that more than chance?
+"""Comparison of two models on the same conversations: the difference of their losses, and its interval.
 
-Both are scored on each conversation, so the comparison is paired. What is uncertain is which conversations were held
+Both are scored on each conversation, so the comparison is paired. The uncertainty is in which conversations were held
 out: intervals come from a bootstrap, which draws the conversations anew with replacement.
 """
 
@@ -17,7 +17,7 @@ MAX_SHOWN = 10  # conversations that got better most, and as many that got worse
 BLOCK = 64  # tokens of a text that the bootstrap draws together, because neighbours depend on each other
 
 
-def difference(before, after, tokens, seed=0):
+def difference(before, after, tokens):
     """The difference of two losses per token over the same conversations, with its 95 % interval.
 
     Args:
@@ -28,10 +28,12 @@ def difference(before, after, tokens, seed=0):
         for fewer than MIN_CONVERSATIONS), "conversations", "tokens".
     """
     before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (before, after, tokens))
-    n, change = len(tokens), after - before
-    interval = None
+    n, change, interval = len(tokens), after - before, None
     if n >= MIN_CONVERSATIONS:
-        interval = np.quantile(bootstrap(change, tokens, seed), [0.025, 0.975]).tolist()
+        random = np.random.default_rng(0)
+        draws = (random.integers(n, size=n) for _ in range(RESAMPLES))
+        differences = [change[rows].sum() / tokens[rows].sum() for rows in draws]
+        interval = np.quantile(differences, [0.025, 0.975]).tolist()
     return {
         "before": before.sum() / tokens.sum(),
         "after": after.sum() / tokens.sum(),
@@ -40,13 +42,6 @@ def difference(before, after, tokens, seed=0):
         "conversations": n,
         "tokens": int(tokens.sum()),
     }
-
-
-def bootstrap(change, tokens, seed):
-    """The difference per token in RESAMPLES draws of n of the n conversations, (RESAMPLES,)."""
-    random, n = np.random.default_rng(seed), len(tokens)
-    draws = (random.integers(n, size=n) for _ in range(RESAMPLES))
-    return np.array([change[rows].sum() / tokens[rows].sum() for rows in draws])
 
 
 def compare(before, after, examples, locations, excerpts):
@@ -60,7 +55,6 @@ def compare(before, after, examples, locations, excerpts):
     sums = np.array([[float(one.sum()) for one in losses] for losses in (before, after)])
     tokens = np.array([len(one) for one in before])
     per_token = (sums[1] - sums[0]) / tokens
-    order = np.argsort(per_token, kind="stable")
     rows = [
         {
             "location": locations[row],
@@ -68,52 +62,46 @@ def compare(before, after, examples, locations, excerpts):
             "before": sums[0][row] / tokens[row],
             "after": sums[1][row] / tokens[row],
         }
-        for row in order.tolist()
+        for row in np.argsort(per_token, kind="stable").tolist()
     ]
-    sources = [location.rpartition(":")[0] for location in locations]
     return {
         **difference(*sums, tokens),
         "won": int((per_token <= -TIE).sum()),
         "lost": int((per_token >= TIE).sum()),
         "tied": int((abs(per_token) < TIE).sum()),
         "by_turn": by_turn(before, after, examples),
-        "by_length": by_group(sums, tokens, by_thirds([len(example.input_ids) for example in examples])),
-        "by_source": by_group(sums, tokens, [(source, source) for source in sources]),
+        "by_source": by_group(sums, tokens, [location.rpartition(":")[0] for location in locations]),
         "better": [row for row in rows[:MAX_SHOWN] if row["after"] < row["before"]],
         "worse": [row for row in rows[::-1][:MAX_SHOWN] if row["after"] > row["before"]],
     }
 
 
-def by_group(sums, tokens, groups):
-    """The `difference` of each group of conversations, with its "name".
-
-    Args:
-        groups: `(sort key, name)` of each conversation's group.
-    """
-    return [
-        {"name": name, **difference(*sums[:, rows], tokens[rows])}
-        for key, name in sorted(set(groups))
-        for rows in [[row for row, group in enumerate(groups) if group == (key, name)]]
-    ]
-
-
-def by_thirds(lengths):
-    """The third, by length in tokens, that each conversation belongs to: `(third, name)`."""
-    edges = np.quantile(lengths, [1 / 3, 2 / 3]).astype(int).tolist()
-    names = (f"to {edges[0]} tokens", f"to {edges[1]} tokens", f"above {edges[1]} tokens")
-    return [(third, names[third]) for third in np.searchsorted(edges, lengths).tolist()]
-
-
 def by_turn(before, after, examples):
     """The `difference` of each turn: of the first supervised answer of each conversation, of the second, …"""
-    sums, tokens, groups = [], [], []
+    sums, tokens, numbers = [], [], []
     for losses, others, example in zip(before, after, examples, strict=True):
         turns = turn_numbers(example)
         for turn in turns.unique().tolist():
             sums.append([float(losses[turns == turn].sum()), float(others[turns == turn].sum())])
             tokens.append(int((turns == turn).sum()))
-            groups.append((turn, f"turn {turn}"))
-    return by_group(np.array(sums).T, np.array(tokens), groups)
+            numbers.append(turn)
+    groups = by_group(np.array(sums).T, np.array(tokens), numbers)
+    return [{**group, "name": f"turn {group['name']}"} for group in groups]
+
+
+def by_group(sums, tokens, names):
+    """The `difference` of each group of conversations, with its "name", sorted by it.
+
+    Args:
+        sums: loss sums before and after, (2, n).
+        tokens: (n,).
+        names: the name of each conversation's group.
+    """
+    names = np.array(names)
+    return [
+        {"name": name, **difference(*sums[:, names == name], tokens[names == name])}
+        for name in np.unique(names).tolist()
+    ]
 
 
 def turn_numbers(example):
@@ -127,8 +115,8 @@ def compare_models(before, after):
     """The differences of two `ModelReport`s, as parts of a report.
 
     Returns:
-        A dict of "comparison", the `compare` of each split, and of "forgetting", if both were evaluated on a text. What
-        the models read differently is left out with a warning: losses over different tokens cannot be compared.
+        A dict of "comparison", the `compare` of each split, and of "forgetting", if both were evaluated on a text. A
+        split that the models read differently is left out with a warning: its losses are over different tokens.
     """
     found = {"comparison": {}}
     for name in [name for name in before.evaluations if name in after.evaluations]:
@@ -166,23 +154,19 @@ def mean_over_runs(reports):
 
     Each run is evaluated on its own held-out conversations: another seed's run has trained on some of them.
     """
-    runs, found = [get_losses(report) for report in reports], {}
-    for name in runs[0]:
-        if all(name in losses for losses in runs):
-            values, differences = zip(*(losses[name] for losses in runs), strict=True)
-            found[name] = {**spread(values), "difference": None if None in differences else spread(differences)}
+    losses = [report["splits"] | {"text": report.get("text")} for report in reports]
+    differences = [report.get("comparison", {}) | {"text": report.get("forgetting")} for report in reports]
+    found = {}
+    for name in losses[0]:
+        measured, compared = ([of_run.get(name) for of_run in each] for each in (losses, differences))
+        if all(measured):
+            change = spread([each["difference"] for each in compared]) if all(compared) else None
+            found[f"{name} loss"] = {**spread([each["loss"] for each in measured]), "difference": change}
     return found
 
 
-def get_losses(report):
-    """The losses in a report by name: (loss, difference from the other model or None)."""
-    compared = report.get("comparison", {}) | {"text": report.get("forgetting", {})}
-    losses = report["splits"] | ({"text": report["text"]} if "text" in report else {})
-    return {f"{name} loss": (losses[name]["loss"], compared.get(name, {}).get("difference")) for name in losses}
-
-
 def spread(values):
-    return {"values": list(values), "mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}  # of a sample
+    return {"values": values, "mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}  # of a sample
 
 
 def verdict(found):

@@ -23,11 +23,11 @@ def run_facts(run):
         UserError: a file of the run is damaged.
     """
     record, metrics, losses = read_record(run), read_metrics(run), read_losses(run)
-    config = record["config"]
+    config, updates = record["config"], max((line["step"] for line in metrics), default=0)
     evaluated = [line for line in metrics if line["kind"] == "eval" and line["step"]]
     best_step = min(evaluated, key=lambda line: line["loss"])["step"] if evaluated else None
-    updates = max((line["step"] for line in metrics), default=0)
-    model, datasets = short_name(config["model"]), [short_name(name) for name in config["dataset"]]
+    # A Hub id is shown as it is, of a path only its last part.
+    model, *datasets = (name if is_hub_id(name) else Path(name).name for name in (config["model"], *config["dataset"]))
     return {
         "directory": str(run),
         "title": f"{model} on {', '.join(datasets)}",
@@ -57,10 +57,10 @@ def compare_losses(kind, metrics, best_step, losses):
     if not (before and after):
         return {"before": before, "after": after, "difference": None}
     text = f"{after['loss'] - before['loss']:+.4f}"
-    found = losses.get(kind, {})
-    pairs = list(zip(found.get("before", []), found.get("after", []), strict=False))
-    if pairs:
-        paired = difference(*zip(*((old[0], new[0], new[1]) for old, new in pairs), strict=True))
+    found = {"before": [], "after": []} | losses.get(kind, {})
+    if found["before"] and found["after"]:
+        rows = [(old, new, tokens) for (old, _), (new, tokens) in zip(found["before"], found["after"], strict=False)]
+        paired = difference(*zip(*rows, strict=True))
         if math.isclose(paired["after"], after["loss"], rel_tol=1e-6):  # else they are of another evaluation
             text = verdict(paired)
     return {"before": before, "after": after, "difference": text}
@@ -97,25 +97,18 @@ def pair_answers(answers):
     return sorted(pairs, key=lambda pair: prompts.index(pair["prompt"]))
 
 
-def short_name(name):
-    """A model or dataset for reading: a Hub id as it is, of a path only its last part."""
-    return name if is_hub_id(name) else Path(name).name
-
-
 def is_hub_id(name):
-    """Whether a name has the form owner/name of a Hub id, and is not a path that exists."""
+    """True for a name of the form owner/name that is not a path that exists."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def format_duration(seconds):
-    """Seconds for reading."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def format_bytes(count):
-    """Bytes for reading."""
     return f"{count / 1e9:.1f} GB"
 
 

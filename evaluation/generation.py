@@ -1,4 +1,4 @@
-"""Generate answers to prompts, many at a time; each is what the model would answer to that prompt alone."""
+"""Generate answers to prompts, many at a time; each equals the answer to that prompt alone."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ BATCH_TOKENS = 16_384  # prompts, padding and new tokens of a batch: what the KV
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults are the reference experiment's. Temperature 0 is greedy."""
+    """The choice of the next token; the defaults are the reference experiment's. Temperature 0 is greedy."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -50,7 +50,6 @@ class Answer:
     greedy: bool
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,33 +58,19 @@ def generate_answers(
     max_new_tokens: int = 50,
     system: str = "",
 ) -> list[Answer]:
-    """A model's `Answer` to each prompt, in their order.
+    """A model's `Answer` to each prompt, in their order; a system message stands before each unless it is empty.
 
-    A sampled answer depends on the seed and its prompt, not on the other prompts. The global random state is left
-    unchanged, so generating answers never changes training. An answer ends at the model's context length; it is empty
-    if the prompt alone is longer.
-
-    Args:
-        system: the system message before each prompt; none if empty.
+    A prompt and its answer must fit into the model's context length. A sampled answer depends on the seed and its
+    prompt, not on the other prompts. The global random state is left unchanged, so generating never changes training.
     """
     encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
-    generated = [ids[:0] for ids in encoded]
-    for batch in batch_prompts(encoded, tokenizer.model_max_length, max_new_tokens):
-        seeds = [derive_seed(sampling.seed, encoded[number]) for number in batch]
-        new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens, seeds)
+    stops, answers = torch.tensor(stop_ids(tokenizer)), {}
+    for batch in batch_prompts(encoded, max_new_tokens):
+        new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens)
         for number, ids in zip(batch, new, strict=True):
-            generated[number] = ids
-    stops = torch.tensor(stop_ids(tokenizer))
-    return [
-        Answer(
-            prompt,
-            tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            bool(torch.isin(ids[-1:], stops).any()),
-            len(ids),
-            sampling.greedy,
-        )
-        for prompt, ids in zip(prompts, generated, strict=True)
-    ]
+            text, finished = tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(torch.isin(ids[-1], stops))
+            answers[number] = Answer(prompts[number], text, finished, len(ids), sampling.greedy)
+    return [answers[number] for number in range(len(prompts))]
 
 
 def encode_with_system(prompt, tokenizer, system=""):
@@ -94,31 +79,20 @@ def encode_with_system(prompt, tokenizer, system=""):
     return encode_prompt([*before, {"role": "user", "content": prompt}], tokenizer)
 
 
-def batch_prompts(encoded, context_length, max_new_tokens):
-    """The indices of prompts as batches of similar length within BATCH_TOKENS.
-
-    A prompt without room for `max_new_tokens` is in a batch of its own, as it shortens the answers beside it. One that
-    fills the context length is left out.
-    """
-    batches, batch = [], []
-    for number in sorted(range(len(encoded)), key=lambda number: len(encoded[number])):
-        length = len(encoded[number]) + max_new_tokens
-        if len(encoded[number]) >= context_length:
-            break
-        if batch and (length > context_length or (len(batch) + 1) * length > BATCH_TOKENS):
-            batches.append(batch)
-            batch = []
-        batch.append(number)
-    return [*batches, batch] if batch else batches
+def batch_prompts(encoded, max_new_tokens):
+    """The indices of prompts as batches of similar length within BATCH_TOKENS, the longest first."""
+    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
+    while order:
+        size = max(1, BATCH_TOKENS // (len(encoded[order[-1]]) + max_new_tokens))
+        yield order[-size:]
+        del order[-size:]
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streamer=None):
+def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None):
     """The generated ids for each prompt, a list of (T,), up to and including its stop token.
 
     Args:
         prompts: ids, (T,) each; they are padded on the left to the longest.
-        seeds: one for each prompt.
         streamer: a `BaseStreamer` of transformers; receives the ids of a single prompt's answer as they are generated.
     """
     length, stops = max(map(len, prompts)), stop_ids(tokenizer)
@@ -133,6 +107,12 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
+    processors = []
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenalty(sampling.repetition_penalty, tokenizer.pad_token_id, length))
+    if not sampling.greedy:
+        warpers = TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)
+        processors += [*warpers, GumbelNoise([derive_seed(sampling.seed, prompt) for prompt in prompts])]
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         in_eval_mode(model),
@@ -144,7 +124,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
-            logits_processor=logits_processors(sampling, seeds, tokenizer.pad_token_id, length),
+            logits_processor=processors,
             streamer=streamer,
         ).cpu()[:, length:]
     ends = [torch.isin(row, torch.tensor(stops)).nonzero()[:1, 0] for row in out]
@@ -154,24 +134,14 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, seeds, streame
 @contextlib.contextmanager
 def masked_attention(model):
     """Attention that respects padding, which packed attention does not."""
-    usual = model.config._attn_implementation
-    if usual == PACKED:
+    packed = model.config._attn_implementation == PACKED
+    if packed:
         model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        if usual == PACKED:
+        if packed:
             model.set_attn_implementation(PACKED)
-
-
-def logits_processors(sampling, seeds, pad_id, length):
-    """The processors of logits after which the argmax is the next token."""
-    chain = []
-    if sampling.repetition_penalty != 1:
-        chain.append(RepetitionPenalty(sampling.repetition_penalty, pad_id, length))
-    if not sampling.greedy:
-        chain += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), GumbelNoise(seeds)]
-    return chain
 
 
 class RepetitionPenalty(LogitsProcessor):

@@ -19,30 +19,21 @@ CHARTS = {  # title: its lines, (kind, name) of the metrics
 }
 
 
-def page(facts, examples, tokenizer, sections=()):
+def page(facts, examples, tokenizer):
     """The page about a run, as HTML.
 
     Args:
         facts: the run's `run_facts`.
         examples: some of its training conversations, whose masks are shown.
-        sections: more to show, such as a comparison with another model: pairs of a heading and text.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"duration": format_duration, "bytes": format_bytes}
+    environment.filters.update(duration=format_duration, bytes=format_bytes, flag=flag_name, value=format_value)
     template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         facts=facts,
         charts=[chart for title, lines in CHARTS.items() if (chart := plot(title, lines, facts["metrics"]))],
-        settings=[
-            (
-                flag_name(name),
-                format_value(value),
-                format_value(value) != format_value(Config.__dataclass_fields__[name].default),
-            )
-            for name, value in facts["settings"].items()
-        ],
+        defaults=vars(Config()),
         masks=["".join(token_spans(example, tokenizer)) for example in examples],  # escaped by `token_spans`
-        sections=sections,
         page_start=PAGE,
         style=STYLE,
     )

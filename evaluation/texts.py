@@ -14,13 +14,11 @@ MAX_SLICE = 2048  # tokens of a text that are read together, unless --max-length
 
 
 def read_file(flag, path):
-    """The text of a file that a flag names; raises `UserError` if it is missing, a directory or not UTF-8."""
+    """The text of a file that a flag names; raises `UserError` if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{flag} {path}: there is no such file") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{flag} {path}: a directory; name a file") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
 
@@ -29,13 +27,13 @@ def read_prompts(texts):
     """A list of prompts, where the name of a file stands for its lines; raises `UserError` as `read_file` does."""
     prompts = []
     for text in texts:
-        if not os.path.exists(text) and not re.fullmatch(r"\S+\.(txt|md)", text):
+        if os.path.exists(text) or re.fullmatch(r"\S+\.(txt|md)", text):
+            lines = [line for line in read_file("--prompts", text).splitlines() if line.strip()]
+            if not lines:
+                raise UserError(f"--prompts {text}: there are no prompts in it")
+            prompts += lines
+        else:
             prompts.append(text)
-            continue
-        lines = [line for line in read_file("--prompts", text).splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"--prompts {text}: there are no prompts in it")
-        prompts += lines
     return prompts
 
 
@@ -52,12 +50,11 @@ def load_text(path, tokenizer, max_length=0):
 
 
 def slice_text(ids, length):
-    """`Example`s of `length` tokens (at least 2) that score each token of a text, (T,), but the first exactly once.
+    """`Example`s of `length` tokens that score each token of a text, (T,), but the first exactly once.
 
     A slice begins in the middle of the one before it and scores only the tokens that are new. So every token is
     predicted from at least half a slice, except at the beginning of the text.
     """
-    length = max(length, 2)
     examples, start, scored = [], 0, 0
     while scored < len(ids):
         end = min(start + length, len(ids))

@@ -12,7 +12,7 @@ from compute.self_check import use_layout
 from conversations.masking import Example
 from eval import evaluate
 from evaluation import comparison
-from evaluation.comparison import BLOCK, by_thirds, compare, compare_texts, difference, mean_over_runs, turn_numbers
+from evaluation.comparison import BLOCK, compare, compare_texts, difference, mean_over_runs, turn_numbers
 from evaluation.format import format_report, side_by_side
 from model import Precision
 from tests.conftest import CONTROL, byte_tokenizer, layout_of, tiny_llama
@@ -53,7 +53,7 @@ def world(random, n):
 
 
 @pytest.mark.parametrize("n", [40, 100])
-def test_the_interval_covers_the_true_difference_in_about_95_of_100_resamplings(monkeypatch, n):
+def test_the_interval_covers_the_true_difference_in_about_95_of_100_trials(monkeypatch, n):
     monkeypatch.setattr(comparison, "RESAMPLES", 500)
     random, covered = np.random.default_rng(0), 0
     for _ in range(300):
@@ -62,8 +62,8 @@ def test_the_interval_covers_the_true_difference_in_about_95_of_100_resamplings(
     assert 0.91 <= covered / 300 <= 0.98
 
 
-def test_an_interval_that_ignored_pairing_or_counted_tokens_would_not(monkeypatch):
-    """The control: resampling tokens as if they were independent covers far less often."""
+def test_an_interval_over_independent_tokens_covers_far_less(monkeypatch):
+    """The control: tokens of one conversation are not independent."""
     monkeypatch.setattr(comparison, "RESAMPLES", 500)
     random, covered = np.random.default_rng(0), 0
     for _ in range(60):
@@ -79,11 +79,6 @@ def test_turns_are_counted_by_supervised_answers():
     assert turn_numbers(example(0, 1, -100, 3)).tolist() == [1, 2]  # the first token is never scored
 
 
-def test_thirds_are_by_length():
-    assert [third for third, _ in by_thirds([1, 2, 3, 4, 5, 6, 70])] == [0, 0, 0, 1, 1, 2, 2]
-    assert {name for _, name in by_thirds([5, 5, 5, 5])} == {"to 5 tokens"}
-
-
 def test_a_comparison_shows_what_got_better_and_worse():
     examples = [example(-100, 1, 2), example(-100, 1, -100, 3), example(-100, 1, 2, 3, 4)]
     before = [torch.tensor(losses) for losses in ([2.0, 2.0], [3.0, 3.0], [1.0, 1.0, 1.0, 1.0])]
@@ -96,7 +91,6 @@ def test_a_comparison_shows_what_got_better_and_worse():
     assert turns == {"turn 1": (-2 / 7, 7), "turn 2": (1.0, 1)}
     sources = {group["name"]: group["difference"] for group in found["by_source"]}
     assert sources == {"a": -1 / 4, "b": 0.0}
-    assert sum(group["conversations"] for group in found["by_length"]) == 3
     json.dumps(found)
 
 
@@ -135,7 +129,7 @@ def test_a_model_is_compared_with_a_noisy_copy_of_it(tiny_model_dir, noisy_dir, 
     assert forgetting["interval"][0] <= forgetting["difference"] <= forgetting["interval"][1]
 
     text = format_report(report)
-    for part in ("95 % interval [", "by length", "got better most", "  answers of /", " | "):
+    for part in ("95 % interval [", "got better most", "  answers of /", " | "):
         assert part in text
     assert text.count("  text  loss ") == 2
     assert f"\n  text: {noisy_dir} against {tiny_model_dir}\n    loss " in text

@@ -115,17 +115,9 @@ def test_lost_lines_of_the_log_lose_only_their_part(run, tiny_tokenizer):
     assert run_facts(run)["cost"]["tokens"] == round(3 / 2 * (first["tokens"] + last["tokens"]))
 
 
-def test_the_command_writes_the_page_anew_with_a_comparison(run, tiny_model_dir, tmp_path):
+def test_the_command_writes_the_page_anew(run, tmp_path):
     assert evaluate(run, "--html", tmp_path / "page.html") == 0
-    first = (tmp_path / "page.html").read_text()
-    assert first == (run / "report.html").read_text()
-    (tmp_path / "plain.txt").write_text("A text that nobody has trained on. " * 20)
-    more = ["--against", tiny_model_dir, "--text", tmp_path / "plain.txt"]
-    assert evaluate(run, "--html", tmp_path / "page.html", *more) == 0
-    second = (tmp_path / "page.html").read_text()
-    assert "Compared on the eval split" in second
-    text = re.search(r"<h2>Plain text</h2><pre class=many>(.*?)</pre>", second, re.DOTALL)[1]
-    assert re.fullmatch(r"text  loss .*\n\ntext: .* against .*\n  loss .* -&gt; .* 95 % interval \[.*", text)
+    assert (tmp_path / "page.html").read_text() == (run / "report.html").read_text()
 
 
 def test_the_page_is_never_written_over_anything_else(run, tiny_model_dir, chats, capsys, tmp_path):
@@ -158,12 +150,12 @@ class Tags(HTMLParser):
 
 
 def test_foreign_text_never_becomes_html_or_yaml(run, tiny_tokenizer):
-    known = Tags(page(run_facts(run), [], tiny_tokenizer, [("Heading", "text")])).seen
+    known = Tags(page(run_facts(run), [], tiny_tokenizer)).seen
     change(run, "config.json", {"model": HOSTILE, "dataset": [HOSTILE], "supervise": HOSTILE})
     answers = (run / "answers.json").read_text()
     (run / "answers.json").write_text(answers.replace("Who are you?", json.dumps(HOSTILE)[1:-1]))
     facts = run_facts(run)
-    shown = page(facts, [], tiny_tokenizer, [(HOSTILE, HOSTILE)])
+    shown = page(facts, [], tiny_tokenizer)
     assert Tags(shown).seen == known
     assert "{{ 7 * 7 }}" in shown
     card = ModelCard(model_card(facts))

@@ -160,7 +160,7 @@ def test_only_a_run_is_uploaded(run_dir, tiny_model_dir, what):
 
 def test_a_corrupt_model_is_not_uploaded(run_dir):
     (run_dir / "best" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not uploaded"):
+    with pytest.raises(UserError, match=r"config.json is corrupt"):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned"])
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval as eval_command
+from config import UserError
 from storage.durable import MANIFEST, sha256, write_checksummed
 from tests.faults.harness import assert_same, lines, some, steps_saved, tensors_in
 from tests.faults.inject import kill, on_call
@@ -192,11 +193,12 @@ def test_a_best_model_that_is_corrupt_at_the_end_is_an_error(interrupted, unbrok
     assert_same(interrupted, unbroken)
 
 
-def test_a_corrupt_best_model_is_not_evaluated_without_a_word(interrupted, capsys):
+def test_a_corrupt_best_model_is_not_evaluated(interrupted):
     flip_a_bit(interrupted / "best" / "model.safetensors")
-    assert eval_command.main([str(interrupted), "--prompts", "Hi", "--max-new-tokens", "1"]) == 0
     path = interrupted / "checkpoints/step-4/model/model.safetensors"
-    assert capsys.readouterr().err == f"warning: {path} is corrupt (another SHA-256)\n"
+    with pytest.raises(UserError) as raised:
+        eval_command.main([str(interrupted), "--prompts", "Hi", "--max-new-tokens", "1"])
+    assert str(raised.value) == f"{path} is corrupt (another SHA-256)"
 
 
 def flip_best(run, *_):

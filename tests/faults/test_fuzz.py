@@ -164,7 +164,7 @@ def odd_values(setting, model, chats):
         "max_length": ["40"],
         "batch_size": ["5"],
     }
-    choices = list(setting.metadata["choices"] or [])
+    choices = list(setting.metadata["parsing"].get("choices", []))
     if setting.type in (int, float):
         return NUMBERS + own.get(setting.name, [])
     return WORDS + choices + [str(value) for value in own.get(setting.name, []) * 3]
