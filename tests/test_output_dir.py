@@ -82,13 +82,6 @@ def test_what_a_run_replaces_is_no_place_for_another(here, name):
     assert not (here / "run" / name).exists()
 
 
-def test_a_link_to_nothing_is_refused(here):
-    (here / "link").symlink_to("/nowhere/x")
-    assert refused(*FLAGS, "--output-dir", "link") == (
-        "--output-dir link: a link to /nowhere/x, which is not there; make that first"
-    )
-
-
 def test_an_empty_directory_is_taken():
     Path("run").mkdir()
     assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
@@ -121,12 +114,12 @@ def test_a_run_is_resumed_from_another_directory_without_its_original_model(monk
     assert [line["step"] for line in logged if line["kind"] == "train"] == [1, 2]
 
 
-def test_a_finished_run_without_a_checkpoint_is_not_begun_again():
+def test_a_finished_run_without_checkpoints_does_not_start_again():
     assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
     shutil.rmtree("run/checkpoints")
     before = content("run")
     said = refused("--resume", "run", "--max-steps", "3", "--allow-changes")
-    assert said == "--resume run: it is finished, with no checkpoint to continue from; try a run of --model run/best"
+    assert said == "--resume run: it logged update 2 but has no checkpoint; restore them, or start a new run"
     assert content("run") == before
 
 
@@ -169,11 +162,11 @@ def test_a_part_of_a_run_is_evaluated_on_the_data_of_the_run(here, monkeypatch, 
     assert losses[0] == losses[1]
 
 
-def test_what_is_no_run_is_not_resumed_and_a_run_is_no_model(here, monkeypatch):
+def test_only_a_run_is_resumed_and_a_run_is_not_a_model(here, monkeypatch):
     interrupted(monkeypatch, "--output-dir", "run")
-    for part in ("run/checkpoints/step-1", "run/best"):
-        assert refused("--resume", part) == f"--resume {part}: this is a part of a run; resume the run: --resume run"
-    assert "this is a model's, not a run's" in refused("--resume", "model")
+    assert refused("--resume", "run/checkpoints/step-1") == "--resume run/checkpoints/step-1: there is no run in it"
+    for part in ("run/best", "model"):
+        assert "this is a model's, not a run's" in refused("--resume", part)
     assert refused("--model", "run", *FLAGS[2:]).endswith(
         "/run: this is a run; its best model is " + str(here / "run/best")
     )

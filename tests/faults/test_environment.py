@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.faults.harness import assert_same, curves, lines, on_dataset, some, steps_saved
+from tests.faults.harness import assert_same, on_dataset, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
     fill_disk,
@@ -44,7 +44,6 @@ def test_a_full_disk(flags, unbroken, live, small_disk, left):
     )
     assert life.wait() == 1
     assert re.fullmatch(
-        r"(warning: nothing more can be written for TensorBoard .*\n)?"
         rf"error: {run}, after update [56]: .*No space left on device.*; "
         rf"--resume {run} continues after update 4\n",
         life.complained,
@@ -60,6 +59,7 @@ FAILING_WRITES = [
     ("running.checkpoint.link_best", 3),
     ("running.metrics.Log.write", 8),
     ("storage.records.replace_file", 11),  # the answers at the end
+    ("tensorboard.summary.writer.record_writer.RecordWriter.write", 60),
     ("torch.save", 3),
     ("storage.durable.write_manifest", 3),
     ("storage.durable.sync", 35),
@@ -67,13 +67,12 @@ FAILING_WRITES = [
 ]
 
 
-@pytest.mark.parametrize(("function", "call"), some(FAILING_WRITES, fast=4))
+@pytest.mark.parametrize(("function", "call"), some(FAILING_WRITES, fast=5))
 def test_a_write_that_fails(flags, unbroken, live, tmp_path, function, call):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], partial(on_call, function, call, full_disk))
     assert life.wait() == 1
     assert re.fullmatch(
-        r"(warning: nothing more can be written for TensorBoard .*\n)?"
         rf"error: {run}, after update \d+: No space left on device; "
         rf"--resume {run} continues after update \d+\n",
         life.complained,
@@ -94,19 +93,6 @@ def test_a_disk_that_cannot_be_written(flags, interrupted, unbroken, live, small
     assert life.wait() == 1
     assert life.complained == f"error: {small_disk}/run: cannot write to it (Read-only file system)\n"
     assert live(["--resume", small_disk / "finished"]).wait() == 0
-
-
-def test_tensorboard_that_fails_ends_no_run(flags, unbroken, live, tmp_path):
-    run = tmp_path / "run"
-    write = "tensorboard.summary.writer.record_writer.RecordWriter.write"
-    life = live([*flags, "--output-dir", run], partial(on_call, write, 40, full_disk))
-    assert life.wait() == 0, life.complained
-    assert life.complained == (
-        "warning: nothing more can be written for TensorBoard ([Errno 28] No space left on device); "
-        "training continues\n"
-    )
-    assert lines(run) == lines(unbroken)
-    assert curves(run).keys() <= curves(unbroken).keys()
 
 
 # --- another process

@@ -264,7 +264,7 @@ def test_ranks_with_different_settings_are_refused(flags, lives, tmp_path):
 
 def test_a_directory_that_one_rank_cannot_read_is_refused(flags, lives, tmp_path):
     run = tmp_path / "run"
-    blind = partial(pretend, "running.resume.can_see", False)
+    blind = partial(pretend, "running.resume.read_owner", "")
     group = lives(2, [*flags, "--output-dir", run], (1, blind))
     assert group.wait() == [1, 1]
     assert group.complained == (
