@@ -1,4 +1,4 @@
-"""The checkpoints of a run: snapshot, write, manifest, rename, verify, prune; finding the newest valid one; restoring.
+"""The checkpoints of a run: snapshot, write, manifest, rename, verify, prune; restoring.
 
     checkpoints/step-N/   complete or absent
         model/            an ordinary Hugging Face directory: weights, tokenizer, generation config
@@ -33,7 +33,7 @@ from config import UserError
 from evaluation.facts import run_facts
 from model import save_model
 from running.card import model_card
-from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link, verify
+from storage.durable import atomic_directory, read_manifest, remove_directory, replace_link
 
 torch.serialization.set_crc32_options(False)  # slow, and the SHA-256 of the manifest notices more
 
@@ -46,12 +46,12 @@ PROGRESS = ("step", "evaluated", "best_step", "best_loss", "overflows")  # field
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, on rank 0's CPU."""
+    """The content of a checkpoint, on rank 0's CPU."""
 
     directory: Path  # of the run
-    about: dict  # what the manifest says besides the files
+    about: dict  # the manifest's entries besides the files
     weights: dict  # tensors by name, tied ones once
-    state: dict  # what training.pt holds
+    state: dict  # the content of training.pt
     card: str  # the model card, where this is the best model so far
     keep: int
 
@@ -102,7 +102,7 @@ def gather_state(model, optimizer):
 
 
 def get_random_state(device):
-    """The states of the random generators of this process, for dropout: of the CPU, and of its GPU or None."""
+    """The states of this process' random generators, which dropout draws from: of the CPU, and of its GPU or None."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
@@ -196,30 +196,11 @@ def step_of(checkpoint):
     return int(Path(checkpoint).name.removeprefix("step-"))
 
 
-def find_newest_valid(run):
-    """The newest checkpoint that verifies, its manifest, and why newer ones were skipped.
-
-    Returns:
-        (path, manifest, reasons); path and manifest are None where there is none.
-    """
-    reasons = []
-    for path in reversed(list_checkpoints(run)):
-        try:
-            return path, verify(path), reasons
-        except CorruptError as reason:
-            reasons.append(f"{path.name}: {reason}")
-    return None, None, reasons
-
-
 # --- restoring
 
 
 def restore(run, start):
-    """Load `training.pt` into a run whose model was loaded from the checkpoint of a `ResumePoint`. All ranks call this.
-
-    Raises:
-        UserError: it holds more than tensors, numbers and strings; nothing of it was executed.
-    """
+    """Load `training.pt` into a run whose model is that of the same `ResumePoint`. All ranks call this."""
     path = start.path / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded(run.model))

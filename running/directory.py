@@ -21,9 +21,6 @@ def new_directory(config):
     """Make the directory of a new run: the one of `--output-dir`, or `runs/<preset or dataset>-<time>`.
 
     What was made is removed again in the end, if nothing has been written to it.
-
-    Raises:
-        UserError: it holds something already, or cannot be written.
     """
     directory = Path(config.output_dir or f"runs/{name_run(config)}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -63,11 +60,7 @@ def make_unique(directory):
 
 
 def check_output_dir(directory):
-    """Raise `UserError` where a new run would write into a directory that holds something, or that a run replaces."""
-    for part in (directory.resolve(), *directory.resolve().parents):
-        if part.name in ("best", "checkpoints") and (part.parent / "metrics.jsonl").exists():
-            where = f"inside another run: {part.parent}"
-            raise UserError(f"--output-dir {directory}: {where}; name a directory outside of it")
+    """Raise `UserError` where a new run would write into a directory that holds something."""
     if (directory / "config.json").exists():
         run = shlex.quote(str(directory))
         raise UserError(f"--output-dir {directory}: it holds a run already; --resume {run}, or name another")
@@ -82,9 +75,6 @@ def locked(run):
     """Lock a run directory for this process, and remove what a killed one left incomplete there.
 
     The system releases the lock when the process ends, however it ends.
-
-    Raises:
-        UserError: another process has locked it, or it cannot be written.
     """
     lock = filelock.FileLock(run / ".lock")
     try:

@@ -14,36 +14,25 @@ from running.metrics import peak_memory
 
 
 def estimate(run, train_step):
-    """What a run that has not begun takes, for reading. Its weights stay as they are, and nothing is written.
-
-    The memory is that of the rank that takes the most.
-
-    Args:
-        train_step: `train.train_step`.
-
-    Raises:
-        UserError: it does not fit in memory.
-    """
+    """What a run that has not begun takes, for reading; of memory the rank that takes the most. Nothing is written."""
     seconds = run.total_steps * measure_seconds(run, train_step)
     peak, memory = all_reduce_max(peak_memory(run.precision.device)), device_memory(run.precision.device)
     fits = "" if peak < 0.9 * memory else ": hardly fits, use a lower --micro-batch-tokens"
     # Weights and moments; besides those kept, the best one, and a new one before an old one is removed.
     disk = (run.config.keep + 2) * 12 * sum(weights.numel() for weights in run.model.parameters())
-    # Rank 0 removes the directory afterwards.
     free = broadcast_from_rank0(lambda: shutil.disk_usage(run.directory).free)
     enough = "" if disk < free else ": not enough, use a lower --keep or another --output-dir"
     process = " of a process" if world_size() > 1 else ""
-    return "\n".join(
-        (
-            f"  memory    {format_bytes(peak)} at the peak{process} of {format_bytes(memory)}{fits}",
-            f"  time      about {format_duration(seconds)}; starting, evaluations, checkpoints and answers come on top",
-            f"  disk      up to {format_bytes(disk)}, {format_bytes(free)} free{enough}",
-        )
-    )
+    lines = [
+        f"  memory    {format_bytes(peak)} at the peak{process} of {format_bytes(memory)}{fits}",
+        f"  time      about {format_duration(seconds)}; starting, evaluations, checkpoints and answers come on top",
+        f"  disk      up to {format_bytes(disk)}, {format_bytes(free)} free{enough}",
+    ]
+    return "\n".join(lines)
 
 
 def measure_seconds(run, train_step):
-    """Seconds of an average update, by those of the first one and its share of the tokens of an epoch."""
+    """The seconds of an average update: those of the first one, scaled by its tokens."""
     config, train = run.config, run.data.train
     settings = {"precision": run.precision, "scaler": run.precision.grad_scaler()}
     settings["max_grad_norm"] = config.max_grad_norm

@@ -36,7 +36,6 @@ class Log:
         records.write_answers(run, self.answers)
         self.losses = records.read_losses(run)
         self.lines = len(kept)
-        self.untrained_loss = next((line["loss"] for line in kept if (line["kind"], line["step"]) == ("eval", 0)), None)
         threading.excepthook = hide_tensorboard_traceback
         # TensorBoard discards its events from `step` on; the lines kept of that step are drawn again.
         self.tensorboard = SummaryWriter(run, purge_step=step)
@@ -51,8 +50,6 @@ class Log:
         line = {"step": step, "kind": kind, **metrics}
         records.append_metrics(self.run, line)
         self.lines += 1
-        if (kind, step) == ("eval", 0):
-            self.untrained_loss = metrics["loss"]
         self.draw_line(**line)
 
     def write_answers(self, when, step, answers):
@@ -111,8 +108,6 @@ class Log:
 
 class NullLog:
     """The `Log` of all ranks but rank 0: nothing is written."""
-
-    untrained_loss = None
 
     def ignore(self, *_, **__):
         pass

@@ -14,7 +14,7 @@ from config import (
     resolve,
     with_absolute_paths,
 )
-from running.checkpoint import MODEL, checkpoint_path, find_newest_valid
+from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
 from running.directory import read_owner
 from storage.durable import CorruptError, verify
 from storage.records import describe, is_finished, read_metrics, read_record
@@ -35,21 +35,20 @@ class ResumePoint:
 
 
 def find_resume_point(run, recorded):
-    """The `ResumePoint` of a run: its newest valid checkpoint; corrupt ones are named and skipped.
-
-    Args:
-        recorded: what its `config.json` holds.
+    """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped.
 
     Raises:
         UserError: none of its checkpoints is valid, or they are missing.
     """
-    checkpoint, manifest, reasons = find_newest_valid(run)
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
-    if checkpoint:
+    for checkpoint in reversed(list_checkpoints(run)):
+        try:
+            manifest = verify(checkpoint)
+        except CorruptError as error:
+            print(f"skipped: {checkpoint.name}: {error}", file=sys.stderr)
+            continue
         print(f"resuming {run} from {checkpoint.name}")
         return ResumePoint(checkpoint, manifest, is_best_lost(run, manifest))
-    if reasons:
+    if list_checkpoints(run):
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     logged = max((line["step"] for line in read_metrics(run)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
@@ -73,11 +72,7 @@ def is_best_lost(run, manifest):
 
 
 def find_run_to_resume(resume, named):
-    """The directory of the run that `--resume` names; None where a new one begins.
-
-    Raises:
-        UserError: "auto" without `--output-dir`, by which a run is found again.
-    """
+    """The directory of the run that `--resume` names; None where a new one begins."""
     if resume != "auto":
         return Path(resume) if resume else None
     if "output_dir" not in named:
@@ -87,11 +82,7 @@ def find_run_to_resume(resume, named):
 
 
 def load_resumed_config(directory, named):
-    """The `Config` of a run with the settings that a user named on top, and what its `config.json` holds.
-
-    Raises:
-        UserError: there is no run in the directory, or another directory is named as well.
-    """
+    """The `Config` of a run with the settings that a user named on top, and the record in its config.json."""
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run in it")
     if Path(named.get("output_dir", directory)) != directory:
@@ -116,26 +107,21 @@ def get_recorded_budget(start, config, precision):
 
 
 def list_changes(before, now):
-    """What differs between two records of a run, as `records.describe` gives them, and makes it a different run."""
-    recorded = before["config"]
-    flags = [
-        f"{flag_name(name)} {format_value(recorded[name])} -> {format_value(value)}"
-        for name, value in now["config"].items()
-        if name not in MAY_CHANGE_ON_RESUME and format_value(recorded[name]) != format_value(value)
-    ]
-    if before.get("precision") != now.get("precision"):
-        flags.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
+    """The differences between two `records.describe` records that make a run a different one, as lines."""
+    changes = []
+    for name, value in now["config"].items():
+        old, new = format_value(before["config"][name]), format_value(value)
+        if old != new and name not in MAY_CHANGE_ON_RESUME:
+            changes.append(f"{flag_name(name)} {old} -> {new}")
+    if before["precision"] != now["precision"]:
+        changes.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
     if before["data"] != now["data"]:
-        flags.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
-    return flags
+        changes.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
+    return changes
 
 
 def check_agreement(run):
-    """Check that all ranks are about to train the same run in the same directory, before one of them writes.
-
-    Raises:
-        UserError: they are not; the message names what differs.
-    """
+    """Raise `UserError` unless all ranks are about to train the same run in the same directory."""
     described = describe(run.config, run.precision, run.data)
     settings = {flag_name(name): format_value(value) for name, value in described.pop("config").items()}
     mine = {**settings, **described, "layout": run.layout.describe(), "step": run.step}
@@ -153,23 +139,17 @@ def check_agreement(run):
 
 
 def summarize_data(data):
-    """A dataset in a few words: how many conversations its splits have, and its fingerprint."""
+    """The fingerprint of a dataset, and how many conversations its splits have."""
     counts = "/".join(f"{count:,}" for name, count in data.items() if name != "fingerprint")
     return f"{data['fingerprint'][:8]} ({counts} conversations)"
 
 
 def check_same_run(run, before, now, allow_changes):
-    """The differences between two descriptions of a run, printed where they are allowed.
-
-    Raises:
-        UserError: there are some, and they are not allowed.
-    """
+    """Print and return the `list_changes` between two records of a run; raise `UserError` unless they are allowed."""
     changed = list_changes(before, now)
     if changed and not allow_changes:
-        what = "\n".join(changed)
-        raise UserError(
-            f"--resume {run}: it would be a different run; leave that out, or allow it with --allow-changes\n{what}"
-        )
+        advice = "it would be a different run; leave that out, or allow it with --allow-changes"
+        raise UserError("\n".join([f"--resume {run}: {advice}", *changed]))
     for line in changed:
         print(f"changed: {line}")
     versions = [

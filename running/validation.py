@@ -1,4 +1,4 @@
-"""What a run's model can do, measured while it trains: its losses on the eval and test splits, its answers."""
+"""The evaluations of a run's model: its losses on the eval and test splits, its answers."""
 
 import contextlib
 
@@ -16,9 +16,7 @@ from running.diagnostics import check_finite, explain_out_of_memory
 def evaluate_split(run, split, signals):
     """The `Evaluation` of the run's model over its "eval" or "test" split. All ranks call this.
 
-    Raises:
-        UserError: the loss is not finite, or there is too little memory.
-        Stopped: a signal came; a resumed run evaluates again.
+    Raises `Stopped` where a signal arrives; a resumed run evaluates again.
     """
     examples = getattr(run.data, split).examples
     with explain_out_of_memory(run, lambda: examples):

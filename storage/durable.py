@@ -129,11 +129,7 @@ def write_checksummed(path, content):
 
 
 def read_manifest(directory):
-    """The manifest of a directory, checked against its own SHA-256; the files that it names are not read.
-
-    Raises:
-        CorruptError: it is missing, or is not what was written.
-    """
+    """The manifest of a directory; raises `CorruptError` where it is missing, or has another SHA-256 than it names."""
     path = Path(directory) / MANIFEST
     try:
         content = json.loads(path.read_bytes())

@@ -13,8 +13,7 @@ import pytest
 import eval as eval_command
 import train as train_command
 from config import UserError
-from eval import Evaluation
-from running import directory, validation
+from running import directory
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,15 +70,6 @@ def test_a_run_whose_settings_are_lost_is_not_overwritten():
     assert "it is not empty" in refused(*FLAGS, "--output-dir", "run")
     assert "there is no run in it" in refused("--resume", "run")
     assert content("run") == before
-
-
-@pytest.mark.parametrize("name", ["best/mine", "checkpoints", "checkpoints/step-9/mine"])
-def test_what_a_run_replaces_is_no_place_for_another(here, name):
-    (here / "run").mkdir()
-    (here / "run" / "metrics.jsonl").touch()
-    said = refused(*FLAGS, "--output-dir", f"run/{name}")
-    assert said == f"--output-dir run/{name}: inside another run: {here}/run; name a directory outside of it"
-    assert not (here / "run" / name).exists()
 
 
 def test_an_empty_directory_is_taken():
@@ -170,13 +160,6 @@ def test_only_a_run_is_resumed_and_a_run_is_not_a_model(here, monkeypatch):
     assert refused("--model", "run", *FLAGS[2:]).endswith(
         "/run: this is a run; its best model is " + str(here / "run/best")
     )
-
-
-def test_a_loss_above_the_untrained_models_is_said(monkeypatch, capsys):
-    losses = iter([2.0, 9.0, 3.0, 9.0])  # eval and test before; eval of update 2; test after
-    monkeypatch.setattr(validation, "evaluate", lambda *_: Evaluation(next(losses), 1, 0))
-    assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
-    assert "eval loss 3.0000   best so far, but above the untrained model's 2.0000\n" in capsys.readouterr().out
 
 
 def test_a_window_is_no_larger_than_the_conversations_are_many(capsys):

@@ -61,15 +61,15 @@ def interrupted(killed, tmp_path):
 
 @pytest.fixture
 def live(tmp_path):
-    """Start a life of `train.py`; `live(flags, fault, …)`. Whatever still lives at the end is killed."""
-    lives = []
+    """Start a process of `train.py`: `live(flags, fault, …)`. At the end all are killed."""
+    started = []
 
     def start(argv, *faults):
-        lives.append(Life(argv, tmp_path, faults))
-        return lives[-1]
+        started.append(Life(argv, tmp_path, faults))
+        return started[-1]
 
     yield start
-    for life in lives:
+    for life in started:
         life.process.kill()
         life.process.join()
 
@@ -78,14 +78,14 @@ def live(tmp_path):
 def unbroken_together(flags, tmp_path_factory):
     """The run of these flags by two processes, that nothing happened to, with all of its checkpoints."""
     run = tmp_path_factory.mktemp("together") / "run"
-    lives = Lives(2, [*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent)
-    assert lives.wait() == [0, 0], lives.complained
+    group = Lives(2, [*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent)
+    assert group.wait() == [0, 0], group.complained
     return run
 
 
 @pytest.fixture
 def lives(tmp_path):
-    """Start processes of `train.py` together; `lives(2, flags, (1, fault), …)`. At the end all are killed."""
+    """Start a group of processes of `train.py`: `lives(2, flags, (1, fault), …)`. At the end all are killed."""
     groups = []
 
     def start(size, argv, *faults):

@@ -1,5 +1,5 @@
-"""Lives of `train.py` that can be killed: real processes, forked from one that has imported everything, so that a life
-takes a second or two; and how two runs are compared."""
+"""Processes of `train.py` that can be killed, forked from one that has imported everything, so that each takes a second
+or two; and the comparison of two runs."""
 
 import json
 import multiprocessing
@@ -61,7 +61,7 @@ class Life:
         return 128 - self.process.exitcode if self.process.exitcode < 0 else self.process.exitcode
 
     def kill(self):
-        """Kill it as nothing can prevent."""
+        """Kill it by SIGKILL; returns the exit status."""
         self.process.kill()
         return self.wait()
 

@@ -28,7 +28,7 @@ def goes_on(live, flags, run, unbroken):
     assert_same(run, unbroken)
 
 
-def test_a_run_that_goes_on_while_it_is_saved_leaves_the_same(flags, unbroken, live, tmp_path):
+def test_saving_in_the_background_changes_nothing(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 8))
     assert life.wait() == 0, life.complained
@@ -45,7 +45,7 @@ def test_a_run_that_goes_on_while_it_is_saved_leaves_the_same(flags, unbroken, l
             assert ours[name].read_bytes() == theirs[name].read_bytes(), name
 
 
-def test_two_processes_go_on_while_the_first_saves(flags, unbroken_together, lives, tmp_path):
+def test_two_processes_train_while_rank_0_saves(flags, unbroken_together, lives, tmp_path):
     run = tmp_path / "run"
     faults = [(0, saving_in_background), (1, saving_in_background), (0, partial(hold_checkpoint, 1, 4))]
     group = lives(2, [*flags, "--output-dir", run], *faults)
@@ -82,7 +82,7 @@ def test_killed_at_changes_that_the_background_makes_to_the_disk(flags, unbroken
         goes_on(live, flags, run, unbroken)
 
 
-def test_a_full_disk_in_the_background_is_told(flags, unbroken, live, tmp_path):
+def test_a_full_disk_in_the_background_is_reported(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 7, full_disk))
     assert life.wait() == 1
@@ -94,7 +94,7 @@ def test_a_full_disk_in_the_background_is_told(flags, unbroken, live, tmp_path):
     goes_on(live, flags, run, unbroken)
 
 
-def test_a_full_disk_in_the_background_is_told_soon(flags, live, tmp_path):
+def test_a_full_disk_in_the_background_is_reported_soon(flags, live, tmp_path):
     """Not only when something else is saved."""
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--eval-every", "100", "--save-every", "6"]
@@ -117,7 +117,7 @@ def test_a_signal_while_the_background_writes_waits_for_it(flags, unbroken, live
     goes_on(live, flags, run, unbroken)
 
 
-def test_an_update_that_fails_waits_for_the_background_and_tells_of_its_checkpoint(flags, unbroken, live, tmp_path):
+def test_a_failed_update_waits_for_the_background_and_names_its_checkpoint(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
     faults = [partial(hold_checkpoint, 3, 8), partial(on_call, "train.train_step", 8, corrupt_gradient)]
     life = live([*flags, "--output-dir", run], saving_in_background, *faults)

@@ -1,4 +1,4 @@
-"""A run goes on as itself, or as another on purpose."""
+"""A run resumes with the same settings and data, or with changes that are allowed."""
 
 import importlib.metadata
 import json
@@ -23,32 +23,34 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("flag", "value", "said"), some(CHANGES, fast=3))
-def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, said):
+@pytest.mark.parametrize(("flag", "value", "change"), some(CHANGES, fast=3))
+def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, change):
     life = live(["--resume", interrupted, flag, value])
     assert life.wait() == 1
     first, second, *_ = life.complained.splitlines()
     assert first == (
         f"error: --resume {interrupted}: it would be a different run; leave that out, or allow it with --allow-changes"
     )
-    assert second.strip() == said
+    assert second.strip() == change
     assert steps_saved(interrupted) == [4, 6]
 
 
-def test_a_setting_changed_on_purpose_is_printed_applied_and_recorded(interrupted, unbroken, live):
+def test_an_allowed_change_is_printed_applied_and_recorded(interrupted, unbroken, live):
     changes = ["--lr", "0.02", "--weight-decay", "0.0"]
     life = live(["--resume", interrupted, *changes, "--allow-changes"])
     assert life.wait() == 0, life.complained
-    said = ["--lr 0.01 -> 0.02", "--weight-decay 0.1 -> 0.0"]
-    assert [line.removeprefix("changed: ") for line in life.said.splitlines() if line.startswith("changed: ")] == said
+    changed = ["--lr 0.01 -> 0.02", "--weight-decay 0.1 -> 0.0"]
+    assert [
+        line.removeprefix("changed: ") for line in life.said.splitlines() if line.startswith("changed: ")
+    ] == changed
     record = json.loads((interrupted / "config.json").read_text())
-    assert record["changes"] == [{"step": 6, "changed": said}]
+    assert record["changes"] == [{"step": 6, "changed": changed}]
     assert (record["config"]["lr"], record["config"]["weight_decay"]) == (0.02, 0.0)
     ours, theirs = (lines(run, "train")[3:] for run in (interrupted, unbroken))
     assert [line["lr"] for line in ours] == pytest.approx([2 * line["lr"] for line in theirs])
 
 
-def test_the_decay_is_the_new_one(interrupted, unbroken, live):
+def test_a_changed_weight_decay_is_applied(interrupted, unbroken, live):
     """The optimizer's state brings its moments along, not its settings."""
     assert live(["--resume", interrupted, "--weight-decay", "50", "--allow-changes"]).wait() == 0
     sizes = [sum(float(w.square().sum()) for w in weights_of(run)) for run in (interrupted, unbroken)]

@@ -1,4 +1,4 @@
-"""What a disk, or somebody, did to a run's files: it is named and passed over, or the run is refused. Never less."""
+"""Damage to the files of a run: it is named and skipped, or the run is refused."""
 
 import json
 import pickle

@@ -115,8 +115,8 @@ def test_a_run_is_trained_by_one_process(interrupted, unbroken, live):
 
 def test_of_two_new_runs_in_one_directory_one_trains(flags, unbroken, live, tmp_path):
     run = tmp_path / "run"
-    lives = [live([*flags, "--output-dir", run]) for _ in range(2)]
-    assert sorted(life.wait() for life in lives) == [0, 1]
+    both = [live([*flags, "--output-dir", run]) for _ in range(2)]
+    assert sorted(each.wait() for each in both) == [0, 1]
     assert_same(run, unbroken)
 
 

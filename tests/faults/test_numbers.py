@@ -1,4 +1,4 @@
-"""Numbers gone bad stop a run before they do harm, and are told with where they came from."""
+"""Numbers that are not finite stop a run before they are applied, and their conversations are named."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.faults.inject import corrupt_gradient, corrupt_weights, fewer_bits_of
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "numbers"),
     [
         (partial(corrupt_weights, math.nan), "loss nan, gradient norm nan"),
         (partial(corrupt_weights, math.inf), "loss nan, gradient norm nan"),
@@ -23,18 +23,18 @@ from tests.faults.inject import corrupt_gradient, corrupt_weights, fewer_bits_of
     ],
     ids=["a weight that is no number", "an infinite weight", "an infinite gradient of a finite loss"],
 )
-def test_an_update_that_is_not_finite(flags, unbroken, live, conversations, tmp_path, fault, said):
+def test_an_update_that_is_not_finite(flags, unbroken, live, conversations, tmp_path, fault, numbers):
     run = tmp_path / "run"
     life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 8, fault))
     assert life.wait() == 1
     first, *window = life.complained.splitlines()
     assert re.fullmatch(
-        rf"error: update 8: {said}: not finite, so the update was not applied; "
+        rf"error: update 8: {numbers}: not finite, so the update was not applied; "
         rf"--resume {run} continues after update 6; its window:",
         first,
     )
     assert len(window) == 7
-    loss = "nan" if "loss nan" in said else r"\d\.\d{4}"
+    loss = "nan" if "loss nan" in numbers else r"\d\.\d{4}"
     assert all(re.fullmatch(rf"  loss {loss} {re.escape(str(conversations))}:\d+", line) for line in window)
     assert steps_saved(run) == [4, 6]
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6]

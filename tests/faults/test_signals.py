@@ -1,4 +1,4 @@
-"""A signal ends a run well, whatever it is doing; a second one ends it at once, and neither costs anything."""
+"""A signal stops a run after it has saved; a second one ends it at once. Either way it resumes exactly."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ STOPPING = "stopping after this update; press Ctrl-C again to quit now"
 
 
 def stopped(life, run, status, step):
-    """Assert that a life ended by a signal and told how to go on."""
+    """Assert that a life ended by a signal and printed how to resume."""
     assert life.wait() == status, life.complained
     assert life.complained.splitlines()[-2:] == [
         STOPPING,
@@ -62,7 +62,7 @@ def test_a_signal_in_a_save_finishes_it(flags, unbroken, live, tmp_path, functio
 @pytest.mark.parametrize(
     "function", some(["running.validation.evaluate", "running.validation.generate_greedy_and_sampled"], fast=1)
 )
-def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live, tmp_path, function):
+def test_a_signal_before_the_first_update_saves_nothing(flags, unbroken, live, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     life = live([*flags, "--output-dir", run], partial(on_call, function, 1, term))
     assert life.wait() == 143
@@ -93,7 +93,7 @@ def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, unbroken, liv
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, number):
+def test_a_signal_while_tokenizing_leaves_nothing(flags, live, conversations, tmp_path, number):
     data, run = tmp_path / "new.jsonl", tmp_path / "run"
     data.write_text(conversations.read_text().replace("Count", f"Count {number}"))
     before = corpora()
@@ -118,7 +118,9 @@ HANGING = [("torch.save", 2), ("train.train_step", 5), ("storage.durable.sync", 
 
 
 @pytest.mark.parametrize(("function", "call"), some(HANGING, fast=2))
-def test_twice_it_leaves_at_once_and_never_half_a_checkpoint(flags, unbroken, live, tmp_path, function, call):
+def test_a_second_signal_exits_at_once_and_leaves_no_partial_checkpoint(
+    flags, unbroken, live, tmp_path, function, call
+):
     run = tmp_path / "run"
     hang = partial(on_call, function, call, partial(send_and_hang, signal.SIGTERM))
     life = live([*flags, "--output-dir", run], hang)
