@@ -144,9 +144,9 @@ def make_optimizer(model, weight_decay):
 
 
 def updates(run):
-    """Train from `run.step` to the end: makes an update and yields its metrics, again and again.
+    """Train from `run.step` to the end, update by update; yields the metrics of each.
 
-    It writes nothing: what is logged, evaluated and saved between two updates is up to the caller.
+    It writes nothing: the caller logs, evaluates and saves between two updates.
 
     Raises:
         UserError: the loss or the gradient is not finite, or there is too little memory; nothing was applied.
@@ -185,12 +185,12 @@ def updates(run):
 
 
 def fit(run, signals):
-    """Make the updates of a run that are left; log, evaluate and save between them.
+    """Make the remaining updates of a run; log, evaluate and save between them.
 
     Raises:
         Stopped: by a signal; the run is then as it was after its last complete update.
     """
-    evaluate_and_save(run, signals)  # what an interrupted run may have left to do
+    evaluate_and_save(run, signals)  # which an interrupted run may have left to do
     with Progress(run.total_steps, run.step) as progress:
         for metrics in updates(run):
             if run.step % run.config.log_every == 0:
@@ -221,8 +221,6 @@ def evaluate_and_log(run, signals):
     run.evaluated = run.step
     is_best = evaluation.loss < run.best_loss
     note = "   best so far" if is_best else ""
-    if is_best and run.log.untrained_loss is not None and evaluation.loss > run.log.untrained_loss:
-        note += f", but above the untrained model's {run.log.untrained_loss:.4f}"
     tqdm.write(f"  update {run.step:>5}   eval loss {evaluation.loss:.4f}{note}")
     if is_best:
         run.best_step, run.best_loss = run.step, evaluation.loss
@@ -248,12 +246,14 @@ def train(run, signals, resumed):
     resume.check_agreement(run)
     run.open(resumed)
     try:
-        with explain_failed_write(run), signals.deferred():  # it stops at a `signals.check()` alone
+        with explain_failed_write(run):
+            signals.check()  # from here on, a signal stops the run at such a check only
             if run.step == 0:
                 evaluate_untrained(run, signals)
             fit(run, signals)
             evaluate_best(run, signals)
             report.write_report(run)
+            signals.check()
     except Stopped as stop:
         with explain_failed_write(run):
             if run.saver.started < run.step and run.optimizer:  # `evaluate_best` has freed it
@@ -271,7 +271,7 @@ def train(run, signals, resumed):
 
 
 def start_run(named, dry_run, signals):
-    """A new run. Returns the exit status."""
+    """Start a new run. Returns the exit status."""
     config, why = setup.choose_config(named)
     with on_rank0(directory.new_directory, config) as path:
         config = dataclasses.replace(config, output_dir=str(path))
@@ -287,7 +287,7 @@ def start_run(named, dry_run, signals):
 
 
 def resume_run(path, named, allow_changes, dry_run, signals):
-    """The rest of a run. Returns the exit status."""
+    """Resume a run. Returns the exit status."""
     config, recorded = resume.load_resumed_config(path, named)
     changed = resume.list_changes(recorded, {**recorded, "config": dataclasses.asdict(config)})
     finished = broadcast_from_rank0(is_finished, path)
@@ -312,7 +312,7 @@ def main(argv):
 
 
 def command(argv, signals):
-    """The command as each of its processes runs it. Returns the exit status."""
+    """The command, as each rank runs it. Returns the exit status."""
     parser = Parser(prog="train.py", description="Fine-tune a causal language model on conversations.")
     parser.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
     parser.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")

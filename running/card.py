@@ -12,11 +12,7 @@ LICENSES = {QUICKSTART_MODEL: "apache-2.0"}  # of models that come without a car
 
 
 def model_card(facts):
-    """The text of `README.md` in the directory of the best model.
-
-    Args:
-        facts: the run's `run_facts` at the time when this model has become the best.
-    """
+    """The text of `README.md` for the best model, by the run's `run_facts` when it became the best."""
     settings = facts["settings"]
     metadata = ModelCardData(
         library_name="transformers",

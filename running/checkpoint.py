@@ -1,4 +1,4 @@
-"""The checkpoints of a run: snapshot, write, manifest, rename, verify, prune; finding the newest valid one; restoring.
+"""The checkpoints of a run: snapshot, write, manifest, rename, verify, prune; restoring.
 
     checkpoints/step-N/   complete or absent
         model/            an ordinary Hugging Face directory: weights, tokenizer, generation config
@@ -11,12 +11,11 @@ updates wait for that. On a GPU they go on while a thread writes the copy on the
 host memory for each parameter.
 """
 
-import copy
 import math
 import pickle
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from config import UserError
 from evaluation.facts import run_facts
 from model import save_model
 from running.card import model_card
-from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link, verify
+from storage.durable import atomic_directory, read_manifest, remove_directory, replace_link
 
 torch.serialization.set_crc32_options(False)  # slow, and the SHA-256 of the manifest notices more
 
@@ -47,12 +46,12 @@ PROGRESS = ("step", "evaluated", "best_step", "best_loss", "overflows")  # field
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, on rank 0's CPU."""
+    """The content of a checkpoint, on rank 0's CPU."""
 
     directory: Path  # of the run
-    about: dict  # what the manifest says besides the files
+    about: dict  # the manifest's entries besides the files
     weights: dict  # tensors by name, tied ones once
-    state: dict  # what training.pt holds
+    state: dict  # the content of training.pt
     card: str  # the model card, where this is the best model so far
     keep: int
 
@@ -65,8 +64,15 @@ def save(run):
     """
     began = time.perf_counter()
     run.saver.wait()
+    if run.saver.saved == run.step:  # by a signal that interrupted the evaluation which found it to be the best
+        if is_rank0():
+            link_best(run.directory, run.best_step)
+        return
     snapshot = take_snapshot(run)
-    run.saver.start(run.step, write_checkpoint if is_rank0() else None, run.model, run.tokenizer, snapshot)
+    if is_rank0():
+        run.saver.start(run.step, write_checkpoint, run.model, run.tokenizer, snapshot)
+    else:
+        run.saver.started = run.saver.saved = run.step
     seconds = time.perf_counter() - began
     run.saver.seconds += seconds
     run.log.add_points(run.step, {"time/checkpoint": seconds})
@@ -74,20 +80,16 @@ def save(run):
 
 def take_snapshot(run):
     """The `Snapshot` of a run on rank 0; what it returns on other ranks is not used. All ranks call this."""
+    device = run.precision.device
     weights, moments = gather_state(run.model, run.optimizer)
-    device, random_states = run.precision.device, all_gather(get_random_state(run.precision.device))
     run.log.sync()
     state = {name: getattr(run, name) for name in PROGRESS} | {
         "optimizer": moments,
         "scaler": run.scaler.state_dict(),
-        "log": copy.deepcopy(run.log.state()) if is_rank0() else {},
-        "random": random_states,
+        "log": run.log.state(),
+        "random": all_gather(get_random_state(device)),
     }
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    card = ""
-    if run.best_step == run.step and is_rank0():
-        card = model_card(run_facts(run.directory))
+    card = model_card(run_facts(run.directory)) if run.best_step == run.step and is_rank0() else ""
     about = {"step": run.step, "best_step": run.best_step, **run.describe()}
     return Snapshot(run.directory, about, weights, state, card, run.config.keep)
 
@@ -102,7 +104,7 @@ def gather_state(model, optimizer):
 
 
 def get_random_state(device):
-    """The state of this process' random numbers, which dropout draws: of the CPU, and of its GPU or None."""
+    """The states of this process' random generators, which dropout draws from: of the CPU, and of its GPU or None."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
@@ -119,11 +121,7 @@ def write_checkpoint(model, tokenizer, snapshot):
 
 
 def save_state(state, path):
-    """Write `training.pt`.
-
-    Raises:
-        OSError: the disk is full, say.
-    """
+    """Write `training.pt`; raises `OSError` where the disk is full, say."""
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
@@ -134,7 +132,7 @@ def save_state(state, path):
 def link_best(run, best_step):
     """Let `best` point to the model of a step, atomically; 0: there is no best model yet."""
     if best_step:
-        replace_link(run / BEST, (checkpoint_path(Path(), best_step) / MODEL))
+        replace_link(run / BEST, checkpoint_path("", best_step) / MODEL)
     else:
         (run / BEST).unlink(missing_ok=True)
 
@@ -153,34 +151,28 @@ class Saver:
 
     def __init__(self, in_background):
         self.in_background, self.thread = in_background, ThreadPoolExecutor(max_workers=1)
-        self.writing: tuple[int, Future] | None = None
+        self.writing: Future | None = None
         self.started = 0  # the step of the last checkpoint, which may still be being written
         self.saved = 0  # the step of the last one that is written and verified
         self.seconds = 0.0  # that the run waited for checkpoints
 
     def start(self, step, write, *arguments):
-        """Call `write(*arguments)`, which writes the checkpoint of `step`; None: another rank does."""
-        self.started = step
-        if not write:
-            self.saved = step
-            return
-        self.writing = step, self.thread.submit(write, *arguments)
+        """Call `write(*arguments)`, which writes the checkpoint of `step`."""
+        self.started, self.writing = step, self.thread.submit(write, *arguments)
         if not self.in_background:
             self.wait()
 
     def check(self):
         """Raise what has failed since; nothing is waited for."""
-        if self.writing and self.writing[1].done():
+        if self.writing and self.writing.done():
             self.wait()
 
     def wait(self):
         """Return when the last checkpoint is written, or raise what has failed."""
         if self.writing:
-            step, future = self.writing
-            wait([future])  # a signal may interrupt this
-            self.writing = None
-            future.result()
-            self.saved = step
+            writing, self.writing = self.writing, None
+            writing.result()
+            self.saved = self.started
 
     def close(self):
         """Return when nothing is being written any more, whatever came of it."""
@@ -197,57 +189,20 @@ def list_checkpoints(run):
 
 
 def checkpoint_path(run, step):
-    """Where the checkpoint after `step` updates is, or would be."""
+    """The directory of a run's checkpoint after `step` updates."""
     return Path(run) / "checkpoints" / f"step-{step}"
 
 
 def step_of(checkpoint):
-    """How many updates a checkpoint has seen: the N of `step-N`."""
+    """The number of updates before a checkpoint: the N of `step-N`."""
     return int(Path(checkpoint).name.removeprefix("step-"))
-
-
-def find_newest_valid(run, with_best=True):
-    """The newest checkpoint that verifies, its manifest, and why newer ones were skipped.
-
-    Args:
-        with_best: whether the checkpoint of the best model that it names has to verify, too.
-
-    Returns:
-        (path, manifest, reasons); path and manifest are None where there is none.
-    """
-    reasons = []
-    for path in reversed(list_checkpoints(run)):
-        try:
-            manifest = verify(path)
-            if with_best and manifest["best_step"] not in (0, manifest["step"]):
-                verify(checkpoint_path(run, manifest["best_step"]))
-            return path, manifest, reasons
-        except CorruptError as reason:
-            reasons.append(f"{path.name}: {reason}")
-    return None, None, reasons
-
-
-def verify_best(run):
-    """Verify the checkpoint of a run's best model.
-
-    Raises:
-        CorruptError: it is missing, or is not what was written.
-    """
-    return verify((Path(run) / BEST).resolve().parent)
 
 
 # --- restoring
 
 
 def restore(run, start):
-    """Load `training.pt` into a run whose model was loaded from the same checkpoint. All ranks call this.
-
-    Args:
-        start: a `ResumePoint`.
-
-    Raises:
-        UserError: it holds more than tensors, numbers and strings; nothing of it was executed.
-    """
+    """Load `training.pt` into a run whose model is that of the same `ResumePoint`. All ranks call this."""
     path = start.path / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded(run.model))
@@ -269,8 +224,8 @@ def restore(run, start):
 
 
 def set_random_state(run, states):
-    """Continue the random numbers of a run, which dropout draws, as the ranks left them."""
-    if len(states) != world_size():  # another number of ranks draws others anyway: new ones, drawn by no rank before
+    """Set the random generators to the states that `get_random_state` gave on each rank."""
+    if len(states) != world_size():  # another number of ranks draws other numbers anyway: new ones
         torch.manual_seed(hash((run.config.seed, run.step, rank())))
         return
     on_cpu, on_gpu = states[rank()]

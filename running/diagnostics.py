@@ -1,4 +1,4 @@
-"""Diagnostics of a failed run: which conversations, which flag to change, from where it can be resumed."""
+"""Diagnostics of a failed run: its conversations, the flag to change, and the update from which it resumes."""
 
 import contextlib
 import math
@@ -28,16 +28,14 @@ def explain_failed_update(run):
 
 @contextlib.contextmanager
 def explain_failed_write(run):
-    """Turn a failed write to the run's directory into a `UserError` that says how to resume."""
+    """Turn a failed write to the run's directory, or another rank's end, into a `UserError` that says how to resume."""
     try:
         yield
     except (OSError, CorruptError, MemoryError, RuntimeError) as error:
-        lost = lost_process(error)
-        if not lost and isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
+        why = lost_process(error)
+        if not why and isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
             raise
-        if lost:
-            raise UserError(f"after update {run.step}: {lost}; {resume_hint(run)}") from error
-        why = getattr(error, "strerror", None) or first_line(error)
+        why = why or getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
 
 
@@ -50,7 +48,7 @@ def check_finite(run, split, loss):
 
 
 def highest_losses(run, examples, indices, most=10):
-    """Some examples with the loss of each, a line each: those whose loss is not finite, then the highest."""
+    """Lines with the losses of some examples: those whose loss is not finite, then the highest."""
     losses = []
     for index in indices:
         result = evaluate(run.model, [examples[index]], run.layout, run.precision)
@@ -63,11 +61,7 @@ def highest_losses(run, examples, indices, most=10):
 
 @contextlib.contextmanager
 def explain_out_of_memory(run, examples):
-    """Turn running out of memory into a `UserError` that says what did not fit and which flag helps.
-
-    Args:
-        examples: a function that returns the examples being computed.
-    """
+    """Turn running out of memory, over the examples that `examples()` returns, into a `UserError` that names a flag."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -84,7 +78,7 @@ def explain_out_of_memory(run, examples):
 
 
 def resume_hint(run):
-    """How a run can be resumed after an error."""
+    """The end of an error message: how the run resumes."""
     with contextlib.suppress(OSError, CorruptError):  # which would be another error
         run.saver.wait()
     if not run.saver.saved:

@@ -13,19 +13,14 @@ from pathlib import Path
 import filelock
 
 from config import PRESETS, UserError
-from storage.durable import make_directory, remove_partial
-
-OURS = {".lock", ".owner"}  # what may stand in a directory before there is a run in it
+from storage.durable import PARTIAL, make_directory, remove_partial
 
 
 @contextlib.contextmanager
 def new_directory(config):
-    """Make the directory of a new run: the one asked for, or `runs/<preset or dataset>-<time>`.
+    """Make the directory of a new run: the one of `--output-dir`, or `runs/<preset or dataset>-<time>`.
 
     What was made is removed again in the end, if nothing has been written to it.
-
-    Raises:
-        UserError: it holds something already, or cannot be written.
     """
     directory = Path(config.output_dir or f"runs/{name_run(config)}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -48,7 +43,7 @@ def new_directory(config):
 
 
 def name_run(config):
-    """What a run is called: its preset, or its first dataset, in characters that a shell takes as they are."""
+    """The name of a run: its preset or first dataset, in characters that a shell takes as they are."""
     if config.dataset == PRESETS[config.preset].get("dataset"):
         return config.preset
     return re.sub(r"[^\w.-]+", "-", Path(config.dataset[0]).stem).strip("-.") or "run"
@@ -65,20 +60,14 @@ def make_unique(directory):
 
 
 def check_output_dir(directory):
-    """Raise `UserError` where a new run would write into a directory that holds something, or that a run replaces."""
-    if directory.is_symlink() and not directory.exists():
-        target = directory.readlink()
-        raise UserError(f"--output-dir {directory}: a link to {target}, which is not there; make that first")
-    for part in (directory.resolve(), *directory.resolve().parents):
-        if part.name in ("best", "checkpoints") and (part.parent / "metrics.jsonl").exists():
-            where = f"inside another run: {part.parent}"
-            raise UserError(f"--output-dir {directory}: {where}; name a directory outside of it")
+    """Raise `UserError` where a new run would write into a directory that holds something."""
     if (directory / "config.json").exists():
         run = shlex.quote(str(directory))
         raise UserError(f"--output-dir {directory}: it holds a run already; --resume {run}, or name another")
-    held = sorted(path.name for path in directory.iterdir() if path.name not in OURS) if directory.exists() else []
-    if held:
-        raise UserError(f"--output-dir {directory}: it is not empty (it holds {held[0]}); name a new directory")
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    for name in names:
+        if name not in (".lock", ".owner") and PARTIAL not in name:  # those are left by a run that was killed at once
+            raise UserError(f"--output-dir {directory}: it is not empty (it holds {name}); name a new directory")
 
 
 @contextlib.contextmanager
@@ -86,18 +75,14 @@ def locked(run):
     """Lock a run directory for this process, and remove what a killed one left incomplete there.
 
     The system releases the lock when the process ends, however it ends.
-
-    Raises:
-        UserError: another process has locked it, or it cannot be written.
     """
-    run = Path(run)
-    lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
+    lock = filelock.FileLock(run / ".lock")
     try:
         lock.acquire(timeout=0)
-        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        (run / ".owner").write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except filelock.Timeout:
-        who = f" ({owner.read_text(encoding='utf-8')})" if owner.exists() else ""
-        raise UserError(f"{run}: another process is training in it{who}; wait for it, or stop it") from None
+        owner = read_owner(run)
+        raise UserError(f"{run}: another process is training in it ({owner}); wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{run}: cannot write to it ({error.strerror})") from error
     try:
@@ -106,3 +91,9 @@ def locked(run):
         yield
     finally:
         lock.release()
+
+
+def read_owner(run):
+    """The process that has locked a run directory last; "" where this process cannot see that."""
+    owner = run / ".owner"
+    return owner.read_text(encoding="utf-8") if owner.exists() else ""

@@ -16,7 +16,6 @@ from torch import distributed
 from compute.processes import barrier
 from config import UserError, die_with_parent, first_line, report_error
 
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # in torchrun's environment
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks have joined
 # The longest wait in a collective. Other ranks wait in one while rank 0 writes a checkpoint or generates answers.
 TIMEOUT = timedelta(minutes=30)
@@ -45,8 +44,7 @@ def run_distributed(work):
         sys.stdout, sys.stderr = streams if is_first_failure(store) else (muted, muted)
         lost = lost_process(error)
         status = report_error(UserError(lost) if lost else error)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        sys.stdout.flush()
         os._exit(status)  # the backends' threads may abort an interpreter that is taken down
     with contextlib.suppress(RuntimeError):  # a rank that is gone already has done its work too
         barrier()  # a rank that leaves while another one is still connected may abort
@@ -55,11 +53,7 @@ def run_distributed(work):
 
 
 def join_process_group():
-    """Join the process group of torchrun's environment; returns the store through which its ranks find each other.
-
-    Raises:
-        UserError: the environment is not one that torchrun sets, or the ranks cannot reach each other.
-    """
+    """Join the process group of torchrun's environment; returns the store through which its ranks find each other."""
     environment = os.environ
     # torchrun's store is shared by all starts of the processes; addresses from an earlier start must not be read.
     shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -68,10 +62,9 @@ def join_process_group():
             "--max-restarts on several machines needs --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
     try:
-        rank, size, *_ = (int(environment[name]) for name in NUMBERS)
-        if not 0 <= rank < size:
-            raise ValueError(f"RANK {rank} is not below WORLD_SIZE {size}")
-        store, _, _ = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # which torch does not check
+            int(environment[name])
+        store, rank, size = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
         if shared:
             store = distributed.PrefixStore(environment.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -83,7 +76,7 @@ def join_process_group():
 
 
 def is_first_failure(store):
-    """Count a failure of this rank in the store that all share: is it the first of any rank?"""
+    """Count a failure of this rank in the store that all share; True for the first failure of all."""
     try:
         return store.add("failures", 1) == 1
     except distributed.DistError:  # the store is gone, with the machine that hosted it
@@ -94,7 +87,6 @@ def lost_process(error):
     """A line that explains a collective that failed because another rank has ended; None for any other error."""
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
     lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
-    if lost and distributed.is_initialized():
-        minutes = TIMEOUT.seconds // 60
-        return f"another process ended (torchrun's summary names it), or did not answer for {minutes} minutes"
-    return None
+    if not lost or not distributed.is_initialized():
+        return None
+    return f"another process ended (torchrun's summary names it), or did not answer for {TIMEOUT.seconds // 60} minutes"

@@ -1,12 +1,9 @@
 """The log of a run: `metrics.jsonl`, the same numbers for TensorBoard, and the answers it generates."""
 
-import json
 import resource
 import sys
-import textwrap
 import threading
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -30,25 +27,20 @@ class Log:
         Raises:
             UserError: one of the lines to keep is damaged.
         """
-        self.run, self.path = Path(run), Path(run) / "metrics.jsonl"
+        self.run, self.path = run, run / "metrics.jsonl"
         kept = records.read_metrics(run, lines)
         records.write_metrics(run, kept)
-        if len(kept) < lines:
-            print(f"warning: {self.path} has lost {lines - len(kept)} of its lines", file=sys.stderr)
-        elif digest and sha256(self.path) != digest:
+        if digest and sha256(self.path) != digest:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
         records.write_answers(run, self.answers)
         self.losses = records.read_losses(run)
         self.lines = len(kept)
-        self.untrained_loss = next((line["loss"] for line in kept if (line["kind"], line["step"]) == ("eval", 0)), None)
         threading.excepthook = hide_tensorboard_traceback
         # TensorBoard discards its events from `step` on; the lines kept of that step are drawn again.
         self.tensorboard = SummaryWriter(run, purge_step=step)
         if not step:
             self.call_tensorboard("add_custom_scalars", LAYOUT)
-            config = json.dumps(records.read_record(run)["config"], indent=2)
-            self.call_tensorboard("add_text", "run/settings", textwrap.indent(config, "    "), 0)
         for line in kept:
             if line["step"] == step:
                 self.draw_line(**line)
@@ -58,32 +50,29 @@ class Log:
         line = {"step": step, "kind": kind, **metrics}
         records.append_metrics(self.run, line)
         self.lines += 1
-        if (kind, step) == ("eval", 0):
-            self.untrained_loss = metrics["loss"]
         self.draw_line(**line)
 
     def write_answers(self, when, step, answers):
-        """Keep answers generated "before" or "after" training, in `answers.json` and as text for TensorBoard."""
+        """Log answers generated "before" or "after" training, in `answers.json` and as text for TensorBoard."""
         self.show_answers(f"answers of the {'untrained' if when == 'before' else 'best'} model", step, answers)
         self.answers[when] = [asdict(answer) for answer in answers]
         records.write_answers(self.run, self.answers)
 
     def write_losses(self, split, when, evaluation):
-        """Keep the losses of a split's conversations, "before" or "after" training, in `losses.json`."""
+        """Log the losses of a split's conversations, "before" or "after" training, in `losses.json`."""
         pairs = [[losses.sum().item(), len(losses)] for losses in evaluation.token_losses]
         self.losses.setdefault(split, {})[when] = pairs
         records.write_losses(self.run, self.losses)
 
     def state(self):
         """The state of the log for a checkpoint, to continue it: its number of lines, their SHA-256, the answers."""
-        return {"lines": self.lines, "digest": sha256(self.path), "answers": self.answers}
+        return {"lines": self.lines, "digest": sha256(self.path), "answers": dict(self.answers)}
 
     def sync(self):
         """Force to disk what has been logged, before a checkpoint that counts its lines."""
         self.call_tensorboard("flush")
         for path in (self.path, *self.run.glob("events.out.tfevents.*")):
-            if path.exists():
-                sync(path)
+            sync(path)
 
     def close(self, facts=None):
         """Close the log; of a finished run, its `run_facts` become a row in TensorBoard's table of hyperparameters."""
@@ -95,10 +84,19 @@ class Log:
                     final |= {f"final/{kind}_{name}": loss["after"][name] for name in ("loss", "accuracy")}
             # At the last step: a run that is extended discards the row with all events of that step.
             self.call_tensorboard("flush")
-            self.call_tensorboard("add_hparams", settings, final, None, ".", facts["updates"])
+            self.call_tensorboard("add_hparams", settings, final, run_name=".", global_step=facts["updates"])
         self.call_tensorboard("close")
 
     # --- TensorBoard
+
+    def call_tensorboard(self, method, *arguments, **options):
+        """Call a method of TensorBoard's writer; where it fails, training goes on without it, after one warning."""
+        if self.tensorboard:
+            try:
+                getattr(self.tensorboard, method)(*arguments, **options)
+            except Exception as error:
+                self.tensorboard = None
+                print(f"warning: cannot write for TensorBoard any more ({error}); training continues", file=sys.stderr)
 
     def draw_line(self, kind, step, **metrics):
         """Draw a line of `metrics.jsonl`; of the test split, which has no curve, nothing."""
@@ -116,32 +114,18 @@ class Log:
             texts = [format_answer(answer) for answer in answers if answer.prompt == prompt]
             self.call_tensorboard("add_text", f"{tag}/{prompt}", "\n\n".join(texts), step)
 
-    def call_tensorboard(self, method, *arguments):
-        """Call a method of TensorBoard's writer; a failure is reported once and does not end the run."""
-        if self.tensorboard:
-            try:
-                getattr(self.tensorboard, method)(*arguments)
-            except Exception as error:
-                self.tensorboard = None
-                print(
-                    f"warning: nothing more can be written for TensorBoard ({error}); training continues",
-                    file=sys.stderr,
-                )
-
 
 class NullLog:
     """The `Log` of all ranks but rank 0: nothing is written."""
 
-    untrained_loss = None
-
     def ignore(self, *_, **__):
         pass
 
-    write = write_answers = write_losses = show_answers = add_points = sync = close = ignore
+    write = write_answers = write_losses = show_answers = add_points = state = sync = close = ignore
 
 
 def hide_tensorboard_traceback(failure):
-    """`threading.excepthook` without the tracebacks of TensorBoard's thread, as `Log` reports its failure."""
+    """`threading.excepthook` without the tracebacks of TensorBoard's thread: the next call of its writer raises."""
     if not type(failure.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(failure)
 

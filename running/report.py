@@ -1,14 +1,12 @@
-"""What a run prints: its headline and plan before it, the summary after it; and the writing of its page."""
+"""The texts of a run: its headline and plan before it, the summary after it, and its page."""
 
 import math
 import shlex
-import sys
 from pathlib import Path
 
 from compute.processes import is_rank0, world_size
 from config import PRESETS, format_value
-from conversations.preview import is_missing_or_page
-from data import window_at, windows_per_epoch
+from data import window_at
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
@@ -18,11 +16,7 @@ SAMPLED = 50  # windows whose micro-batches are counted for the plan: reading al
 
 
 def headline(config, why):
-    """The first line of a new run's output.
-
-    Args:
-        why: the reason for its preset.
-    """
+    """The first line of a new run's output, with the reason for its preset."""
     preset = "no preset" if config.preset == "none" else f"preset {config.preset}"
     if config.dataset != PRESETS[config.preset].get("dataset", config.dataset):
         why += ", but of it only the model: the dataset is your own"
@@ -31,16 +25,17 @@ def headline(config, why):
 
 def plan(run):
     """The plan of a `Run`, derived from its settings and data, in a few lines."""
-    config, data, layout, ranks = run.config, run.data, run.layout, world_size()
-    train, per_epoch = data.train.examples, windows_per_epoch(len(data.train.examples), config.batch_size)
-    windows = [window_at(step, train, config.batch_size, config.seed) for step in range(min(per_epoch, SAMPLED))]
+    config, data, train, layout, ranks = run.config, run.data, run.data.train, run.layout, world_size()
+    steps = range(min(run.steps_per_epoch, SAMPLED))
+    windows = [window_at(step, train.examples, config.batch_size, config.seed) for step in steps]
     micro_batches = sum(len(layout.partition(window)[0]) for window in windows) / len(windows)
     truncated, dropped, lost, supervised = (
         sum(getattr(split, name) for split in data.splits.values())
         for name in ("truncated", "dropped", "supervised_lost", "supervised")
     )
     lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
-    unit = "examples" if has_more_examples(data.train) else "conversations"
+    more_examples = train.conversations not in (0, len(train.examples) + train.dropped)
+    unit = "examples" if more_examples else "conversations"
     never = " that is never reached" if config.warmup_steps >= run.total_steps else ""
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -49,13 +44,12 @@ def plan(run):
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
         "over fp32 weights",
         "layout": layout.describe(),
-        "data": f"{count_conversations(data.train)} to train on, {count_conversations(data.eval, '')} to evaluate, "
-        f"{count_conversations(data.test, '')} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing "
-        "supervised)",
+        "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
+        f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),
-        "tokens": f"{data.train.tokens:,} an epoch, {data.train.supervised / data.train.tokens:.1%} of them supervised",
-        "updates": f"{per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
-        f"{min(config.batch_size, len(train))} {unit} in {micro_batches:.1f} micro-batches "
+        "tokens": f"{train.tokens:,} an epoch, {train.supervised / train.tokens:.1%} of them supervised",
+        "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
+        f"{min(config.batch_size, len(train.examples))} {unit} in {micro_batches:.1f} micro-batches "
         f"(gradient accumulation){'' if ranks == 1 else ' of each process'}",
         "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
         f"{never}, then a cosine to 0",
@@ -64,18 +58,6 @@ def plan(run):
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
-
-
-def has_more_examples(split):
-    """Whether some conversations of a split became several examples."""
-    return split.conversations not in (0, len(split.examples) + split.dropped)
-
-
-def count_conversations(split, noun=" conversations"):
-    """The number of a split's conversations, and of its examples where that differs."""
-    if has_more_examples(split):
-        return f"{split.conversations:,}{noun} ({len(split.examples):,} examples)"
-    return f"{len(split.examples):,}{noun}"
 
 
 def summary(directory):
@@ -104,12 +86,8 @@ def summary(directory):
 
 
 def write_report(run):
-    """Close a finished run's log with its facts, and write its page, unless another file is in the way; on rank 0."""
-    if not is_rank0():
-        return
-    facts, path = run_facts(run.directory), run.directory / REPORT
-    run.log.close(facts)
-    if is_missing_or_page(path):
-        replace_file(path, page(facts, run.data.train.examples[:3], run.tokenizer))
-    else:
-        print(f"warning: {path} is not an earlier report, and is left as it is", file=sys.stderr)
+    """Close a finished run's log with its facts, and write its page; on rank 0."""
+    if is_rank0():
+        facts = run_facts(run.directory)
+        run.log.close(facts)
+        replace_file(run.directory / REPORT, page(facts, run.data.train.examples[:3], run.tokenizer))

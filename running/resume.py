@@ -1,6 +1,5 @@
 """Resuming a run: from its newest valid checkpoint, and only as the same run."""
 
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -16,18 +15,19 @@ from config import (
     resolve,
     with_absolute_paths,
 )
-from running.checkpoint import MODEL, find_newest_valid
-from running.directory import locked
-from storage.records import is_finished, read_metrics, read_record
+from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
+from running.directory import read_owner
+from storage.durable import CorruptError, verify
+from storage.records import describe, is_finished, read_metrics, read_record
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run resumes: at a checkpoint, or at its beginning if it died before the first one (path is None)."""
+    """The checkpoint from which a run resumes; path is None where it died before the first one and begins again."""
 
     path: Path | None
-    described: dict  # what it was made with, as `records.describe` says it
-    best_is_lost: bool = False  # the best model so far is corrupt
+    described: dict  # the run when that was written, as `records.describe` describes it
+    best_is_lost: bool = False  # its best model so far is corrupt
 
     @property
     def model(self):
@@ -36,35 +36,24 @@ class ResumePoint:
 
 
 def find_resume_point(run, recorded):
-    """The `ResumePoint` of a run: its newest valid checkpoint; corrupt ones are named and skipped.
-
-    Args:
-        recorded: what its `config.json` holds.
+    """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped.
 
     Raises:
-        UserError: no checkpoint is valid, or they are missing; or the run is finished and never had one.
+        UserError: none of its checkpoints is valid, or they are missing.
     """
-    checkpoint, manifest, reasons = find_newest_valid(run)
-    best_is_lost = bool(reasons) and not checkpoint
-    if best_is_lost:
-        checkpoint, manifest, _ = find_newest_valid(run, with_best=False)
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
-    if checkpoint:
-        if best_is_lost:
-            print("warning: the best model so far is lost; the best from here on is kept", file=sys.stderr)
+    for checkpoint in reversed(list_checkpoints(run)):
+        try:
+            manifest = verify(checkpoint)
+        except CorruptError as error:
+            print(f"skipped: {checkpoint.name}: {error}", file=sys.stderr)
+            continue
         print(f"resuming {run} from {checkpoint.name}")
-        return ResumePoint(checkpoint, manifest, best_is_lost)
-    if reasons:
+        return ResumePoint(checkpoint, manifest, is_best_lost(run, manifest))
+    if list_checkpoints(run):
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
-    if is_finished(run):
-        best = shlex.quote(f"{run}/best")
-        raise UserError(
-            f"--resume {run}: it is finished, with no checkpoint to continue from; try a run of --model {best}"
-        )
-    logged = find_last_logged_update(run)
+    logged = max((line["step"] for line in read_metrics(run)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
-    if logged > 2 * recorded["config"]["save_every"]:
+    if is_finished(run) or logged > 2 * recorded["config"]["save_every"]:
         raise UserError(
             f"--resume {run}: it logged update {logged} but has no checkpoint; restore them, or start a new run"
         )
@@ -72,38 +61,29 @@ def find_resume_point(run, recorded):
     return ResumePoint(None, recorded)
 
 
-def find_run_to_resume(asked, named):
-    """The directory of the run that `--resume` asks for; None where a new one begins.
+def is_best_lost(run, manifest):
+    """Warn where the best model that a checkpoint's manifest names is corrupt, and return True."""
+    if manifest["best_step"] not in (0, manifest["step"]):
+        try:
+            verify(checkpoint_path(run, manifest["best_step"]))
+        except CorruptError as error:
+            print(f"warning: {error}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
+            return True
+    return False
 
-    Raises:
-        UserError: "auto" without `--output-dir`, by which a run is found again.
-    """
-    if asked != "auto":
-        return Path(asked) if asked else None
+
+def find_run_to_resume(resume, named):
+    """The directory of the run that `--resume` names; None where a new one begins."""
+    if resume != "auto":
+        return Path(resume) if resume else None
     if "output_dir" not in named:
         raise UserError("--resume auto needs --output-dir, by which it finds the run again")
-    return broadcast_from_rank0(find_run_in, Path(named["output_dir"]))
-
-
-def find_run_in(directory):
-    """A directory that holds a run; None where there is none, once what a killed process left of one is removed."""
-    if (directory / "config.json").exists():
-        return directory
-    if (directory / ".lock").exists():
-        with locked(directory):
-            pass
+    directory = Path(named["output_dir"])
+    return directory if broadcast_from_rank0((directory / "config.json").exists) else None
 
 
 def load_resumed_config(directory, named):
-    """The `Config` of a run with the settings that a user named on top, and what its `config.json` holds.
-
-    Raises:
-        UserError: there is no run in the directory, or another directory is named as well.
-    """
-    for parent in [*directory.parents][:3]:  # of run/best, run/checkpoints/step-N, run/checkpoints/step-N/model
-        if (parent / "metrics.jsonl").exists():
-            advice = f"resume the run: --resume {shlex.quote(str(parent))}"
-            raise UserError(f"--resume {directory}: this is a part of a run; {advice}")
+    """The `Config` of a run with the settings that a user named on top, and the record in its config.json."""
     if not (directory / "config.json").exists():
         raise UserError(f"--resume {directory}: there is no run in it")
     if Path(named.get("output_dir", directory)) != directory:
@@ -127,85 +107,53 @@ def get_recorded_budget(start, config, precision):
     return before["micro_batch_tokens"] if same else 0
 
 
-def find_last_logged_update(run):
-    """The last update in the metrics of a run; 0 where there is none."""
-    return max((line["step"] for line in read_metrics(run)), default=0)
-
-
 def list_changes(before, now):
-    """What differs between two records of a run, as `records.describe` gives them, and makes it a different run."""
-    recorded = before["config"]
-    flags = [
-        f"{flag_name(name)} {format_value(recorded[name])} -> {format_value(value)}"
-        for name, value in now["config"].items()
-        if name not in MAY_CHANGE_ON_RESUME and format_value(recorded[name]) != format_value(value)
-    ]
-    if before.get("precision") != now.get("precision"):
-        flags.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
+    """The differences between two `records.describe` records that make a run a different one, as lines."""
+    changes = []
+    for name, value in now["config"].items():
+        old, new = format_value(before["config"][name]), format_value(value)
+        if old != new and name not in MAY_CHANGE_ON_RESUME:
+            changes.append(f"{flag_name(name)} {old} -> {new}")
+    if before["precision"] != now["precision"]:
+        changes.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
     if before["data"] != now["data"]:
-        flags.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
-    return flags
+        changes.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
+    return changes
 
 
 def check_agreement(run):
-    """Check that the processes of a run are about to do the same, in the same directory, before one of them writes.
-
-    Raises:
-        UserError: they are not; it says what differs.
-    """
-    described = run.describe()
-    mine = {flag_name(name): value for name, value in described.pop("config").items()}
-    mine |= {
-        "versions": described["versions"],
-        "data": summarize_data(described["data"]),
-        "precision": described["precision"],
-    }
-    mine |= {"layout": run.layout.describe(), "step": run.step}
+    """Raise `UserError` unless all ranks are about to train the same run in the same directory."""
+    described = describe(run.config, run.precision, run.data)
+    settings = {flag_name(name): format_value(value) for name, value in described.pop("config").items()}
+    mine = {**settings, **described, "layout": run.layout.describe(), "step": run.step}
     first, *others = all_gather(mine)
     for number, other in enumerate(others, 1):
         for name, value in other.items():
             if value != first[name]:
-                theirs = f"{format_value(first[name])} in the first, {format_value(value)} in process {number}"
+                theirs = f"{first[name]} in the first, {value} in process {number}"
                 raise UserError(f"the processes do not agree on {name}: {theirs}")
     owner = broadcast_from_rank0(read_owner, run.directory)
-    strangers = [number for number, same in enumerate(all_gather(can_see(run.directory, owner))) if not same]
+    deadline = time.monotonic() + 10  # a network's file system may show it late
+    while not (sees_it := read_owner(run.directory) == owner) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    strangers = [number for number, sees in enumerate(all_gather(sees_it)) if not sees]
     if strangers:
         advice = "name a directory on a file system that all processes share"
         raise UserError(f"--output-dir {run.directory}: process {strangers[0]} does not see it; {advice}")
 
 
-def can_see(directory, owner, seconds=10):
-    """Whether this process sees the owner of a locked run; a network's file system may take a while to show it."""
-    end = time.monotonic() + seconds
-    while not (same := read_owner(directory) == owner) and time.monotonic() < end:
-        time.sleep(0.2)
-    return same
-
-
-def read_owner(directory):
-    """Which process has locked a run; "" where none is seen to."""
-    owner = directory / ".owner"
-    return owner.read_text(encoding="utf-8") if owner.exists() else ""
-
-
 def summarize_data(data):
-    """A dataset in a few words: how many conversations its splits have, and its fingerprint."""
+    """The fingerprint of a dataset, and how many conversations its splits have."""
     counts = "/".join(f"{count:,}" for name, count in data.items() if name != "fingerprint")
     return f"{data['fingerprint'][:8]} ({counts} conversations)"
 
 
 def check_same_run(run, before, now, allow_changes):
-    """The differences between two descriptions of a run, printed where they are allowed.
-
-    Raises:
-        UserError: there are some, and they are not allowed.
-    """
+    """Print and return the `list_changes` between two records of a run; raise `UserError` unless they are allowed."""
     changed = list_changes(before, now)
     if changed and not allow_changes:
-        what = "\n".join(changed)
-        raise UserError(
-            f"--resume {run}: it would be a different run; leave that out, or allow it with --allow-changes\n{what}"
-        )
+        advice = "it would be a different run; leave that out, or allow it with --allow-changes"
+        raise UserError("\n".join([f"--resume {run}: {advice}", *changed]))
     for line in changed:
         print(f"changed: {line}")
     versions = [

@@ -63,6 +63,6 @@ class Run:
             self.log = Log(self.directory, self.step if resumed else None, **self.log_state)
 
     def describe(self):
-        """What `config.json` and a checkpoint's manifest say of the run, a dict of JSON values."""
+        """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
         return describe(self.config, self.precision, self.data) | device

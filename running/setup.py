@@ -1,4 +1,4 @@
-"""What a run needs before its first update: data, tokenizer and model, loaded, checked and measured."""
+"""The start of a run: data, tokenizer and model, loaded, checked and measured."""
 
 import dataclasses
 import os
@@ -27,10 +27,7 @@ def choose_config(named):
 
 
 def load_run(config, start=None, allow_changes=False):
-    """A `Run` without an optimizer, at step 0; nothing is written yet.
-
-    Args:
-        start: the `ResumePoint` of an interrupted run, whose model is loaded.
+    """A `Run` without an optimizer, at step 0, with the model of a `ResumePoint` if there is one; nothing is written.
 
     Raises:
         UserError: something cannot be loaded, or it would be a different run and changes are not allowed.
@@ -69,10 +66,9 @@ def load_run(config, start=None, allow_changes=False):
 
 
 def load_run_tokenizer(config, start):
-    """Where a run's untrained model is, whether only local files count, and the tokenizer.
+    """The path of a run's untrained model, whether to use only local files, and the tokenizer.
 
-    A resumed run takes the tokenizer of its checkpoint, unless its template changes: the original model, or the file of
-    the template, may be gone.
+    A resumed run takes the tokenizer of its checkpoint, unless its template changes, as the original may be gone.
     """
     template, options = config.chat_template, config.template_option
     recorded = start and start.model and [start.described["config"][name] for name in TEMPLATE_SETTINGS]

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from compute.processes import all_reduce_max, is_rank0, world_size
+from compute.processes import all_reduce_max, is_rank0
 
 # Ctrl-C, a shutdown, the warning that batch systems send before they kill, and a closed terminal.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -24,15 +24,13 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """A context in which the first stopping signal raises `Stopped`, and a second one ends the process at once.
 
-    Inside `deferred()` it is raised at the end of the block. Once several ranks have called `check()`, it is raised
-    only there, on all ranks at the same call: they agree by an all-reduce.
+    Once `check()` has been called, `Stopped` is raised only there, on all ranks at the same call.
     """
 
     def __init__(self):
         self.received = None  # the number of the signal, which may have reached another rank
         self.received_at = None  # the time of this rank's first signal
-        self.deferring = False
-        self.collective = False  # several ranks stop at `check()` only
+        self.deferring = False  # `check()` has been called
 
     def __enter__(self):
         self.process = os.getpid()
@@ -47,7 +45,7 @@ class Signals:
 
     def handle(self, number, _frame):
         """The handler of all stopping signals."""
-        launched = "RANK" in os.environ
+        launched = "RANK" in os.environ  # by torchrun
         if os.getpid() != self.process:  # a forked worker has inherited this handler
             end_process(number)
         elif self.received_at is None:
@@ -58,7 +56,7 @@ class Signals:
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     # not print(), as the signal may have interrupted one
                     os.write(2, b"\nstopping after this update; press Ctrl-C again to quit now\n")
-            if not (self.deferring or self.collective):
+            if not self.deferring:
                 raise Stopped(number)
         elif launched and time.monotonic() > self.received_at + FORWARDING_SECONDS:
             end_process(number)
@@ -68,23 +66,10 @@ class Signals:
 
         A signal that arrives during the all-reduce is handled by the next check.
         """
-        received = self.received
-        if world_size() > 1:
-            self.collective = True
-            received = all_reduce_max(received or 0)
-        if received:
+        self.deferring = True
+        if received := all_reduce_max(self.received or 0):
             self.received = received
             raise Stopped(received)
-
-    @contextlib.contextmanager
-    def deferred(self):
-        """A block that a signal does not interrupt; `Stopped` is raised after it."""
-        self.deferring = True
-        try:
-            yield
-        finally:
-            self.deferring = False
-        self.check()
 
 
 def end_process(number):

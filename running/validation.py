@@ -1,24 +1,22 @@
-"""What a run's model can do, measured while it trains: its losses on the eval and test splits, its answers."""
+"""The evaluations of a run's model: its losses on the eval and test splits, its answers."""
 
 import contextlib
 
 from compute.processes import broadcast_from_rank0, is_rank0
 from compute.self_check import use_layout
 from compute.sharding import is_sharded
-from config import UserError
 from eval import DEFAULT_PROMPTS, evaluate, generate_greedy_and_sampled
+from evaluation.candidates import verify_best
 from evaluation.generation import Sampling, generate_answers
-from model import has_expected_tying, load_on_ranks
-from running.checkpoint import BEST, verify_best
+from model import load_on_ranks
+from running.checkpoint import BEST
 from running.diagnostics import check_finite, explain_out_of_memory
 
 
 def evaluate_split(run, split, signals):
     """The `Evaluation` of the run's model over its "eval" or "test" split. All ranks call this.
 
-    Raises:
-        UserError: the loss is not finite, or there is too little memory.
-        Stopped: a signal came; a resumed run evaluates again.
+    Raises `Stopped` where a signal arrives; a resumed run evaluates again.
     """
     examples = getattr(run.data, split).examples
     with explain_out_of_memory(run, lambda: examples):
@@ -38,13 +36,11 @@ def evaluate_untrained(run, signals):
 def evaluate_best(run, signals):
     """After the last update: log the test loss and the answers of the best model, loaded from disk."""
     run.saver.wait()
-    broadcast_from_rank0(verify_best, run.directory)
-    run.optimizer = run.model = None  # free their memory
     best = run.directory / BEST
+    broadcast_from_rank0(verify_best, best)
+    run.optimizer = run.model = None  # free their memory
     run.model = load_on_ranks(best, run.tokenizer, run.precision, run.config.shard, local_files_only=True)
     use_layout(run.model, run.layout)
-    if not has_expected_tying(run.model):
-        raise UserError(f"{best}: its output head is no longer tied to its embeddings")
     log_test_and_answers(run, "after", run.best_step, signals)
 
 

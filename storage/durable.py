@@ -6,12 +6,10 @@ corruption is noticed.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,27 +40,24 @@ def make_directory(path):
 
 
 def replace_file(path, text):
-    """Make `text` the content of the file at `path`, atomically: the old content or all of the new."""
+    """Make `text` the content of the file at `path`, atomically."""
     path = Path(path)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}")
+    partial = partial_path(path)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)  # mkstemp's files are private to their owner
+        partial.write_text(text, encoding="utf-8")
         sync(partial)
         os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 
 def replace_link(path, target):
-    """Make `path` a symbolic link to `target`, atomically: the old link or the new one."""
-    partial = path.with_name(f".{path.name}{PARTIAL}link")
+    """Make `path` a symbolic link to `target`, atomically."""
+    partial = partial_path(path)
     partial.unlink(missing_ok=True)
     os.symlink(target, partial)
-    if path.is_dir() and not path.is_symlink():  # whoever copied it followed the link
+    if path.is_dir() and not path.is_symlink():  # a copy that followed the link
         remove_directory(path)
     os.replace(partial, path)
     sync(path.parent)
@@ -72,51 +67,46 @@ def replace_link(path, target):
 def atomic_directory(path, about):
     """A context that yields an empty directory to fill; at its end that becomes `path`, and is verified on disk.
 
+    An existing directory, which should be a corrupt one, is removed just before.
+
     Args:
-        about: what the manifest says besides the files, a dict of JSON values.
+        about: the manifest's entries besides the files, a dict of JSON values.
 
     Raises:
-        OSError, CorruptError: it could not be written, or not read back. `path` is then as it was, and nothing is left
-            beside it.
+        OSError, CorruptError: it could not be written, or not read back; nothing is left beside `path`.
     """
     path = Path(path)
     make_directory(path.parent)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
+    partial = partial_path(path)
+    partial.mkdir()
     try:
         yield partial
         write_manifest(partial, about)
         for part in (*partial.rglob("*"), partial):
-            part.chmod(0o755 if part.is_dir() else 0o644)  # mkdtemp's are private to their owner
             sync(part)
-        if not path.exists():
-            os.replace(partial, path)
-        elif not swap(partial, path):
-            remove_directory(path)  # an instant without it, where the system cannot swap
-            os.replace(partial, path)
+        if path.exists():
+            remove_directory(path)
+        os.replace(partial, path)
         sync(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what was replaced, or what could not be written
+        shutil.rmtree(partial, ignore_errors=True)
     verify(path)
 
 
-def swap(one, other):
-    """Swap two directories atomically; False where the system cannot. Linux can, on most file systems."""
-    at_working_directory, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    paths = os.fsencode(one), os.fsencode(other)
-    return bool(renameat2) and not renameat2(at_working_directory, paths[0], at_working_directory, paths[1], exchange)
+def partial_path(path):
+    """The temporary name under which this process writes `path`; `remove_partial` finds it by its form."""
+    return path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
 
 
 def remove_directory(path):
     """Remove a directory; it is renamed first, so that nobody finds a part of it."""
     partial = path.with_name(f".{path.name}{PARTIAL}removed")
-    shutil.rmtree(partial, ignore_errors=True)
     os.replace(path, partial)
     shutil.rmtree(partial)
 
 
 def remove_partial(directory, name="*"):
-    """Remove what a process that was killed while writing left in a directory."""
+    """Remove what a process that was killed while it wrote files of that name left in a directory."""
     for partial in Path(directory).glob(f".{name}{PARTIAL}*"):
         shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
@@ -124,12 +114,12 @@ def remove_partial(directory, name="*"):
 def write_manifest(directory, about):
     """Write the manifest of a directory, its last file: `about`, and the size and SHA-256 of every other file."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
+    with ThreadPoolExecutor() as threads:
         digests = threads.map(sha256, paths)
-        files = {
-            str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, digests, strict=True)
-        }
+    files = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
     write_checksummed(directory / MANIFEST, {**about, "files": files})
 
 
@@ -139,11 +129,7 @@ def write_checksummed(path, content):
 
 
 def read_manifest(directory):
-    """The manifest of a directory, checked against its own SHA-256; the files it names are not looked at.
-
-    Raises:
-        CorruptError: it is missing, or is not what was written.
-    """
+    """The manifest of a directory; raises `CorruptError` where it is missing, or has another SHA-256 than it names."""
     path = Path(directory) / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -166,23 +152,24 @@ def verify(directory):
         CorruptError: the manifest or a file that it names is missing, or is not what was written.
     """
     content = read_manifest(directory)
-
-    def check(name, size, sha256_written):
-        path = Path(directory) / name
-        try:
-            found = path.stat().st_size
-            if found != size:
-                raise CorruptError(f"{path} is corrupt ({found:,} bytes of {size:,})")
-            if sha256(path) != sha256_written:
-                raise CorruptError(f"{path} is corrupt (another SHA-256)")
-        except FileNotFoundError:
-            raise CorruptError(f"{path} is missing") from None
-        except OSError as error:
-            raise CorruptError(f"{path} cannot be read ({error.strerror})") from error
-
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda file: check(file[0], file[1]["size"], file[1]["sha256"]), content["files"].items()))
+    paths = [Path(directory) / name for name in content["files"]]
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
+        list(threads.map(verify_file, paths, content["files"].values()))
     return content
+
+
+def verify_file(path, expected):
+    """Raise `CorruptError` where a file does not have the size and SHA-256 of its entry in the manifest."""
+    try:
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CorruptError(f"{path} is corrupt ({size:,} bytes of {expected['size']:,})")
+        if sha256(path) != expected["sha256"]:
+            raise CorruptError(f"{path} is corrupt (another SHA-256)")
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing") from None
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def sha256(path):

@@ -1,16 +1,12 @@
-"""The files that say what a run is and what came of it: config.json, metrics.jsonl, answers.json, losses.json.
-
-They are written and read here and nowhere else; `evaluation.facts` puts them together for people.
-"""
+"""The records of a run: config.json, metrics.jsonl, answers.json, losses.json; `evaluation.facts` combines them."""
 
 import importlib.metadata
 import json
 import platform
-import typing
 from dataclasses import asdict
 from pathlib import Path
 
-from config import RUN_FORMAT, Config, UserError
+from config import RUN_FORMAT, Config, UserError, lists_to_tuples, resolve
 from storage.durable import replace_file
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -32,10 +28,9 @@ def describe(config, precision, data):
     return json.loads(json.dumps(record))
 
 
-def write_record(run, record, changes=()):
+def write_record(run, record, changes):
     """Write a run's config.json: its `describe` record, and the changes made on purpose when it was resumed."""
-    record = {**record, "changes": changes} if changes else record
-    replace_file(Path(run) / "config.json", json.dumps(record, indent=2) + "\n")
+    replace_file(Path(run) / "config.json", json.dumps({**record, "changes": changes}, indent=2) + "\n")
 
 
 def read_record(run):
@@ -49,30 +44,17 @@ def read_record(run):
         record = json.loads(path.read_bytes())
         if "model_type" in record:
             raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
-        settings, types = record["config"], typing.get_type_hints(Config)
-        other_version = record.get("format") != RUN_FORMAT or settings.keys() != types.keys()
-        valid = other_version or (
-            all(has_type(settings[name], types[name]) for name in types)
-            and {"precision", "data", "versions"} <= record.keys()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        other_version, valid = False, False
-    if other_version:
-        raise UserError(
-            f"{path}: this run was made by another version of this program; use that one, or start a new run"
-        )
-    if not valid:
-        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings")
+        settings = record["config"]
+        if record.get("format") != RUN_FORMAT or settings.keys() != Config.__dataclass_fields__.keys():
+            raise UserError(
+                f"{path}: this run was made by another version of this program; use that one, or start a new run"
+            )
+        resolve(lists_to_tuples(settings), settings["preset"])
+        if not {"precision", "data", "versions"} <= record.keys():
+            raise ValueError("entries are missing")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
     return record
-
-
-def has_type(value, expected):
-    """Whether a value from JSON is valid for a field of `Config` of this type."""
-    if expected is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if expected in (int, bool, str):
-        return type(value) is expected
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 # --- metrics.jsonl: one line for each logged update, evaluation and test
@@ -116,25 +98,22 @@ def write_answers(run, answers):
 
 
 def read_answers(run):
-    """The answers that a run has generated so far; {} where there are none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The answers that a run has generated so far; {} where there are none."""
     path = Path(run) / "answers.json"
     if not path.exists():
         return {}
     try:
         answers = json.loads(path.read_bytes())
-        for answer in (answer for when in answers.values() for answer in when):
-            answer["prompt"] + answer["text"] * answer.setdefault("greedy", False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for answer in [*answers.get("before", []), *answers.get("after", [])]:
+            if answer.keys() != {"prompt", "text", "greedy", "tokens", "finished"}:
+                raise ValueError("not an answer")
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged; delete it, and resuming writes the answers again") from error
     return answers
 
 
 def is_finished(run):
-    """Whether a run has finished: its best model has answered the prompts."""
+    """True for a run whose best model has answered the prompts, which is the last thing a run does."""
     return "after" in read_answers(run)
 
 

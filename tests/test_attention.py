@@ -8,7 +8,7 @@ from compute import attention
 from compute.attention import BlockedAttention, packed_attention
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
 from model import token_loss
-from tests import stand_in
+from tests import fake_cuda
 from tests.conftest import one_batch, tiny_llama
 
 LENGTHS = (130, 1, 5, 300, 128)
@@ -100,11 +100,11 @@ def test_what_a_model_asks_beyond_it_is_refused(asked):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 def test_the_varlen_kernel_is_called_as_it_requires(monkeypatch, dtype, tolerance, key_heads):
-    stand_in.varlen_attention(monkeypatch)
+    fake_cuda.varlen_attention(monkeypatch)
     row = a_row(dtype, key_heads=key_heads)
     ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
     assert off(ours, per_sequence(*row)) < tolerance
-    assert stand_in.calls == ["varlen", "varlen backward"]
+    assert fake_cuda.calls == ["varlen", "varlen backward"]
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_the_varlen_kernel_is_called_as_it_requires(monkeypatch, dtype, toleranc
     ids=["12 wide", "264 wide", "narrower values", "fp32"],
 )
 def test_what_the_varlen_kernel_does_not_take_is_computed_per_sequence(monkeypatch, changes):
-    stand_in.varlen_attention(monkeypatch)
+    fake_cuda.varlen_attention(monkeypatch)
     row = a_row(**{"dtype": torch.bfloat16} | changes)
     ours = with_gradients(packed_attention(None, *row, None, **boundaries())[0], row)
     assert off(ours, per_sequence(*row)) < 1e-2
-    assert stand_in.calls == []
+    assert fake_cuda.calls == []
 
 
 def graphs_of(model, batches):
@@ -134,7 +134,7 @@ def graphs_of(model, batches):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_compiled_layers_are_one_graph_for_all_layers_and_lengths(monkeypatch, ragged_window, checkpointing):
     """With activation checkpointing too, where a broken graph would leave nothing compiled."""
-    stand_in.varlen_attention(monkeypatch)
+    fake_cuda.varlen_attention(monkeypatch)
     model, eager = (tiny_llama(259, hidden_size=64).train() for _ in range(2))
     for each in (model, eager):
         each.set_attn_implementation(attention.PACKED)
@@ -142,7 +142,7 @@ def test_compiled_layers_are_one_graph_for_all_layers_and_lengths(monkeypatch, r
             checkpoint_activations(each)
     batches = [one_batch(ragged_window[:count], packed=True) for count in (8, 7, 2, 5)]
     assert graphs_of(model, batches) == 1
-    assert stand_in.calls.count("varlen") == 2 * 4 * (2 if checkpointing else 1)  # layers, batches, again
+    assert fake_cuda.calls.count("varlen") == 2 * 4 * (2 if checkpointing else 1)  # layers, batches, again
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
             token_loss(eager, batch).backward()

@@ -121,7 +121,8 @@ def test_a_preset_gives_another_dataset_its_model_and_nothing_else(preset):
 
 
 def test_a_run_of_another_version_is_refused_in_one_line(tmp_path):
-    record = {"config": dataclasses.asdict(Config()), "format": RUN_FORMAT, "precision": "", "data": {}, "versions": {}}
+    config = dataclasses.asdict(Config(preset="none"))
+    record = {"config": config, "format": RUN_FORMAT, "precision": "", "data": {}, "versions": {}}
     for changed in ({**record, "format": 1}, {**record, "format": None}, {**record, "config": {"lr": 1.0}}):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=r"^[^\n]*made by another version of this program[^\n]*$"):

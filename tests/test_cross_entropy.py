@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compute import cross_entropy as loss
 from compute.cross_entropy import linear_cross_entropy, loss_and_correct, loss_and_correct_from_logits
 from model import token_loss
-from tests import stand_in
+from tests import fake_cuda
 from tests.conftest import one_batch
 
 
@@ -182,10 +182,10 @@ def test_where_products_are_summed_in_fp32_the_gradient_of_the_weights_is_as_exa
             return differences(gradients(linear_cross_entropy(hidden, head, targets), hidden, head), whole)
 
     added = off()
-    stand_in.calls.clear()
+    fake_cuda.calls.clear()
     monkeypatch.setattr(loss, "sums_in_fp32", lambda _: True)
     summed = off()
-    assert stand_in.calls == ["addmm"] * 6
+    assert fake_cuda.calls == ["addmm"] * 6
     assert summed[:2] == added[:2]
     assert summed[2] <= added[2]
 

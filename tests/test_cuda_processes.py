@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.company import WorkerPool
 from tests.test_processes import Case, assert_equal, updates
+from tests.worker_pool import WorkerPool
 
 COUNT = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not COUNT, reason="there is no GPU")
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.skipif(not COUNT, reason="there is no GPU")
 
 @pytest.fixture(scope="module")
 def everyone():
-    company = WorkerPool(COUNT)
-    yield company
-    company.close()
+    pool = WorkerPool(COUNT)
+    yield pool
+    pool.close()
 
 
 @pytest.mark.parametrize("shard", [1, COUNT], ids=["whole", "sharded"])

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def model_dir(tiny_model_dir, tmp_path):
-    """A copy of the tiny model, to be spoiled."""
+    """A copy of the tiny model, to be corrupted."""
     return shutil.copytree(tiny_model_dir, tmp_path / "model")
 
 

@@ -120,7 +120,7 @@ def test_the_command_writes_the_page_anew(run, tmp_path):
     assert (tmp_path / "page.html").read_text() == (run / "report.html").read_text()
 
 
-def test_the_page_is_never_written_over_anything_else(run, tiny_model_dir, chats, capsys, tmp_path):
+def test_the_page_is_never_written_over_anything_else(run, tiny_model_dir, chats, tmp_path):
     (tmp_path / "notes.html").write_text("mine")
     with pytest.raises(UserError, match="it exists and is not an earlier page"):
         evaluate(run, "--html", tmp_path / "notes.html")
@@ -129,11 +129,6 @@ def test_the_page_is_never_written_over_anything_else(run, tiny_model_dir, chats
     for arguments in ((tiny_model_dir,), (run, "--dataset", chats)):
         with pytest.raises(UserError, match="--html is about a run and its own dataset"):
             evaluate(*arguments, "--html", tmp_path / "page.html")
-    (run / "report.html").write_text("mine")
-    (run / "answers.json").unlink()  # as if it had died before its end
-    assert train_command.main(["--resume", str(run)]) == 0
-    assert (run / "report.html").read_text() == "mine"
-    assert "is not an earlier report, and is left as it is" in capsys.readouterr().err
 
 
 HOSTILE = "a/<script>alert('1')</script>\n---\nlicense: mine # | `**x**` \"{{ 7 * 7 }}{% if"

@@ -20,9 +20,9 @@ from conversations.masking import IGNORE, Example
 from eval import evaluate
 from model import Precision, broadcast_sharded, has_expected_tying, token_loss
 from running.checkpoint import gather_state
-from tests.company import WorkerPool
 from tests.conftest import layout_of, tiny_llama
 from tests.parity import GradientFloor, flat_difference, flatten
+from tests.worker_pool import WorkerPool
 
 CPU = torch.device("cpu")
 RATE = 1e-3
@@ -116,7 +116,7 @@ def survives_nan(shard):
 
 
 @pytest.fixture(scope="session")
-def companies():
+def worker_pools():
     """Groups of processes, by their size, each started when it is needed."""
     started = {}
 
@@ -126,8 +126,8 @@ def companies():
         return started[size]
 
     yield of
-    for company in started.values():
-        company.close()
+    for pool in started.values():
+        pool.close()
 
 
 def assert_equal(ours, alone):
@@ -166,14 +166,14 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "size", "sharded"), CASES.values(), ids=CASES)
-def test_any_number_of_ranks_gives_the_same_updates(companies, case, size, sharded):
+def test_any_number_of_ranks_gives_the_same_updates(worker_pools, case, size, sharded):
     alone = updates(case)
-    everyone = companies(size).call(updates, case)
+    everyone = worker_pools(size).call(updates, case)
     for ours in everyone:
         assert_equal(ours, alone)
         assert torch.equal(ours[2], everyone[0][2])  # copies of the weights do not drift apart
     sharded_size, count = sharded
-    for ours in companies(sharded_size).call(updates, replace(case, shard=count)):
+    for ours in worker_pools(sharded_size).call(updates, replace(case, shard=count)):
         assert_equal(ours, alone)
 
 
@@ -181,15 +181,15 @@ def test_any_number_of_ranks_gives_the_same_updates(companies, case, size, shard
 @pytest.mark.parametrize("count", [1, 2], ids=["whole", "sharded"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_compiled_layers_give_the_same_updates_in_as_many_graphs(dtype, count):
-    company, alone, case = WorkerPool(2), WorkerPool(1), Case(dtype, compiled=True, shard=count)
+    pool, alone, case = WorkerPool(2), WorkerPool(1), Case(dtype, compiled=True, shard=count)
     try:
         (one,) = alone.call(updates, replace(case, shard=0))  # one process, not even divided among itself
-        for ours in company.call(updates, case):
+        for ours in pool.call(updates, case):
             assert_equal(ours, one)
             assert ours[-1] == one[-1] > 0
     finally:
         alone.close()
-        company.close()
+        pool.close()
 
 
 def held(count):
@@ -201,8 +201,8 @@ def held(count):
     return own, sum(weights.numel() for weights in found.parameters()), has_expected_tying(model) and buffers
 
 
-def test_a_process_holds_its_part(companies):
-    for own, every, sound in companies(3).call(held, 3):
+def test_a_process_holds_its_part(worker_pools):
+    for own, every, sound in worker_pools(3).call(held, 3):
         assert abs(own - every / 3) < 0.03 * every
         assert sound
 
@@ -224,8 +224,8 @@ def chosen_layouts():
     return packed, choose_layout(model, token_loss, Config(), 0, precision).why
 
 
-def test_the_self_check_of_a_sharded_model(companies):
-    assert companies(2).call(chosen_layouts) == [([True, True], "its output head is more than a matrix product")] * 2
+def test_the_self_check_of_a_sharded_model(worker_pools):
+    assert worker_pools(2).call(chosen_layouts) == [([True, True], "its output head is more than a matrix product")] * 2
 
 
 def gathered_again():
@@ -244,8 +244,8 @@ def gathered_again():
     )
 
 
-def test_what_is_saved_is_gathered_on_rank_0(companies):
-    assert companies(3).call(gathered_again) == [True, True, True]
+def test_what_is_saved_is_gathered_on_rank_0(worker_pools):
+    assert worker_pools(3).call(gathered_again) == [True, True, True]
 
 
 # --- what the tests above must notice
@@ -323,10 +323,10 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_the_comparison_notices(companies, breakage):
+def test_the_comparison_notices(worker_pools, breakage):
     case = Case(dtype="float32", breakage=breakage, unevaluated=True)
     alone = updates(Case(dtype="float32", unevaluated=True))
-    for ours in companies(2).call(updates, case):
+    for ours in worker_pools(2).call(updates, case):
         with pytest.raises(AssertionError):
             assert_equal(ours, alone)
 
@@ -349,8 +349,12 @@ def counts(lengths):
     return [batch.tokens for batch in share], [batch.inputs["input_ids"].numel() for batch in share]
 
 
-def test_all_processes_have_equally_many_micro_batches_and_empty_ones_count_nothing(companies):
-    assert companies(3).call(counts, (30, 10, 10, 10)) == [([30, 0], [30, 2]), ([10, 10], [10, 10]), ([10, 0], [10, 2])]
+def test_all_processes_have_equally_many_micro_batches_and_empty_ones_count_nothing(worker_pools):
+    assert worker_pools(3).call(counts, (30, 10, 10, 10)) == [
+        ([30, 0], [30, 2]),
+        ([10, 10], [10, 10]),
+        ([10, 0], [10, 2]),
+    ]
 
 
 def gradients_of_all(*passes):
@@ -369,10 +373,10 @@ def gradients_of_all(*passes):
     return [each.grad.item() for each in weights]
 
 
-def test_gradients_are_summed_whatever_order_they_come_in_and_whichever_passes_reach_them(companies):
-    company = companies(2)
-    assert company.call(gradients_of_all, [(2, 1, 0), (2, 1, 0)], [(0, 1, 2), (1, 0, 2)]) == [[22, 44, 66]] * 2
-    assert company.call(gradients_of_all, [(2, 1), (1,)], [(0, 1), (1, 0)]) == [[20, 44, 3]] * 2
+def test_gradients_are_summed_whatever_order_they_come_in_and_whichever_passes_reach_them(worker_pools):
+    pool = worker_pools(2)
+    assert pool.call(gradients_of_all, [(2, 1, 0), (2, 1, 0)], [(0, 1, 2), (1, 0, 2)]) == [[22, 44, 66]] * 2
+    assert pool.call(gradients_of_all, [(2, 1), (1,)], [(0, 1), (1, 0)]) == [[20, 44, 3]] * 2
 
 
 def one_pass_too_many():
@@ -386,8 +390,8 @@ def one_pass_too_many():
         return str(error)
 
 
-def test_a_gradient_that_was_sent_may_not_grow(companies):
-    for said in companies(2).call(one_pass_too_many):
+def test_a_gradient_that_was_sent_may_not_grow(worker_pools):
+    for said in worker_pools(2).call(one_pass_too_many):
         assert said == "a gradient was accumulated more than `passes` times: its sum is not complete"
 
 
@@ -397,8 +401,8 @@ def numbers_of_all():
     return all_reduce_sum(own), all_reduce_sum(own, 0.5), is_rank0(), load_balance([own] + [0] * rank(), 0.0)
 
 
-def test_sums_are_over_all_and_integers_stay_exact(companies):
-    first, second = companies(2).call(numbers_of_all)
+def test_sums_are_over_all_and_integers_stay_exact(worker_pools):
+    first, second = worker_pools(2).call(numbers_of_all)
     assert first[:2] == second[:2] == (3, [3.0, 1.0])
     assert type(first[0]) is int
     assert (first[2], second[2]) == (True, False)
@@ -406,5 +410,5 @@ def test_sums_are_over_all_and_integers_stay_exact(companies):
 
 
 @pytest.mark.parametrize("shard", [1, 2])
-def test_an_update_that_is_not_finite_in_one_process_is_applied_in_none(companies, shard):
-    assert companies(2).call(survives_nan, shard) == [True, True]
+def test_an_update_that_is_not_finite_in_one_process_is_applied_in_none(worker_pools, shard):
+    assert worker_pools(2).call(survives_nan, shard) == [True, True]

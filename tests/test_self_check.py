@@ -38,7 +38,7 @@ from config import Config, UserError
 from eval import evaluate
 from evaluation.generation import generate_answers
 from model import Precision, save_model, token_loss
-from tests import stand_in
+from tests import fake_cuda
 from tests.conftest import layout_of, one_batch, tiny_llama
 from train import make_optimizer, train_step
 
@@ -197,7 +197,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_a_model_that_cannot_be_packed(mon
     def mistaken(*_, **__):
         raise TypeError("got an unexpected keyword argument 'enable_gqa'")
 
-    stand_in.varlen_attention(monkeypatch)
+    fake_cuda.varlen_attention(monkeypatch)
     monkeypatch.setattr(attention, "varlen_attn", mistaken)
     with pytest.raises(TypeError, match="enable_gqa"):
         choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
@@ -213,7 +213,7 @@ def test_what_compiles_to_nothing_is_refused(monkeypatch):
 
 def test_one_update_reads_two_numbers_from_the_device_when_all_of_it_is_submitted(monkeypatch, ragged_window):
     """The loss and the gradient's norm; nothing else that the CPU would wait for a GPU for."""
-    stand_in.varlen_attention(monkeypatch)
+    fake_cuda.varlen_attention(monkeypatch)
     model, precision = tiny_llama(259, hidden_size=64), Precision("bf16", CPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=80), 0, precision)
     assert layout.packed
@@ -222,7 +222,7 @@ def test_one_update_reads_two_numbers_from_the_device_when_all_of_it_is_submitte
     optimizer, scaler = make_optimizer(model, 0.1), precision.grad_scaler()
     model.train()
     settings = {"precision": precision, "scaler": scaler, "max_grad_norm": 1.0}
-    with stand_in.Reads() as reads:
+    with fake_cuda.Reads() as reads:
         optimizer.register_step_post_hook(lambda *_: reads.found.append("optimizer"))
         train_step(model, optimizer, window, 1e-4, **settings, while_busy=lambda: reads.found.append("while busy"))
     assert reads.found == ["optimizer", "while busy", *["aten._local_scalar_dense"] * 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Life, Lives, lines, steps_saved
+from tests.faults.harness import ProcessGroup, TrainProcess, lines, steps_saved
 from tests.faults.inject import kill, on_call
 
 
@@ -35,10 +35,10 @@ def flags(tiny_model_dir, conversations):
 
 
 @pytest.fixture(scope="session")
-def unbroken(flags, tmp_path_factory):
+def uninterrupted(flags, tmp_path_factory):
     """The run of these flags that nothing happened to, with all of its checkpoints."""
-    run = tmp_path_factory.mktemp("unbroken") / "run"
-    assert Life([*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent).wait() == 0
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert TrainProcess([*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent).wait() == 0
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10]
     return run
 
@@ -47,8 +47,8 @@ def unbroken(flags, tmp_path_factory):
 def killed(flags, tmp_path_factory):
     """A run of these flags, killed after seven updates; it has checkpoints of 4, its best, and 6."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    life = Life([*flags, "--output-dir", run], run.parent, [partial(on_call, "train.train_step", 8, kill)])
-    assert life.wait() == 128 + signal.SIGKILL
+    process = TrainProcess([*flags, "--output-dir", run], run.parent, [partial(on_call, "train.train_step", 8, kill)])
+    assert process.wait() == 128 + signal.SIGKILL
     assert steps_saved(run) == [4, 6]
     return run
 
@@ -60,36 +60,36 @@ def interrupted(killed, tmp_path):
 
 
 @pytest.fixture
-def live(tmp_path):
-    """Start a life of `train.py`; `live(flags, fault, …)`. Whatever still lives at the end is killed."""
-    lives = []
+def start_process(tmp_path):
+    """Start a process of `train.py`: `start_process(flags, fault, …)`. At the end all are killed."""
+    started = []
 
     def start(argv, *faults):
-        lives.append(Life(argv, tmp_path, faults))
-        return lives[-1]
+        started.append(TrainProcess(argv, tmp_path, faults))
+        return started[-1]
 
     yield start
-    for life in lives:
-        life.process.kill()
-        life.process.join()
+    for process in started:
+        process.child.kill()
+        process.child.join()
 
 
 @pytest.fixture(scope="session")
-def unbroken_together(flags, tmp_path_factory):
+def uninterrupted_group(flags, tmp_path_factory):
     """The run of these flags by two processes, that nothing happened to, with all of its checkpoints."""
     run = tmp_path_factory.mktemp("together") / "run"
-    lives = Lives(2, [*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent)
-    assert lives.wait() == [0, 0], lives.complained
+    group = ProcessGroup(2, [*flags, "--output-dir", run, "--save-every", "1", "--keep", "100"], run.parent)
+    assert group.wait() == [0, 0], group.stderr
     return run
 
 
 @pytest.fixture
-def lives(tmp_path):
-    """Start processes of `train.py` together; `lives(2, flags, (1, fault), …)`. At the end all are killed."""
+def start_group(tmp_path):
+    """Start a group of processes of `train.py`: `start_group(2, flags, (1, fault), …)`. At the end all are killed."""
     groups = []
 
     def start(size, argv, *faults):
-        groups.append(Lives(size, argv, tmp_path, faults))
+        groups.append(ProcessGroup(size, argv, tmp_path, faults))
         return groups[-1]
 
     yield start

@@ -1,5 +1,5 @@
-"""Lives of `train.py` that can be killed: real processes, forked from one that has imported everything, so that a life
-takes a second or two; and how two runs are compared."""
+"""Processes of `train.py` that can be killed, forked from one that has imported everything, so that each takes a second
+or two; and the comparison of two runs."""
 
 import json
 import multiprocessing
@@ -43,7 +43,7 @@ def some(cases, fast):
     ]
 
 
-class Life:
+class TrainProcess:
     """One process of `train.py`, from its start to whatever end."""
 
     def __init__(self, argv, output, faults=(), environment=()):
@@ -51,42 +51,42 @@ class Life:
         for name in ("stdout", "stderr"):
             (self.output / name).open("a" if environment else "w").close()
         arguments = (list(map(str, argv)), str(output), faults, dict(environment))
-        self.process = CONTEXT.Process(target=program, args=arguments)
-        self.process.start()
+        self.child = CONTEXT.Process(target=program, args=arguments)
+        self.child.start()
 
     def wait(self, seconds=120):
         """Wait for the end; returns the exit status, that of a signal as a shell says it."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, "it does not end"
-        return 128 - self.process.exitcode if self.process.exitcode < 0 else self.process.exitcode
+        self.child.join(seconds)
+        assert self.child.exitcode is not None, "it does not end"
+        return 128 - self.child.exitcode if self.child.exitcode < 0 else self.child.exitcode
 
     def kill(self):
-        """Kill it as nothing can prevent."""
-        self.process.kill()
+        """Kill it by SIGKILL; returns the exit status."""
+        self.child.kill()
         return self.wait()
 
     def signal(self, number):
-        os.kill(self.process.pid, number)
+        os.kill(self.child.pid, number)
 
     def wait_for(self, condition, seconds=60):
         """Wait until a condition holds or the process has ended; whether it holds."""
         end = time.monotonic() + seconds
-        while not (held := condition()) and self.process.is_alive() and time.monotonic() < end:
+        while not (held := condition()) and self.child.is_alive() and time.monotonic() < end:
             pass
         return held
 
     @property
-    def said(self):
+    def stdout(self):
         """What it printed."""
         return (self.output / "stdout").read_text()
 
     @property
-    def complained(self):
+    def stderr(self):
         """What it printed on stderr."""
         return (self.output / "stderr").read_text()
 
 
-class Lives:
+class ProcessGroup:
     """Processes of `train.py` that run together, as torchrun would start them, until all have ended."""
 
     def __init__(self, size, argv, output, faults=()):
@@ -105,21 +105,21 @@ class Lives:
         for rank in range(size):
             environment = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             own = [fault for of, fault in faults if of == rank]
-            self.each.append(Life(argv, output, own, environment))
+            self.each.append(TrainProcess(argv, output, own, environment))
 
     def wait(self, seconds=BOUND):
         """Wait for them to end, as long for the last as for the first; returns their exit statuses, by rank."""
-        while all(life.process.exitcode is None for life in self.each):
+        while all(process.child.exitcode is None for process in self.each):
             time.sleep(0.01)
         end = time.monotonic() + seconds
-        return [life.wait(max(0, end - time.monotonic())) for life in self.each]
+        return [process.wait(max(0, end - time.monotonic())) for process in self.each]
 
     def kill(self):
-        for life in self.each:
-            life.process.kill()
-            life.process.join()
+        for process in self.each:
+            process.child.kill()
+            process.child.join()
 
-    said, complained = Life.said, Life.complained
+    stdout, stderr = TrainProcess.stdout, TrainProcess.stderr
 
 
 def lines(run, kind=None):
@@ -132,15 +132,15 @@ def lines(run, kind=None):
     ]
 
 
-def assert_same(run, unbroken):
+def assert_same(run, uninterrupted):
     """Assert that a run ended as another did: metrics, curves, answers, weights and optimizer, to the last bit."""
-    run, unbroken = Path(run), Path(unbroken)
-    assert lines(run) == lines(unbroken)
-    assert curves(run) == curves(unbroken)
-    assert (run / "answers.json").read_bytes() == (unbroken / "answers.json").read_bytes()
-    assert tensors_in(run / "best") == tensors_in(unbroken / "best") != {}
+    run, uninterrupted = Path(run), Path(uninterrupted)
+    assert lines(run) == lines(uninterrupted)
+    assert curves(run) == curves(uninterrupted)
+    assert (run / "answers.json").read_bytes() == (uninterrupted / "answers.json").read_bytes()
+    assert tensors_in(run / "best") == tensors_in(uninterrupted / "best") != {}
     ours = list_checkpoints(run)[-1]
-    theirs = unbroken / "checkpoints" / ours.name
+    theirs = uninterrupted / "checkpoints" / ours.name
     assert tensors_in(ours / "model") == tensors_in(theirs / "model") != {}
     states = [torch.load(path / "training.pt", weights_only=True) for path in (ours, theirs)]
     logs = [{**state.pop("log"), "digest": "of lines with their timings"} for state in states]

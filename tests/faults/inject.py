@@ -113,7 +113,7 @@ def fewer_bits_of_scale(bits):
 
 def kill_at_change(number, count_file, counts):
     """Die at the `number`th call that changes the disk while `counts()`; or only count these calls."""
-    calls, durable = itertools.count(1), importlib.import_module("storage.durable")
+    calls = itertools.count(1)
 
     def counted(real):
         def call(*arguments, **options):
@@ -127,9 +127,8 @@ def kill_at_change(number, count_file, counts):
 
         return call
 
-    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "chmod", "symlink"):
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "symlink"):
         setattr(os, name, counted(getattr(os, name)))
-    durable.swap = counted(durable.swap)
 
 
 def kill_at_system_call(number, count_file=None):

@@ -20,107 +20,115 @@ from tests.faults.inject import (
 )
 
 
-def goes_on(live, flags, run, unbroken):
+def assert_resumes(start_process, flags, run, uninterrupted):
     """Resume a run, or begin again where it had not yet begun, and compare."""
     begun = (run / "config.json").exists()
-    life = live(["--resume", run] if begun else [*flags, "--output-dir", run], saving_in_background)
-    assert life.wait() == 0, life.complained
-    assert_same(run, unbroken)
+    process = start_process(["--resume", run] if begun else [*flags, "--output-dir", run], saving_in_background)
+    assert process.wait() == 0, process.stderr
+    assert_same(run, uninterrupted)
 
 
-def test_a_run_that_goes_on_while_it_is_saved_leaves_the_same(flags, unbroken, live, tmp_path):
+def test_saving_in_the_background_changes_nothing(flags, uninterrupted, start_process, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 8))
-    assert life.wait() == 0, life.complained
-    assert_same(run, unbroken)
+    process = start_process([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 8))
+    assert process.wait() == 0, process.stderr
+    assert_same(run, uninterrupted)
     assert steps_saved(run) == [8, 9, 10]  # 8 is the best of 9
-    states = [torch.load(each / "checkpoints/step-9/training.pt", weights_only=True) for each in (run, unbroken)]
+    states = [torch.load(each / "checkpoints/step-9/training.pt", weights_only=True) for each in (run, uninterrupted)]
     logs = [{**state.pop("log"), "digest": "of lines with their timings"} for state in states]
     assert logs[0] == logs[1]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     for part in ("best", "checkpoints/step-9/model", "checkpoints/step-10/model"):
-        ours, theirs = [{path.name: path for path in (each / part).iterdir()} for each in (run, unbroken)]
+        ours, theirs = [{path.name: path for path in (each / part).iterdir()} for each in (run, uninterrupted)]
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"README.md"}:
             assert ours[name].read_bytes() == theirs[name].read_bytes(), name
 
 
-def test_two_processes_go_on_while_the_first_saves(flags, unbroken_together, lives, tmp_path):
+def test_two_processes_train_while_rank_0_saves(flags, uninterrupted_group, start_group, tmp_path):
     run = tmp_path / "run"
     faults = [(0, saving_in_background), (1, saving_in_background), (0, partial(hold_checkpoint, 1, 4))]
-    group = lives(2, [*flags, "--output-dir", run], *faults)
-    assert group.wait() == [0, 0], group.complained
-    assert_same(run, unbroken_together)
+    group = start_group(2, [*flags, "--output-dir", run], *faults)
+    assert group.wait() == [0, 0], group.stderr
+    assert_same(run, uninterrupted_group)
 
 
 @pytest.mark.parametrize(
     ("step", "which", "until"), [(6, 3, ("train.train_step", 8)), (3, 1, ("running.checkpoint.save", 2))]
 )
-def test_killed_while_a_checkpoint_is_written_in_the_background(flags, unbroken, live, tmp_path, step, which, until):
+def test_killed_while_a_checkpoint_is_written_in_the_background(
+    flags, uninterrupted, start_process, tmp_path, step, which, until
+):
     """The first one, too, when its run has logged a later update already."""
     run, (name, number) = tmp_path / "run", until
     killing = partial(on_call, "storage.durable.write_manifest", 1, kill)
     hold = partial(hold_checkpoint, which, number, killing, name)
-    assert live([*flags, "--output-dir", run], saving_in_background, hold).wait() == 137
+    assert start_process([*flags, "--output-dir", run], saving_in_background, hold).wait() == 137
     assert list(run.glob(f"checkpoints/.step-{step}.partial-*"))
-    goes_on(live, flags, run, unbroken)
+    assert_resumes(start_process, flags, run, uninterrupted)
 
 
 @pytest.mark.slow
-def test_killed_at_changes_that_the_background_makes_to_the_disk(flags, unbroken, live, tmp_path):
+def test_killed_at_changes_that_the_background_makes_to_the_disk(flags, uninterrupted, start_process, tmp_path):
     counted, argv = tmp_path / "count", [*flags, "--keep", "1"]
-    life = live(
+    process = start_process(
         [*argv, "--output-dir", tmp_path / "all"], saving_in_background, partial(kill_in_background, 0, counted)
     )
-    assert life.wait() == 0
+    assert process.wait() == 0
     count = int(counted.read_text())
     assert count > 100
     for number in range(1, count, 4):
         run = tmp_path / str(number)
         fault = partial(kill_in_background, number)
-        assert live([*argv, "--output-dir", run], saving_in_background, fault).wait() == 137
-        goes_on(live, flags, run, unbroken)
+        assert start_process([*argv, "--output-dir", run], saving_in_background, fault).wait() == 137
+        assert_resumes(start_process, flags, run, uninterrupted)
 
 
-def test_a_full_disk_in_the_background_is_told(flags, unbroken, live, tmp_path):
+def test_a_full_disk_in_the_background_is_reported(flags, uninterrupted, start_process, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 7, full_disk))
-    assert life.wait() == 1
+    process = start_process(
+        [*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 7, full_disk)
+    )
+    assert process.wait() == 1
     assert re.fullmatch(
         rf"error: {run}, after update [789]: No space left on device; --resume {run} continues after update 4\n",
-        life.complained,
+        process.stderr,
     )
     assert steps_saved(run) == [3, 4]
-    goes_on(live, flags, run, unbroken)
+    assert_resumes(start_process, flags, run, uninterrupted)
 
 
-def test_a_full_disk_in_the_background_is_told_soon(flags, live, tmp_path):
+def test_a_full_disk_in_the_background_is_reported_soon(flags, start_process, tmp_path):
     """Not only when something else is saved."""
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--eval-every", "100", "--save-every", "6"]
-    life = live(argv, saving_in_background, partial(hold_checkpoint, 1, 7, full_disk))
-    assert life.wait() == 1
+    process = start_process(argv, saving_in_background, partial(hold_checkpoint, 1, 7, full_disk))
+    assert process.wait() == 1
     assert re.fullmatch(
-        rf"error: {run}, after update [789]: No space left on device; there is no checkpoint yet\n", life.complained
+        rf"error: {run}, after update [789]: No space left on device; there is no checkpoint yet\n", process.stderr
     )
 
 
 @pytest.mark.parametrize(("number", "status"), some([(signal.SIGTERM, 143), (signal.SIGINT, 130)], fast=1))
-def test_a_signal_while_the_background_writes_waits_for_it(flags, unbroken, live, tmp_path, number, status):
+def test_a_signal_while_the_background_writes_waits_for_it(
+    flags, uninterrupted, start_process, tmp_path, number, status
+):
     run = tmp_path / "run"
     hold = partial(hold_checkpoint, 3, 8, partial(send, number))
-    life = live([*flags, "--output-dir", run], saving_in_background, hold)
-    assert life.wait() == status
-    (step,) = re.findall(rf"stopped after update (\d+); to resume: python train.py --resume {run}\n", life.complained)
+    process = start_process([*flags, "--output-dir", run], saving_in_background, hold)
+    assert process.wait() == status
+    (step,) = re.findall(rf"stopped after update (\d+); to resume: python train.py --resume {run}\n", process.stderr)
     assert int(step) >= 8
     assert steps_saved(run)[-1] == int(step)
-    goes_on(live, flags, run, unbroken)
+    assert_resumes(start_process, flags, run, uninterrupted)
 
 
-def test_an_update_that_fails_waits_for_the_background_and_tells_of_its_checkpoint(flags, unbroken, live, tmp_path):
+def test_a_failed_update_waits_for_the_background_and_names_its_checkpoint(
+    flags, uninterrupted, start_process, tmp_path
+):
     run = tmp_path / "run"
     faults = [partial(hold_checkpoint, 3, 8), partial(on_call, "train.train_step", 8, corrupt_gradient)]
-    life = live([*flags, "--output-dir", run], saving_in_background, *faults)
-    assert life.wait() == 1
-    assert f"--resume {run} continues after update 6; its window:" in life.complained
-    goes_on(live, flags, run, unbroken)
+    process = start_process([*flags, "--output-dir", run], saving_in_background, *faults)
+    assert process.wait() == 1
+    assert f"--resume {run} continues after update 6; its window:" in process.stderr
+    assert_resumes(start_process, flags, run, uninterrupted)

@@ -1,4 +1,4 @@
-"""A run goes on as itself, or as another on purpose."""
+"""A run resumes with the same settings and data, or with changes that are allowed."""
 
 import importlib.metadata
 import json
@@ -23,35 +23,37 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("flag", "value", "said"), some(CHANGES, fast=3))
-def test_a_changed_setting_is_named_and_refused(interrupted, live, flag, value, said):
-    life = live(["--resume", interrupted, flag, value])
-    assert life.wait() == 1
-    first, second, *_ = life.complained.splitlines()
+@pytest.mark.parametrize(("flag", "value", "change"), some(CHANGES, fast=3))
+def test_a_changed_setting_is_named_and_refused(interrupted, start_process, flag, value, change):
+    process = start_process(["--resume", interrupted, flag, value])
+    assert process.wait() == 1
+    first, second, *_ = process.stderr.splitlines()
     assert first == (
         f"error: --resume {interrupted}: it would be a different run; leave that out, or allow it with --allow-changes"
     )
-    assert second.strip() == said
+    assert second.strip() == change
     assert steps_saved(interrupted) == [4, 6]
 
 
-def test_a_setting_changed_on_purpose_is_printed_applied_and_recorded(interrupted, unbroken, live):
+def test_an_allowed_change_is_printed_applied_and_recorded(interrupted, uninterrupted, start_process):
     changes = ["--lr", "0.02", "--weight-decay", "0.0"]
-    life = live(["--resume", interrupted, *changes, "--allow-changes"])
-    assert life.wait() == 0, life.complained
-    said = ["--lr 0.01 -> 0.02", "--weight-decay 0.1 -> 0.0"]
-    assert [line.removeprefix("changed: ") for line in life.said.splitlines() if line.startswith("changed: ")] == said
+    process = start_process(["--resume", interrupted, *changes, "--allow-changes"])
+    assert process.wait() == 0, process.stderr
+    changed = ["--lr 0.01 -> 0.02", "--weight-decay 0.1 -> 0.0"]
+    assert [
+        line.removeprefix("changed: ") for line in process.stdout.splitlines() if line.startswith("changed: ")
+    ] == changed
     record = json.loads((interrupted / "config.json").read_text())
-    assert record["changes"] == [{"step": 6, "changed": said}]
+    assert record["changes"] == [{"step": 6, "changed": changed}]
     assert (record["config"]["lr"], record["config"]["weight_decay"]) == (0.02, 0.0)
-    ours, theirs = (lines(run, "train")[3:] for run in (interrupted, unbroken))
+    ours, theirs = (lines(run, "train")[3:] for run in (interrupted, uninterrupted))
     assert [line["lr"] for line in ours] == pytest.approx([2 * line["lr"] for line in theirs])
 
 
-def test_the_decay_is_the_new_one(interrupted, unbroken, live):
+def test_a_changed_weight_decay_is_applied(interrupted, uninterrupted, start_process):
     """The optimizer's state brings its moments along, not its settings."""
-    assert live(["--resume", interrupted, "--weight-decay", "50", "--allow-changes"]).wait() == 0
-    sizes = [sum(float(w.square().sum()) for w in weights_of(run)) for run in (interrupted, unbroken)]
+    assert start_process(["--resume", interrupted, "--weight-decay", "50", "--allow-changes"]).wait() == 0
+    sizes = [sum(float(w.square().sum()) for w in weights_of(run)) for run in (interrupted, uninterrupted)]
     assert sizes[0] < 0.9 * sizes[1]
 
 
@@ -59,50 +61,52 @@ def weights_of(run):
     return load_file(run / "checkpoints" / "step-9" / "model" / "model.safetensors").values()
 
 
-def test_an_edited_dataset_is_noticed_by_its_fingerprint(flags, live, conversations, tmp_path):
+def test_an_edited_dataset_is_noticed_by_its_fingerprint(flags, start_process, conversations, tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_bytes(conversations.read_bytes())
     run = tmp_path / "run"
-    assert live([*on_dataset(flags, data), "--output-dir", run, "--max-steps", "3"]).wait() == 0
+    assert start_process([*on_dataset(flags, data), "--output-dir", run, "--max-steps", "3"]).wait() == 0
     (run / "answers.json").unlink()  # as if it had died before its end
     data.write_text(data.read_text().replace("Count to 7", "Count to 8"))
-    life = live(["--resume", run])
-    assert life.wait() == 1
-    assert life.complained.splitlines()[1].strip().startswith("data ")
-    assert life.complained.splitlines()[1].endswith("(30/8/2 conversations)")
-    assert live(["--resume", run, "--allow-changes"]).wait() == 0
+    process = start_process(["--resume", run])
+    assert process.wait() == 1
+    assert process.stderr.splitlines()[1].strip().startswith("data ")
+    assert process.stderr.splitlines()[1].endswith("(30/8/2 conversations)")
+    assert start_process(["--resume", run, "--allow-changes"]).wait() == 0
 
 
-def test_settings_edited_by_hand_are_noticed(interrupted, live):
+def test_settings_edited_by_hand_are_noticed(interrupted, start_process):
     path = interrupted / "config.json"
     path.write_text(path.read_text().replace('"lr": 0.01', '"lr": 0.5'))
-    life = live(["--resume", interrupted])
-    assert life.wait() == 1
-    assert "--lr 0.01 -> 0.5" in life.complained
+    process = start_process(["--resume", interrupted])
+    assert process.wait() == 1
+    assert "--lr 0.01 -> 0.5" in process.stderr
 
 
-def test_other_library_versions_are_reported_and_the_run_resumes(interrupted, unbroken, live):
+def test_other_library_versions_are_reported_and_the_run_resumes(interrupted, uninterrupted, start_process):
     checkpoint = interrupted / "checkpoints" / "step-6"
     content = json.loads((checkpoint / MANIFEST).read_text())
     del content["sha256"]
     content["versions"]["torch"] = "2.9.0"
     write_checksummed(checkpoint / MANIFEST, content)
-    life = live(["--resume", interrupted])
-    assert life.wait() == 0, life.complained
+    process = start_process(["--resume", interrupted])
+    assert process.wait() == 0, process.stderr
     now = importlib.metadata.version("torch")
-    assert f"library versions differ (torch 2.9.0 -> {now}): results are equal within rounding" in life.said
-    assert_same(interrupted, unbroken)
+    assert f"library versions differ (torch 2.9.0 -> {now}): results are equal within rounding" in process.stdout
+    assert_same(interrupted, uninterrupted)
 
 
-def test_a_finished_run_can_be_extended_on_purpose(flags, live, tmp_path):
+def test_a_finished_run_can_be_extended_on_purpose(flags, start_process, tmp_path):
     """And is not taken for finished when it dies on the way."""
     run = tmp_path / "run"
-    assert live([*flags, "--output-dir", run, "--epochs", "1"]).wait() == 0
-    assert live(["--resume", run, "--epochs", "2"]).wait() == 1
-    longer = live(["--resume", run, "--epochs", "2", "--allow-changes"], partial(on_call, "train.train_step", 4, kill))
+    assert start_process([*flags, "--output-dir", run, "--epochs", "1"]).wait() == 0
+    assert start_process(["--resume", run, "--epochs", "2"]).wait() == 1
+    longer = start_process(
+        ["--resume", run, "--epochs", "2", "--allow-changes"], partial(on_call, "train.train_step", 4, kill)
+    )
     assert longer.wait() == 128 + 9
-    life = live(["--resume", run])
-    assert life.wait() == 0, life.complained
-    assert "is finished already" not in life.said
+    process = start_process(["--resume", run])
+    assert process.wait() == 0, process.stderr
+    assert "is finished already" not in process.stdout
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10]
     assert len(lines(run, "test")) == 2  # before and after

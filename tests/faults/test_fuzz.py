@@ -204,7 +204,7 @@ def test_any_flags_do_what_they_say_or_are_refused(tiny_model_dir, chats, tmp_pa
 
 @pytest.fixture
 def one_thread():
-    """As the processes of the unbroken run have: another number of threads rounds otherwise."""
+    """As the processes of the uninterrupted run have: another number of threads rounds otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -235,7 +235,7 @@ def files_of(run):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("seed", some(range(200), fast=12))
-def test_a_damaged_run_resumes_as_unbroken_or_says_why_not(killed, unbroken, tmp_path, seed):
+def test_a_damaged_run_resumes_exactly_or_says_why_not(killed, uninterrupted, tmp_path, seed):
     chance, run = random.Random(seed), tmp_path / "run"
     shutil.copytree(killed, run)
     name = chance.choice(files_of(run))
@@ -254,15 +254,15 @@ def test_a_damaged_run_resumes_as_unbroken_or_says_why_not(killed, unbroken, tmp
     for foreign in (run / "mine.txt", run / "checkpoints" / "mine.txt", tmp_path / "mine.txt"):
         assert foreign.read_text() == "mine"
     if status == 0 and not said:
-        assert lines(run) == lines(unbroken), f"{name} {damage}"
+        assert lines(run) == lines(uninterrupted), f"{name} {damage}"
         for same in ("answers.json", "best/model.safetensors"):
-            assert (run / same).read_bytes() == (unbroken / same).read_bytes(), f"{name} {damage}"
+            assert (run / same).read_bytes() == (uninterrupted / same).read_bytes(), f"{name} {damage}"
 
 
 @pytest.mark.parametrize("seed", some(range(100), fast=6))
-def test_a_damaged_finished_run_is_shown_as_it_was_or_says_why_not(unbroken, tmp_path, seed):
+def test_a_damaged_finished_run_is_shown_as_it_was_or_says_why_not(uninterrupted, tmp_path, seed):
     chance, run = random.Random(seed), tmp_path / "run"
-    shutil.copytree(unbroken, run)
+    shutil.copytree(uninterrupted, run)
     name = chance.choice([name for name in files_of(run) if name.parts[0] != "checkpoints"])
     DAMAGES[chance.choice(sorted(DAMAGES))](run / name, chance)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

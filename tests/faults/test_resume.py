@@ -1,4 +1,4 @@
-"""A resumed run ends as the unbroken one did: metrics, curves, answers, weights, optimizer, to the last bit."""
+"""A resumed run ends as the uninterrupted one did: metrics, curves, answers, weights, optimizer, to the last bit."""
 
 import json
 import shutil
@@ -13,32 +13,32 @@ from tests.faults.inject import fewer_bits_of_scale, forget, kill, on_call, pret
 
 
 @pytest.mark.parametrize("step", some([3, 4, 5, 1, 7, 9], fast=3))
-def test_exact_from_any_step(flags, unbroken, live, tmp_path, step):
+def test_exact_from_any_step(flags, uninterrupted, start_process, tmp_path, step):
     """In the middle of an epoch, between two logged updates (1, 3, 7, 9), before the short last window of an epoch
     (4, 9) and at the end of one (5)."""
     run = tmp_path / "run"
-    live(
+    start_process(
         [*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.train_step", step + 1, kill)
     ).wait()
     assert steps_saved(run)[-1] == step
-    life = live(["--resume", run])
-    assert life.wait() == 0, life.complained
-    assert f"resuming {run} from step-{step}\n" in life.said
-    assert_same(run, unbroken)
+    process = start_process(["--resume", run])
+    assert process.wait() == 0, process.stderr
+    assert f"resuming {run} from step-{step}\n" in process.stdout
+    assert_same(run, uninterrupted)
 
 
 @pytest.mark.parametrize("step", some([3, 5], fast=1))
 @pytest.mark.parametrize(
     "fault", [shift_the_order, partial(forget, "optimizer")], ids=["order shifted by one", "fresh optimizer"]
 )
-def test_the_comparison_notices_a_wrong_resume(flags, unbroken, live, tmp_path, step, fault):
+def test_the_comparison_notices_a_wrong_resume(flags, uninterrupted, start_process, tmp_path, step, fault):
     run = tmp_path / "run"
-    live(
+    start_process(
         [*flags, "--output-dir", run, "--save-every", "1"], partial(on_call, "train.train_step", step + 1, kill)
     ).wait()
-    assert live(["--resume", run], fault).wait() == 0
+    assert start_process(["--resume", run], fault).wait() == 0
     with pytest.raises(AssertionError):
-        assert_same(run, unbroken)
+        assert_same(run, uninterrupted)
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +52,35 @@ def dropping_out(tiny_model_dir, tmp_path_factory):
     return directory
 
 
-def test_the_random_state_is_resumed(flags, live, dropping_out, tmp_path):
+def test_the_random_state_is_resumed(flags, start_process, dropping_out, tmp_path):
     flags = [*flags, "--model", dropping_out]
-    assert live([*flags, "--output-dir", tmp_path / "unbroken"]).wait() == 0
+    assert start_process([*flags, "--output-dir", tmp_path / "uninterrupted"]).wait() == 0
     for name, faults in (("right", ()), ("wrong", (partial(forget, "random"),))):
         run = tmp_path / name
-        live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 8, kill)).wait()
-        assert live(["--resume", run], *faults).wait() == 0
-    assert_same(tmp_path / "right", tmp_path / "unbroken")
+        start_process([*flags, "--output-dir", run], partial(on_call, "train.train_step", 8, kill)).wait()
+        assert start_process(["--resume", run], *faults).wait() == 0
+    assert_same(tmp_path / "right", tmp_path / "uninterrupted")
     with pytest.raises(AssertionError):
-        assert_same(tmp_path / "wrong", tmp_path / "unbroken")
+        assert_same(tmp_path / "wrong", tmp_path / "uninterrupted")
 
 
-def test_the_fp16_scale_and_the_overflow_count_are_resumed(flags, live, tmp_path):
+def test_the_fp16_scale_and_the_overflow_count_are_resumed(flags, start_process, tmp_path):
     flags, overflow = [*flags, "--dtype", "fp16"], partial(fewer_bits_of_scale, 24)
-    assert live([*flags, "--output-dir", tmp_path / "unbroken"], overflow).wait() == 0
+    assert start_process([*flags, "--output-dir", tmp_path / "uninterrupted"], overflow).wait() == 0
     run = tmp_path / "run"
-    live([*flags, "--output-dir", run], overflow, partial(on_call, "running.checkpoint.save", 3, kill)).wait()
-    assert live(["--resume", run], overflow).wait() == 0
-    assert_same(run, tmp_path / "unbroken")
+    start_process([*flags, "--output-dir", run], overflow, partial(on_call, "running.checkpoint.save", 3, kill)).wait()
+    assert start_process(["--resume", run], overflow).wait() == 0
+    assert_same(run, tmp_path / "uninterrupted")
     assert lines(run, "train")[-1]["overflows"] > 0
 
 
 @pytest.mark.parametrize("flag", [["--micro-batch-tokens", "1"], ["--layout", "padded"], ["--gradient-checkpointing"]])
-def test_another_layout_or_budget_is_equal_within_rounding(interrupted, unbroken, live, flag):
-    assert live(["--resume", interrupted, *flag]).wait() == 0
-    for ours, theirs in zip(lines(interrupted, "train"), lines(unbroken, "train"), strict=True):
+def test_another_layout_or_budget_is_equal_within_rounding(interrupted, uninterrupted, start_process, flag):
+    assert start_process(["--resume", interrupted, *flag]).wait() == 0
+    for ours, theirs in zip(lines(interrupted, "train"), lines(uninterrupted, "train"), strict=True):
         assert ours.pop("kind") == theirs.pop("kind") == "train"
         assert ours == pytest.approx(theirs, rel=1e-5)
-    weights = [load_model_weights(run / "best") for run in (interrupted, unbroken)]
+    weights = [load_model_weights(run / "best") for run in (interrupted, uninterrupted)]
     apart = torch.cat([(ours - theirs).abs().flatten() for ours, theirs in zip(*weights, strict=True)])
     assert apart.mean() < 1e-8  # one weight may be a learning rate apart: AdamW makes full steps of rounding errors
 
@@ -89,29 +89,29 @@ def load_model_weights(directory):
     return [weights.detach() for weights in LlamaForCausalLM.from_pretrained(directory).parameters()]
 
 
-def test_a_moved_run_resumes(interrupted, unbroken, live, tmp_path):
+def test_a_moved_run_resumes(interrupted, uninterrupted, start_process, tmp_path):
     elsewhere = tmp_path / "other" / "place"
     elsewhere.parent.mkdir()
     shutil.move(interrupted, elsewhere)
-    assert live(["--resume", elsewhere]).wait() == 0
-    assert_same(elsewhere, unbroken)
+    assert start_process(["--resume", elsewhere]).wait() == 0
+    assert_same(elsewhere, uninterrupted)
 
 
-def test_killed_before_its_first_checkpoint_it_begins_again(flags, unbroken, live, tmp_path):
+def test_killed_before_its_first_checkpoint_it_begins_again(flags, uninterrupted, start_process, tmp_path):
     run = tmp_path / "run"
-    live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 3, kill)).wait()
+    start_process([*flags, "--output-dir", run], partial(on_call, "train.train_step", 3, kill)).wait()
     assert lines(run, "train")
-    life = live(["--resume", run])
-    assert life.wait() == 0, life.complained
-    assert f"resuming {run} from its beginning: it has no checkpoint\n" in life.said
-    assert_same(run, unbroken)
+    process = start_process(["--resume", run])
+    assert process.wait() == 0, process.stderr
+    assert f"resuming {run} from its beginning: it has no checkpoint\n" in process.stdout
+    assert_same(run, uninterrupted)
 
 
-def test_killed_again_before_anything_new_was_saved(interrupted, unbroken, live):
+def test_killed_again_before_anything_new_was_saved(interrupted, uninterrupted, start_process):
     for _ in range(3):
-        live(["--resume", interrupted], partial(on_call, "train.train_step", 2, kill)).wait()
-    assert live(["--resume", interrupted]).wait() == 0
-    assert_same(interrupted, unbroken)
+        start_process(["--resume", interrupted], partial(on_call, "train.train_step", 2, kill)).wait()
+    assert start_process(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, uninterrupted)
 
 
 INTERRUPTIONS = [
@@ -123,54 +123,54 @@ INTERRUPTIONS = [
 
 
 @pytest.mark.parametrize(("function", "call"), some(INTERRUPTIONS, fast=2))
-def test_killed_in_an_evaluation_or_an_answer(interrupted, unbroken, live, function, call):
+def test_killed_in_an_evaluation_or_an_answer(interrupted, uninterrupted, start_process, function, call):
     """At the eval split after update 10, writing the answers, the test split at the end, the second answer."""
-    life = live(["--resume", interrupted], partial(on_call, function, call, kill))
-    assert life.wait() == 128 + 9
-    assert live(["--resume", interrupted]).wait() == 0
-    assert_same(interrupted, unbroken)
+    process = start_process(["--resume", interrupted], partial(on_call, function, call, kill))
+    assert process.wait() == 128 + 9
+    assert start_process(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, uninterrupted)
 
 
-def test_a_truncated_last_line_of_the_log(interrupted, unbroken, live):
+def test_a_truncated_last_line_of_the_log(interrupted, uninterrupted, start_process):
     with open(interrupted / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "kind": "tr')
-    assert live(["--resume", interrupted]).wait() == 0
-    assert_same(interrupted, unbroken)
+    assert start_process(["--resume", interrupted]).wait() == 0
+    assert_same(interrupted, uninterrupted)
 
 
-def test_lines_missing_from_the_log(interrupted, unbroken, live):
+def test_lines_missing_from_the_log(interrupted, uninterrupted, start_process):
     (interrupted / "metrics.jsonl").unlink()
-    life = live(["--resume", interrupted])
-    assert life.wait() == 0, life.complained
-    assert "metrics.jsonl has lost 6 of its lines" in life.complained
-    assert lines(interrupted) == lines(unbroken)[6:]
+    process = start_process(["--resume", interrupted])
+    assert process.wait() == 0, process.stderr
+    assert "metrics.jsonl was changed: its first 6 lines are not what was logged" in process.stderr
+    assert lines(interrupted) == lines(uninterrupted)[6:]
 
 
-def test_a_damaged_line_in_the_log(interrupted, live):
+def test_a_damaged_line_in_the_log(interrupted, start_process):
     log = (interrupted / "metrics.jsonl").read_text().splitlines()
     log[2] = log[2][:-9]
     (interrupted / "metrics.jsonl").write_text("\n".join(log) + "\n")
-    life = live(["--resume", interrupted])
-    assert life.wait() == 1
-    assert life.complained == (
+    process = start_process(["--resume", interrupted])
+    assert process.wait() == 1
+    assert process.stderr == (
         f"error: {interrupted}/metrics.jsonl:3: damaged; delete that line to continue without it\n"
     )
 
 
-def test_a_finished_run_says_so(unbroken, live):
-    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
-    life = live(["--resume", unbroken])
-    assert life.wait() == 0, life.complained
-    assert life.said.startswith(f"{unbroken} is finished already\n")
-    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
+def test_a_finished_run_says_so(uninterrupted, start_process):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    process = start_process(["--resume", uninterrupted])
+    assert process.wait() == 0, process.stderr
+    assert process.stdout.startswith(f"{uninterrupted} is finished already\n")
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
-def test_another_precision_on_another_machine_is_a_change(flags, live, tmp_path):
+def test_another_precision_on_another_machine_is_a_change(flags, start_process, tmp_path):
     """`--dtype auto` is bf16 where the processor has it and fp32 elsewhere."""
     run, native = tmp_path / "run", partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": True})
     flags = [*flags, "--dtype", "auto", "--output-dir", run]
-    live(flags, native, partial(on_call, "train.train_step", 5, kill)).wait()
-    life = live(["--resume", run], partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": False}))
-    assert life.wait() == 1
-    assert life.complained.splitlines()[1].strip() == "forward pass in bf16 -> fp32 (--dtype)"
-    assert live(["--resume", run], native).wait() == 0
+    start_process(flags, native, partial(on_call, "train.train_step", 5, kill)).wait()
+    process = start_process(["--resume", run], partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": False}))
+    assert process.wait() == 1
+    assert process.stderr.splitlines()[1].strip() == "forward pass in bf16 -> fp32 (--dtype)"
+    assert start_process(["--resume", run], native).wait() == 0

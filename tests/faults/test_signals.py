@@ -1,4 +1,4 @@
-"""A signal ends a run well, whatever it is doing; a second one ends it at once, and neither costs anything."""
+"""A signal stops a run after it has saved; a second one ends it at once. Either way it resumes exactly."""
 
 import os
 import signal
@@ -15,59 +15,61 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.S
 STOPPING = "stopping after this update; press Ctrl-C again to quit now"
 
 
-def stopped(life, run, status, step):
-    """Assert that a life ended by a signal and told how to go on."""
-    assert life.wait() == status, life.complained
-    assert life.complained.splitlines()[-2:] == [
+def stopped(process, run, status, step):
+    """Assert that a process ended by a signal and printed how to resume."""
+    assert process.wait() == status, process.stderr
+    assert process.stderr.splitlines()[-2:] == [
         STOPPING,
         f"stopped after update {step}; to resume: python train.py --resume {run}",
     ]
 
 
-def goes_on(live, run, unbroken):
-    assert live(["--resume", run]).wait() == 0
-    assert_same(run, unbroken)
+def assert_resumes(start_process, run, uninterrupted):
+    assert start_process(["--resume", run]).wait() == 0
+    assert_same(run, uninterrupted)
 
 
 @pytest.mark.parametrize("number", some(SIGNALS, fast=3))
-def test_a_signal_in_an_update_finishes_it_and_saves(flags, unbroken, live, tmp_path, number):
+def test_a_signal_in_an_update_finishes_it_and_saves(flags, uninterrupted, start_process, tmp_path, number):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number)))
-    stopped(life, run, SIGNALS[number], 5)
+    process = start_process(
+        [*flags, "--output-dir", run], partial(on_call, "train.train_step", 5, partial(send, number))
+    )
+    stopped(process, run, SIGNALS[number], 5)
     assert steps_saved(run) == [4, 5]
-    goes_on(live, run, unbroken)
+    assert_resumes(start_process, run, uninterrupted)
 
 
-def test_a_signal_in_an_evaluation_abandons_it_until_resumed(flags, unbroken, live, tmp_path):
+def test_a_signal_in_an_evaluation_abandons_it_until_resumed(flags, uninterrupted, start_process, tmp_path):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
     # Before the first update the eval split takes two micro-batches and the test split one; update 4 has the next two.
-    life = live([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 4, term))
-    stopped(life, run, 143, 4)
+    process = start_process([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 4, term))
+    stopped(process, run, 143, 4)
     assert steps_saved(run) == [3, 4]
     assert [line["step"] for line in lines(run, "eval")] == [0]
-    goes_on(live, run, unbroken)
+    assert_resumes(start_process, run, uninterrupted)
 
 
 @pytest.mark.parametrize(
     "function",
     some(["running.checkpoint.save_model", "storage.durable.write_manifest", "storage.durable.verify"], fast=1),
 )
-def test_a_signal_in_a_save_finishes_it(flags, unbroken, live, tmp_path, function):
+def test_a_signal_in_a_save_finishes_it(flags, uninterrupted, start_process, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
-    stopped(live([*flags, "--output-dir", run], partial(on_call, function, 1, term)), run, 143, 3)
+    stopped(start_process([*flags, "--output-dir", run], partial(on_call, function, 1, term)), run, 143, 3)
     assert steps_saved(run) == [3]
-    goes_on(live, run, unbroken)
+    assert_resumes(start_process, run, uninterrupted)
 
 
 @pytest.mark.parametrize(
     "function", some(["running.validation.evaluate", "running.validation.generate_greedy_and_sampled"], fast=1)
 )
-def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live, tmp_path, function):
+def test_a_signal_before_the_first_update_saves_nothing(flags, uninterrupted, start_process, tmp_path, function):
     run, term = tmp_path / "run", partial(send, signal.SIGTERM)
-    life = live([*flags, "--output-dir", run], partial(on_call, function, 1, term))
-    assert life.wait() == 143
+    process = start_process([*flags, "--output-dir", run], partial(on_call, function, 1, term))
+    assert process.wait() == 143
     assert steps_saved(run) == []
-    goes_on(live, run, unbroken)
+    assert_resumes(start_process, run, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -81,29 +83,29 @@ def test_before_the_first_update_there_is_nothing_to_save(flags, unbroken, live,
         fast=1,
     ),
 )
-def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, unbroken, live, function):
+def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, uninterrupted, start_process, function):
     call = {
         "running.validation.load_on_ranks": 1,
         "running.validation.generate_greedy_and_sampled": 1,
         "storage.records.write_answers": 2,
     }[function]
-    life = live(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
-    stopped(life, interrupted, 130, 10)
-    goes_on(live, interrupted, unbroken)
+    process = start_process(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
+    stopped(process, interrupted, 130, 10)
+    assert_resumes(start_process, interrupted, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_while_tokenising_nothing_is_left(flags, live, conversations, tmp_path, number):
+def test_a_signal_while_tokenizing_leaves_nothing(flags, start_process, conversations, tmp_path, number):
     data, run = tmp_path / "new.jsonl", tmp_path / "run"
     data.write_text(conversations.read_text().replace("Count", f"Count {number}"))
     before = corpora()
-    life = live(
+    process = start_process(
         [*on_dataset(flags, data), "--output-dir", run],
         partial(on_call, "conversations.masking.encode_chatml", 1, partial(send, number)),
     )
-    assert life.wait() == SIGNALS[number]
+    assert process.wait() == SIGNALS[number]
     assert (
-        life.complained
+        process.stderr
         == "\nstopping after this update; press Ctrl-C again to quit now\nstopped before training began\n"
     )
     assert not run.exists()
@@ -118,14 +120,16 @@ HANGING = [("torch.save", 2), ("train.train_step", 5), ("storage.durable.sync", 
 
 
 @pytest.mark.parametrize(("function", "call"), some(HANGING, fast=2))
-def test_twice_it_leaves_at_once_and_never_half_a_checkpoint(flags, unbroken, live, tmp_path, function, call):
+def test_a_second_signal_exits_at_once_and_leaves_no_partial_checkpoint(
+    flags, uninterrupted, start_process, tmp_path, function, call
+):
     run = tmp_path / "run"
     hang = partial(on_call, function, call, partial(send_and_hang, signal.SIGTERM))
-    life = live([*flags, "--output-dir", run], hang)
-    assert life.wait_for(lambda: "press Ctrl-C again" in life.complained)
-    life.signal(signal.SIGTERM)
-    assert life.wait() == 143
-    goes_on(live, run, unbroken)
+    process = start_process([*flags, "--output-dir", run], hang)
+    assert process.wait_for(lambda: "press Ctrl-C again" in process.stderr)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert_resumes(start_process, run, uninterrupted)
 
 
 def ignore_hangups():
@@ -133,11 +137,13 @@ def ignore_hangups():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(flags, unbroken, live, tmp_path):
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(flags, uninterrupted, start_process, tmp_path):
     run, hangup = tmp_path / "run", partial(send, signal.SIGHUP)
-    life = live([*flags, "--output-dir", run], ignore_hangups, partial(on_call, "train.train_step", 5, hangup))
-    assert life.wait() == 0
-    assert_same(run, unbroken)
+    process = start_process(
+        [*flags, "--output-dir", run], ignore_hangups, partial(on_call, "train.train_step", 5, hangup)
+    )
+    assert process.wait() == 0
+    assert_same(run, uninterrupted)
 
 
 def close_output(*_, **__):
@@ -148,11 +154,11 @@ def close_output(*_, **__):
         os.dup2(writer, descriptor)
 
 
-def test_a_reader_of_the_output_that_vanishes_does_not_end_the_run(flags, unbroken, live, tmp_path):
+def test_a_reader_of_the_output_that_vanishes_does_not_end_the_run(flags, uninterrupted, start_process, tmp_path):
     run = tmp_path / "run"
-    life = live([*flags, "--output-dir", run], partial(on_call, "train.train_step", 2, close_output))
-    assert life.wait() == 0
-    assert_same(run, unbroken)
+    process = start_process([*flags, "--output-dir", run], partial(on_call, "train.train_step", 2, close_output))
+    assert process.wait() == 0
+    assert_same(run, uninterrupted)
 
 
 def children(process):

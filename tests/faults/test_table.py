@@ -1,4 +1,4 @@
-"""The table of cases speaks of the tests there are."""
+"""The table of cases lists exactly the tests that exist."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,6 @@ HERE = Path(__file__).parent
 
 
 def test_every_case_is_a_test_and_every_test_a_case():
-    told = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
+    cases = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
     tests = {name for path in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
-    assert told == tests - {"test_every_case_is_a_test_and_every_test_a_case"}
+    assert cases == tests - {"test_every_case_is_a_test_and_every_test_a_case"}

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.company", "tests.faults.harness"])
+CONTEXT.set_forkserver_preload(["tests.worker_pool", "tests.faults.harness"])
 SECONDS = 120  # the longest time of a call
 
 
