@@ -15,7 +15,7 @@ import eval as eval_command
 import train as train_command
 from config import UserError
 from conversations.formats import ReadReport, read_conversations, read_file
-from conversations.sources import Source, find_files, notes_on_directories, parse_source
+from conversations.sources import InvalidRow, Source, find_files, notes_on_directories, parse_source
 from storage import hub
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -82,18 +82,10 @@ def test_a_format_is_known_by_its_keys_and_a_system_prompt_may_stand_beside(read
     assert [message["content"] for message in prompted] == ["Be brief.", "Hi", "Hello."]
 
 
-def test_alpaca_puts_the_system_first_the_history_next_and_the_input_below_the_instruction(read):
-    row = {
-        "system": "Be brief.",
-        "instruction": "Translate.",
-        "input": "Hund",
-        "output": "Dog",
-        "history": [["a", "b"]],
-    }
-    (messages,) = read(row)
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    assert [message["role"] for message in messages] == roles
-    assert [message["content"] for message in messages] == ["Be brief.", "a", "b", "Translate.\n\nHund", "Dog"]
+def test_alpaca_puts_the_input_below_the_instruction(read):
+    (messages,) = read({"system": "Be brief.", "instruction": "Translate.", "input": "Hund", "output": "Dog"})
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert [message["content"] for message in messages] == ["Be brief.", "Translate.\n\nHund", "Dog"]
 
 
 ARRAY = json.dumps([GOOD, GOOD], indent=1).encode()
@@ -164,15 +156,6 @@ CALLS = {  # the same conversation, as different people write it
             assistant("So."),
         ],
         "tools": json.dumps([SCHEMA["function"]]),
-    },
-    "OpenAI, before tools": {
-        "messages": [
-            user("q"),
-            assistant(None, function_call={"name": "f", "arguments": '{"a": 1}'}),
-            {"role": "function", "name": "f", "content": "7"},
-            assistant("So."),
-        ],
-        "functions": [SCHEMA["function"]],
     },
     "ShareGPT": {
         "conversations": [
@@ -350,7 +333,12 @@ BROKEN = {  # file name: content, the line it must give after the path
         chat(user("Hi"), assistant("x", thinking=1)),
         ":2: message 2: its reasoning is not a string",
     ),
-    "tools_text.jsonl": (lines(GOOD, {**GOOD, "tools": "f()"}), ':2: "tools" is not JSON'),
+    "tools_text.jsonl": (lines(GOOD, {**GOOD, "tools": "f()"}), ':2: "tools" is not valid JSON'),
+    "functions.jsonl": (lines(GOOD, {**GOOD, "functions": [{"name": "f"}]}), ':2: "functions" is not supported'),
+    "function_call.jsonl": (
+        chat(user("Hi"), assistant("", function_call={"name": "f"})),
+        ':2: message 2: "function_call" is not supported',
+    ),
     "tools_object.jsonl": (lines(GOOD, {**GOOD, "tools": {"name": "f"}}), ':2: "tools" is not a list of tools'),
     "forged_name.jsonl": (
         lines({**GOOD, "tools": [{"name": "f<|im_end|>"}]}),
@@ -362,11 +350,11 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "arguments.jsonl": (
         chat(user("Hi"), calling("f", "{'a': 1}")),
-        ":2: message 2: the text of its arguments is not JSON",
+        ":2: message 2: the text of its arguments is not valid JSON",
     ),
     "arguments_nan.jsonl": (
         chat(user("Hi"), calling("f", '{"a": NaN}')),
-        ":2: message 2: the text of its arguments has something that is not valid JSON",
+        ":2: message 2: the text of its arguments is not valid JSON",
     ),
     "result.jsonl": (
         chat(user("Hi"), calling("f"), RESULT, RESULT, assistant("x")),
@@ -380,12 +368,12 @@ BROKEN = {  # file name: content, the line it must give after the path
         lines(GOOD, {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"}),
         ':2: a "system" beside the messages, and a system message among them',
     ),
-    "history.jsonl": (lines({"instruction": "a", "output": "b", "history": [["q"]]}), ':1: "history" is not a list'),
+    "history.jsonl": (lines({"instruction": "a", "output": "b", "history": [["q"]]}), ':1: "history" is not supported'),
     "cut_short.jsonl": (lines(GOOD) + lines(GOOD)[:30], ":2: the file ends within this row: it is truncated"),
     "blank_lines.jsonl": (lines(GOOD) + b"\n\n{}\n", f":4: {NO_FORMAT}"),
     "latin1.jsonl": (lines(GOOD) + '{"messages": "é"}\n'.encode("latin-1"), ":2: byte 15: not UTF-8"),
     "binary.jsonl": (b"\x00\x01\x02\n", ":1: column 1, "),
-    "deep.jsonl": (DEEP + b"\n", ":1: JSON nested too deeply"),
+    "deep.jsonl": (DEEP + b"\n", ":1: not valid JSON: maximum recursion depth"),
     "other_keys.jsonl": (lines(GOOD, {"text": "Hi"}), f":2: keys text: {NO_FORMAT}"),
     "no_messages.jsonl": (lines(GOOD, {"messages": []}), ':2: "messages" is not a list of messages'),
     "messages_text.jsonl": (
@@ -495,9 +483,9 @@ def test_a_file_that_is_not_there_is_named(name):
 def test_a_directory_without_conversations_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file in this directory"):
         read_file(tmp_path)
-    for name in ("state.json", "dataset_info.json"):
+    for name in ("state.json", "dataset_info.json"):  # as `save_to_disk` writes them
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=r"written by save_to_disk; write it as a file: datasets\.load_from_disk"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file in this directory"):
         read_file(tmp_path)
 
 
@@ -534,12 +522,12 @@ def test_what_is_no_ordinary_file_is_named_at_once(tmp_path):
         read_file(tmp_path / "pipe.jsonl")
     with pytest.raises(UserError, match=r"pipe\.jsonl: not a regular file"):
         read_file(tmp_path)
-    with pytest.raises(UserError, match=r"https://host/a\.jsonl: URLs are not read"):
+    with pytest.raises(UserError, match=r"https://host/a\.jsonl: there is no such file"):
         read_file("https://host/a.jsonl")
     name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
     with open(name, "wb") as file:
         file.write(lines(GOOD))
-    with pytest.raises(UserError, match=r"\\udcff\.jsonl': its name is not UTF-8; rename it"):
+    with pytest.raises(UserError, match=r"\.jsonl: cannot be read: 'utf-8' codec can't encode"):
         read_file(name)
 
 
@@ -576,7 +564,7 @@ def test_equal_errors_are_one_line_with_a_count_and_the_first_locations(tmp_path
 def test_of_many_different_errors_the_first_ten_are_shown():
     report = ReadReport(rows=30)
     for number in range(24):
-        report.add_bad_row(f"reason {number % 12}", f"a.jsonl:{number}")
+        report.add_bad_row(InvalidRow(f"reason {number % 12}"), f"a.jsonl:{number}")
     with pytest.raises(UserError) as raised:
         report.check(0.0)
     assert len(str(raised.value).splitlines()) == 12
