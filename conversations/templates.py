@@ -1,14 +1,10 @@
 """A model's own chat template, and what of its text is the context of an answer, an answer, or neither.
 
-The definition. For each assistant message k, the context is what the template renders from the messages before k with
-the generation prompt, exactly as at inference. Supervised is what the template writes after that, up to and including
-the token that ends the turn. Where the text of an earlier answer begins the text of a later one, one rendering serves
-both. Where it does not, as reasoning is dropped from earlier turns, the conversation becomes several examples: as many
-as there are answers whose text begins no other's, which is the fewest.
+docs/masking.md has the definition: the context of an answer is what the template renders from the messages before it
+with the generation prompt; supervised is what the template writes after that, up to the token that ends the turn.
 
-No text forges a control token: before rendering, a sentinel character is put into every text that looks like one, in
-contents, reasoning, names, arguments and schemas. What then looks like a control token is the template's own. The
-sentinel is removed when the parts are encoded, as plain text.
+No text forges a control token: before rendering, a sentinel character is put into every text that looks like one, so
+that what then looks like a control token is the template's own. The sentinel is removed when the parts are encoded.
 """
 
 import contextlib
@@ -17,12 +13,14 @@ import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from typing import NamedTuple
 
 import jinja2
 from tokenizers import Tokenizer
 
 from config import UserError, first_line
+from conversations.formats import parse_json_value, parse_tool_call
 from conversations.sources import InvalidRow
 
 SENTINELS = list(map(chr, range(0x12000, 0x12399)))  # cuneiform: rare, and printable, so that no template escapes it
@@ -94,10 +92,7 @@ class Template:
 
     def find_end_of_turn(self):
         """The control token that ends an answer, whether or not the conversation goes on after it."""
-        try:
-            texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], None)
-        except TemplateError:  # a template that is for tools alone, as one of Hermes'
-            texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], TOOL_PROBE)
+        texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], None)
         last, earlier = (self.pattern.findall(text.rpartition("reply")[2]) if "reply" in text else [] for text in texts)
         if not last:
             raise TemplateError(NO_END)
@@ -155,7 +150,7 @@ class Template:
                     message |= {"thinking": inside[1], "content": inside[2], "inline": True}
                 texts = CALL.findall(message["content"]) if self.call_form and "tool_calls" not in message else []
                 if texts:
-                    calls = [parse_inline_call(text, number) for text in texts]
+                    calls = [parse_inline_call(text, f"message {number}") for text in texts]
                     message |= {"tool_calls": calls, "content": CALL.sub("", message["content"]).rstrip()}
                 inline_calls = len(texts)
             contents = [message["content"]]
@@ -292,8 +287,7 @@ class Template:
         if not left:  # a conversation in which nothing is supervised is counted later
             return [(list(split_at_answers(full_text, turns)), set())], sentinel
         for turn in left:
-            check_answer(messages[turn.number], turn, sentinel)
-            check_context(messages[: turn.number], turn.text.replace(sentinel, ""))
+            check_turn(messages, turn, sentinel)
         texts = []
         for turn in reversed(left):
             if not any(text.startswith(turn.text) for text in texts):
@@ -398,17 +392,13 @@ def reasoning_keys(text):
     return {"reasoning_content": text, "thinking": text}
 
 
-def parse_inline_call(text, number):
+def parse_inline_call(text, where):
     """The tool call that is written as JSON in a text."""
     try:
-        call = json.loads(text)
-        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        if isinstance(name, str) and isinstance(arguments, dict):
-            return {"type": "function", "function": {"name": name, "arguments": arguments}}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    reason = 'what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
-    raise TemplateError(reason, f"message {number}")
+        return parse_tool_call(parse_json_value(text, "it", where), where)
+    except InvalidRow as error:
+        reason = 'what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
+        raise TemplateError(reason, where) from error
 
 
 def texts_in(value):
@@ -428,30 +418,27 @@ def contains(written, text):
     return any(form in written for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]))
 
 
-def check_answer(message, turn, sentinel):
-    """Raise `TemplateError` where the template leaves out or changes a part of an answer."""
-    written, where = turn.text[turn.begin :].replace(sentinel, ""), f"message {turn.number + 1}"
-    empty = REASONING.fullmatch(message["content"])  # where it is not empty, it stands beside the content
-    content = empty[2] if empty and not empty[1].strip() else message["content"]
+def check_turn(messages, turn, sentinel):
+    """Raise `TemplateError` where the template leaves out or changes a message, a part of the answer, or a tool."""
+    text, written = turn.text.replace(sentinel, ""), turn.text[turn.begin :].replace(sentinel, "")
+    *context, answer = messages[: turn.number + 1]
+    where = f"message {turn.number + 1}"
+    empty = REASONING.fullmatch(answer["content"])  # where it is not empty, it stands beside the content
+    content = empty[2] if empty and not empty[1].strip() else answer["content"]
     if content.strip() not in written:
         raise TemplateError("it changes what messages say", where)
-    if message.get("thinking", "").strip() not in written:
+    if answer.get("thinking", "").strip() not in written:
         raise TemplateError("it leaves out the reasoning", where)
-    calls = [call["function"] for call in message.get("tool_calls", [])]
-    for call in calls:
-        count = sum(other["name"] == call["name"] for other in calls)
-        complete = all(contains(written, text) for text in texts_in(call["arguments"]))
-        if written.count(call["name"]) < count or not complete:
-            raise TemplateError(f"it leaves out a call to {call['name']}, or changes it", where)
-
-
-def check_context(messages, written):
-    """Raise `TemplateError` where the template leaves out a message that is not an answer, or a tool."""
-    for number, message in enumerate(messages, 1):
-        if message["role"] != "assistant" and not contains(written, message["content"]):
+    calls = [call["function"] for call in answer.get("tool_calls", [])]
+    for name, count in Counter(call["name"] for call in calls).items():
+        arguments = texts_in([call["arguments"] for call in calls if call["name"] == name])
+        if written.count(name) < count or not all(contains(written, argument) for argument in arguments):
+            raise TemplateError(f"it leaves out a call to {name}, or changes it", where)
+    for number, message in enumerate(context, 1):
+        if message["role"] != "assistant" and not contains(text, message["content"]):
             raise TemplateError("it leaves out or changes what it says", f"message {number}")
-    for tool in messages[0].get("tools", []) if messages else []:
-        if tool["function"]["name"] not in written:
+    for tool in messages[0].get("tools", []):
+        if tool["function"]["name"] not in text:
             raise TemplateError(f"it leaves out the tool {tool['function']['name']}")
 
 
@@ -535,14 +522,3 @@ def with_conversation(messages):
         quoted = " | ".join(f"{message['role']}: {message['content']:.40}" for message in messages[:4])
         where = f", in the conversation «{quoted}»" if messages else ""
         raise UserError(f"--chat-template: the template cannot be masked: {error}{where}") from error
-
-
-def compare_marks(tokenizer):
-    """The difference between a template's own `{% generation %}` marks and what is supervised; None: there is none."""
-    chat = [*CHAT_PROBE, {"role": "assistant", "content": "Yes."}]
-    marked = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    chat = [{**message, "train": message["role"] == "assistant"} for message in chat]
-    ours = [number for row in encode([chat], tokenizer)[0] for ids, supervised in row if supervised for number in ids]
-    theirs = list(itertools.compress(marked["input_ids"], marked["assistant_masks"]))
-    ours, theirs = tokenizer.decode(ours), tokenizer.decode(theirs)
-    return None if ours == theirs else f"they mark {theirs!r} where {ours!r} is supervised"

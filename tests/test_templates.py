@@ -234,15 +234,6 @@ def test_empty_reasoning_that_only_the_prompt_has_is_context_of_every_answer():
     assert supervised_texts(ours(CHATS["reasoning"], tokenizer), tokenizer)[0].startswith("Two and two")
 
 
-def test_a_template_for_tools_alone_takes_conversations_with_tools():
-    tokenizer = byte_tokenizer(["<|turn>", "<turn|>", "<|call>", "<call|>"])
-    listed = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
-    tokenizer.chat_template = listed + NOT_THINKING.replace("<|channel>thought\n<channel|>", "")
-    assert supervised_texts(ours(CHATS["tools"], tokenizer), tokenizer)[0].endswith("It is grey.<turn|>")
-    with pytest.raises(UserError, match="'NoneType' object is not iterable"):
-        ours(CHATS["plain"], tokenizer)
-
-
 def test_the_stop_token_ends_an_answer_where_a_template_begins_the_next_turn_itself():
     """As Command A's does, whatever follows."""
     tokenizer = byte_tokenizer(["<s>", "</s>", "[USER]", "[BOT]"])
@@ -287,13 +278,6 @@ def test_trls_marks_are_the_definition_or_differ_in_a_known_way(difference):
             "the prompt's <think>, and a newline after each turn": "".join(f"<think>\n{turn}{end}\n" for turn in turns),
         }
         assert theirs == known[difference]
-
-
-def test_marks_that_differ_are_named_when_a_template_is_loaded(capsys):
-    qwen = TRL / "qwen2_5_training.jinja"
-    path, local = hub.find_model(QUICKSTART_MODEL)
-    assert load_tokenizer(path, local, chat_template=str(qwen)).chat_template == qwen.read_text()
-    assert "own marks of what is supervised are not used: they mark '\\nreply" in capsys.readouterr().err
 
 
 # --- nobody can forge a turn
