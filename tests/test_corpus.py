@@ -13,9 +13,8 @@ import data as data_command
 from config import UserError, resolve
 from conversations import corpus
 from conversations.masking import encode
-from conversations.mixture import keep_duplicates_together
 from conversations.tokenizer import load_tokenizer
-from data import Split, load_data, load_split, warnings_about
+from data import Split, keep_duplicates_together, load_data, load_split, warnings_about
 from storage.cache import cache_directory
 
 
@@ -65,7 +64,7 @@ def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypa
     monkeypatch.setattr(corpus, "make_corpus", never)
     again = prepared(tiny_tokenizer, path)
     assert again.fingerprint == first.fingerprint
-    assert again.notes == first.notes == ("20 rows, 20 as messages",)
+    assert again.notes == first.notes == ["20 rows, 20 as messages"]
 
 
 @pytest.mark.parametrize(
@@ -180,9 +179,8 @@ def test_settings_that_say_something_else_than_what_happens_are_warned_about(tin
 
 
 def test_characters_that_the_tokenizer_does_not_know_are_warned_about():
-    counted = {"truncated": 0, "dropped": 0, "tokens": 10, "supervised": 5, "supervised_lost": 0}
-    splits = {"train": Split([1], **counted, unk_tokens=3), "eval": Split([1], **counted)}
-    assert list(warnings_about(splits)) == ["3 supervised tokens are characters that the tokenizer does not know"]
+    train = Split([1], tokens=10, supervised=5, unk_tokens=3)
+    assert warnings_about(train) == ["3 supervised tokens are characters that the tokenizer does not know"]
 
 
 def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
@@ -320,8 +318,6 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
             name for name, split in data.splits.items() for text in texts(split, tokenizer) if f"one {number}<" in text
         ]
         assert len(set(homes)) == 1
-    assert data.train.empty_reasoning == len(data.train.examples)
-    assert any("are supervised with empty reasoning" in warning for warning in data.warnings)
     assert len(prepared(tokenizer, path + "#5", chat_template="model", test_fraction=0.0).notes) > 0
 
 
