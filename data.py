@@ -9,6 +9,7 @@ As a command: `python data.py --show 3` prints encoded conversations with the su
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -71,7 +72,6 @@ class Split(NamedTuple):
     longest: int = 0  # tokens of an example
     supervised: int = 0  # of all tokens
     supervised_lost: int = 0  # to max_length
-    unk_tokens: int = 0  # supervised tokens that the tokenizer does not know
     has_stop: bool = True  # whether any answer ends with a supervised stop token
     digest: str = ""  # SHA-256 over the ids and labels of all examples
 
@@ -157,11 +157,7 @@ def load_split(config, tokenizer):
 
 
 def load_once(dataset, config, tokenizer):
-    """A corpus for an evaluation, and the numbers of the conversations that are used, each of them once.
-
-    Raises:
-        UserError: a source has a weight above 1.
-    """
+    """A corpus for an evaluation, and the numbers of the conversations that are used, each of them once."""
     sources = [parse_source(text) for text in dataset]
     for source in sources:
         if source.weight > 1:
@@ -194,7 +190,6 @@ def make_split(corpus, conversations):
         longest=max(lengths, default=0),
         supervised=sum(column["supervised"][number] for number in kept),
         supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
-        unk_tokens=sum(column["unk_tokens"][number] for number in kept),
         has_stop=any(column["has_stop"][number] for number in kept),
         digest=hashlib.sha256("".join(column["digest"][number] for number in kept).encode()).hexdigest(),
     )
@@ -204,21 +199,22 @@ def warnings_about(train):
     """A list of lines: everything that is implausible about the training split."""
     rows, supervised = len(train.examples) + train.dropped, train.supervised / train.tokens
     lost = train.supervised_lost / (train.supervised_lost + train.supervised)
-    lines = {
-        f"{supervised:.1%} of the training tokens are supervised; look at them: python data.py --show 3": (
-            not 0.01 <= supervised <= 0.95
-        ),
-        f"{train.unk_tokens:,} supervised tokens are characters that the tokenizer does not know": train.unk_tokens,
-        "no answer ends within --max-length, so the model will not learn to stop": not train.has_stop,
-        f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them": lost > 0.25,
-        f"{train.truncated:,} of {rows:,} training conversations are truncated by --max-length": (
-            train.truncated > rows / 2
-        ),
-        f"{train.dropped:,} of {rows:,} training conversations are left out: nothing in them is supervised": (
-            train.dropped > rows / 2
-        ),
-    }
-    return [line for line, holds in lines.items() if holds]
+    warnings = []
+    if not 0.01 <= supervised <= 0.95:
+        warnings.append(
+            f"{supervised:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
+        )
+    if not train.has_stop:
+        warnings.append("no answer ends within --max-length, so the model will not learn to stop")
+    if lost > 0.25:
+        warnings.append(f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them")
+    for count, problem in (
+        (train.truncated, "truncated by --max-length"),
+        (train.dropped, "left out: nothing in them is supervised"),
+    ):
+        if count > rows / 2:
+            warnings.append(f"{count:,} of {rows:,} training conversations are {problem}")
+    return warnings
 
 
 # --- which conversations are used, how often, and in which split
@@ -229,7 +225,6 @@ def choose_rows(source_of, sources, seed):
 
     Args:
         source_of: for each row the number of its source.
-        sources: a list of `Source`.
 
     Raises:
         UserError: a source has fewer rows than it asks for.
@@ -263,19 +258,18 @@ def keep_duplicates_together(splits, digests):
     split_of = {}
     for row, number in sorted((row, number) for number, rows in enumerate(splits) for row in rows):
         split_of.setdefault(digests[row], number)
-    together = [[row for row in rows if split_of[digests[row]] == number] for number, rows in enumerate(splits)]
+    together = []
     for number, rows in enumerate(splits):
-        for row in rows:
-            if split_of[digests[row]] != number:
-                together[split_of[digests[row]]].append(row)
+        own_first = itertools.chain(rows, *splits[:number], *splits[number + 1 :])
+        together.append([row for row in own_first if split_of[digests[row]] == number])
     return together
 
 
 def split_rows(n, eval_fraction, test_fraction, seed):
     """Row numbers of the train, eval and test splits of `n` rows, shares rounded up.
 
-    Shuffled by `datasets.train_test_split`, once to hold out eval and test together and once to separate the two, as
-    the reference experiment does: its 2,000 rows become the same 1,800 / 100 / 100.
+    `datasets.train_test_split` holds out eval and test together and then separates the two, as in the reference
+    experiment, whose 2,000 rows become the same 1,800 / 100 / 100.
 
     Raises:
         UserError: a split that should have rows would have none.

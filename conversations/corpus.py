@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import UserError
 from conversations.formats import ReadReport, read_conversations
-from conversations.masking import encode_each
+from conversations.masking import Example, encode_each
 from conversations.sources import InvalidRow, find_files
 from conversations.templates import TemplateError, stop_ids
 from conversations.tokenizer import CHATML
@@ -28,7 +28,7 @@ from storage.durable import sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
-COUNTS = "source part tokens supervised_before supervised unk_tokens".split()
+COUNTS = "source part tokens supervised_before supervised".split()
 SCHEMA = pyarrow.schema(
     [("location", pyarrow.string()), ("digest", pyarrow.string()), ("has_stop", pyarrow.bool_())]
     + [(name, pyarrow.int32()) for name in COUNTS]
@@ -42,9 +42,8 @@ class Corpus:
     """Encoded conversations, a row for each example, in the order they were read in.
 
     Its columns: `input_ids` and `labels`, truncated to `max_length`; `supervised`, the number of supervised tokens;
-    both numbers before truncation, `tokens` and `supervised_before`; `unk_tokens`, the supervised tokens that the
-    tokenizer does not know; `has_stop`, whether a stop token is supervised; its `location`; the number of its `source`;
-    a `digest` of ids and labels; its `part` of a conversation, from 0.
+    both numbers before truncation, `tokens` and `supervised_before`; `has_stop`, whether a stop token is supervised;
+    its `location`; the number of its `source`; a `digest` of ids and labels; its `part` of a conversation, from 0.
     """
 
     rows: pyarrow.Table
@@ -116,17 +115,18 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
         UserError: rows are invalid, or cannot be written by the template, and are more than may be skipped.
     """
     report, conversations, examples = ReadReport(), 0, 0
-    for _ in progress("checking", read_conversations(sources, **reading, report=report)):
+    progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
+    for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
         pass
     stops = torch.tensor(stop_ids(tokenizer))
-    rows = progress("encoding", read_conversations(sources, **reading), report.rows)
+    rows = iter(progress(read_conversations(sources, **reading), "encoding", report.rows))
     with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
             encoded = []
             for location, source, found in encode_rows(batch, tokenizer, supervise, reading["skip_bad_rows"], report):
                 conversations += 1
                 for part, example in enumerate(found):
-                    row = describe_example(example, tokenizer, stops, max_length)
+                    row = describe_example(example, stops, max_length)
                     encoded.append({"location": location, "source": source, "part": part, **row})
             examples += len(encoded)
             writer.write_batch(pyarrow.RecordBatch.from_pylist(encoded, SCHEMA))
@@ -136,11 +136,6 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
         why = "the template writes an earlier answer differently from the last"
         notes.append(f"{conversations:,} conversations, {examples:,} examples: {why}")
     (directory / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-
-
-def progress(label, rows, total=None):
-    """The rows, with a progress bar on a terminal."""
-    return iter(tqdm(rows, label, total, unit=" rows", disable=None, leave=False))
 
 
 def encode_rows(rows, tokenizer, supervise, skip, report):
@@ -165,18 +160,16 @@ def encode_rows(rows, tokenizer, supervise, skip, report):
             report.add_bad_row(InvalidRow(f"--chat-template: {problem.reason}", problem.where), locations[0])
 
 
-def describe_example(example, tokenizer, stops, max_length):
+def describe_example(example, stops, max_length):
     """The columns of an example, without its origin."""
-    kept = example.truncated(max_length)
+    kept = Example(example.input_ids[:max_length], example.labels[:max_length])
     ids, labels = kept.input_ids.int(), kept.labels.int()
-    unk_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     return {
         "input_ids": ids.numpy(),
         "labels": labels.numpy(),
         "tokens": len(example.input_ids),
         "supervised_before": example.supervised_tokens,
         "supervised": kept.supervised_tokens,
-        "unk_tokens": int((labels == unk_id).sum()),
         "has_stop": bool(torch.isin(labels, stops).any()),
         "digest": hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32],
     }

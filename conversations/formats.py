@@ -9,12 +9,11 @@ offer, as JSON schemas. Every row is checked before anything is tokenised, and a
 import functools
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 from config import UserError
-from conversations.sources import InvalidRow, Source, is_message, read_rows
+from conversations.sources import InvalidRow, Source, is_conversation, read_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
@@ -22,7 +21,6 @@ SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
 ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "observation": "tool"}
 ROLE_NAMES |= dict.fromkeys(("gpt", "chatgpt", "model", "bing", "bard", "function_call"), "assistant")
 REASONING_KEYS = ("thinking", "reasoning_content", "reasoning")  # beside the content
-TOOL_NAME = re.compile(r"[\w.:/-]+")  # with a space or bracket in it, it could be read as something else
 
 
 @dataclass
@@ -77,18 +75,16 @@ class ReadReport:
 
 
 def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, report=None):
-    """Yield `(location, number of its source, messages)` for each row of some sources, checked.
+    """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked.
 
     Args:
-        sources: a list of `Source`.
         max_examples: stop after so many rows; 0: all.
         skip_bad_rows: the share of rows that may be left out; 0: none.
         plain: refuse tools and reasoning, for which ChatML has no place.
         report: a `ReadReport` to fill.
 
     Raises:
-        UserError: no such source, nothing in it, or (at the end, once all rows have been read) rows that are not
-            conversations: the first ten reasons, with their number of rows and the first locations.
+        UserError: no such source, nothing in it, or (once all rows have been read) rows that are not conversations.
     """
     report = ReadReport() if report is None else report
     for number, source in enumerate(sources):
@@ -119,14 +115,10 @@ def read_file(path, **options):
 
 
 def parse_row(row, report):
-    """The messages of a row in any known format, checked.
-
-    Raises:
-        InvalidRow: it is not a conversation, or nothing in it can be supervised.
-    """
+    """The messages of a row in any known format; `InvalidRow` if it has none, or nothing that can be supervised."""
     if isinstance(row, InvalidRow):
         raise row
-    if isinstance(row, list) and row and is_message(row[0]):
+    if is_conversation(row):
         row = {"messages": row}
     if not isinstance(row, dict):
         raise InvalidRow("not a JSON object")
@@ -225,8 +217,6 @@ def parse_more(given, role, where):
     more = {}
     if role == "tool":
         more = {key: parse_text(given[key], where, f'"{key}"') for key in ("name", "tool_call_id") if key in given}
-        if "name" in more:
-            check_tool_name(more["name"], where)
     if role == "assistant":
         reasoning = [given[key] for key in REASONING_KEYS if key in given]
         if any(text != reasoning[0] for text in reasoning):
@@ -272,18 +262,11 @@ def parse_json_value(value, what, where):
 
 
 def parse_function(value, problem, where):
-    """The function in a tool or a call, of OpenAI's form or by itself: an object with a valid name."""
+    """The function in a tool or a call, of OpenAI's form or by itself: an object with a name."""
     function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise InvalidRow(problem, where)
-    check_tool_name(function["name"], where)
     return function
-
-
-def check_tool_name(name, where):
-    """Raise `InvalidRow` for a name that could be read as something else in a template."""
-    if not TOOL_NAME.fullmatch(name):
-        raise InvalidRow("the name of a tool may have letters, digits and . _ - : / only", where)
 
 
 def parse_tool_call(call, where):

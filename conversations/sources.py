@@ -75,22 +75,17 @@ def file_format(path):
 
 
 def check_sources(config):
-    """Check that the datasets of a `Config` exist, before anything is loaded: those on disk first, then the Hub's.
+    """Check that the datasets of a `Config` exist, before anything is loaded.
 
     Raises:
         UserError: there is no such file, directory or dataset on the Hub, or the Hub and its cache have no answer.
     """
-    flags = [("--dataset", text) for text in config.dataset]
-    flags += [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
-    on_hub = []
-    for flag, text in flags:
+    eval_dataset = [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
+    for flag, text in [*(("--dataset", text) for text in config.dataset), *eval_dataset]:
         with rewrite_errors("--dataset", flag):
             source = parse_source(text)
             if not find_files(source.name):
-                on_hub.append((flag, source))
-    for flag, source in on_hub:
-        with rewrite_errors("--dataset", flag):
-            hub.must_use_cache("dataset", source.name, source.config)
+                hub.must_use_cache("dataset", source.name, source.config)
 
 
 def find_files(name):
@@ -195,14 +190,15 @@ def read_json(path, stream):
             yield from ((f"{path}:{number}", row) for row in split_array(parse_json(line)))
 
 
+def is_conversation(value):
+    """Whether a JSON value looks like a list of messages rather than a list of rows."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
+
+
 def split_array(value):
-    """The rows in a JSON value: itself, or the items of an array that is not a list of messages."""
-    return value if isinstance(value, list) and value and not is_message(value[0]) else [value]
-
-
-def is_message(value):
-    """Whether a JSON value looks like a message rather than a row."""
-    return isinstance(value, dict) and bool(value.keys() & {"role", "from"})
+    """The rows in a JSON value: itself, or the items of an array of rows."""
+    return value if isinstance(value, list) and value and not is_conversation(value) else [value]
 
 
 def parse_json(content):

@@ -32,12 +32,12 @@ TAG = r"<[^<>]+>"
 NO_REASONING = re.compile(rf"(?:{TAG}\w*\s*{TAG}|</[^<>]+>)\s*$")
 NO_END = "it does not end an answer with a control token"
 
+CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
+CHAT_PROBE += [{"role": "user", "content": "So"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL_PROBE = [{"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": PARAMETERS}}]
 CALLED = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
 CALL_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]
-CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
-CHAT_PROBE += [{"role": "user", "content": "So"}]
 
 
 class TemplateError(InvalidRow):
@@ -50,13 +50,6 @@ class Turn(NamedTuple):
     number: int  # of its message
     text: str  # its context, what the model should write, and the token that ends the turn
     begin: int  # where in the text the answer begins
-
-
-class Piece(NamedTuple):
-    """A part of an example's text: an answer with its end of turn, or context."""
-
-    text: str
-    answer: int | None = None  # the number of the answer's message
 
 
 class Template:
@@ -272,7 +265,7 @@ class Template:
         return None
 
     def examples(self, messages):
-        """A conversation as examples: for each its `Piece`s, and the numbers of the answers that it supervises.
+        """A conversation as examples: for each its pieces, and the numbers of the answers that it supervises.
 
         Args:
             messages: as `extract_inline` returns them; those with `train` are supervised.
@@ -331,8 +324,8 @@ class Template:
         # Some texts have other ids when they are encoded in one go, and are meant to: typed control tokens, and answers
         # that begin with space after a text.
         differs = sentinel in full_text or any(
-            piece.answer is not None and piece.text[:1].isspace() and not before.text.endswith(tuple(self.control))
-            for before, piece in itertools.pairwise(pieces)
+            answer is not None and text[:1].isspace() and not before.endswith(tuple(self.control))
+            for (before, _), (text, answer) in itertools.pairwise(pieces)
         )
         if not differs:
             full_ids = self.tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -347,20 +340,20 @@ class Template:
         as it does at inference. Some control tokens absorb the space beside them, as Phi's do.
         """
         text, owner, absorbs_space = "", None, False
-        for piece in pieces:
-            for part in self.pattern.split(piece.text):
+        for piece, answer in pieces:
+            for part in self.pattern.split(piece):
                 token = self.control.get(part)
-                if text and (token or piece.answer != owner):
+                if text and (token or answer != owner):
                     text = text.replace(sentinel, "")
-                    yield False, text.rstrip() if token and token.lstrip and piece.answer == owner else text, owner
+                    yield False, text.rstrip() if token and token.lstrip and answer == owner else text, owner
                     text = ""
                 if token:
-                    yield True, part, piece.answer
-                    absorbs_space, owner = token.rstrip, piece.answer
+                    yield True, part, answer
+                    absorbs_space, owner = token.rstrip, answer
                 elif part:
-                    continues = piece.answer is None or piece.answer == owner
+                    continues = answer is None or answer == owner
                     part = part.lstrip() if absorbs_space and not text and continues else part
-                    text, owner, absorbs_space = text + part, piece.answer, absorbs_space and not part
+                    text, owner, absorbs_space = text + part, answer, absorbs_space and not part
         if text:
             yield False, text.replace(sentinel, ""), owner
 
@@ -443,14 +436,17 @@ def check_turn(messages, turn, sentinel):
 
 
 def split_at_answers(text, turns):
-    """Cut a rendered text into `Piece`s at the answers whose text it begins with."""
+    """Cut a rendered text into pieces `(text, answer)` at the answers whose text it begins with.
+
+    An answer's piece has the number of its message, and ends with the end of its turn; that of context has None.
+    """
     position = 0
     for turn in turns:
         if text.startswith(turn.text):
-            yield Piece(text[position : turn.begin])
-            yield Piece(turn.text[turn.begin :], turn.number)
+            yield text[position : turn.begin], None
+            yield turn.text[turn.begin :], turn.number
             position = len(turn.text)
-    yield Piece(text[position:])
+    yield text[position:], None
 
 
 @functools.lru_cache(maxsize=4)
@@ -483,7 +479,7 @@ def encode_prompt(messages, tokenizer):
     with with_conversation(messages):
         chat, tools, sentinel = template.prepare(template.extract_inline(messages))
         (text,) = template.render([chat], tools, generation=True)
-        return [number for ids, _ in template.encode([Piece(text)], sentinel) for number in ids]
+        return [number for ids, _ in template.encode([(text, None)], sentinel) for number in ids]
 
 
 def encode(conversations, tokenizer):

@@ -14,7 +14,7 @@ from config import UserError, resolve
 from conversations import corpus
 from conversations.masking import encode
 from conversations.tokenizer import load_tokenizer
-from data import Split, keep_duplicates_together, load_data, load_split, warnings_about
+from data import keep_duplicates_together, load_data, load_split
 from storage.cache import cache_directory
 
 
@@ -41,7 +41,7 @@ def texts(split, tokenizer):
     return [tokenizer.decode(example.input_ids) for example in split.examples]
 
 
-def test_the_rows_are_those_that_encode_gives(tiny_tokenizer, write):
+def test_the_corpus_has_the_rows_of_encode(tiny_tokenizer, write):
     rows = [a_chat(f"{number}", "Yes. " * number) for number in range(1, 30)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows), supervise="last")
     expected = {
@@ -54,7 +54,7 @@ def test_the_rows_are_those_that_encode_gives(tiny_tokenizer, write):
     assert data.train.supervised == sum(example.supervised_tokens for example in data.train.examples)
 
 
-def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypatch):
+def test_a_corpus_is_read_from_the_cache(tiny_tokenizer, write, monkeypatch):
     path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     first = prepared(tiny_tokenizer, path)
 
@@ -98,7 +98,7 @@ def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_m
     assert set((cache_directory() / "corpora").glob("[!.]*")) == known  # nothing half made is left there
 
 
-def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
+def test_duplicates_are_never_in_two_splits(tiny_tokenizer, write):
     rows = [a_chat(f"{number % 25}") for number in range(100)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows))
     train, evaluated, test = (set(texts(split, tiny_tokenizer)) for split in data.splits.values())
@@ -109,13 +109,13 @@ def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
     assert "75 are duplicates of another, always in the same split as it" in data.notes
 
 
-def test_without_copies_the_splits_stay_as_they_are():
+def test_keep_duplicates_together():
     splits = [[4, 2, 0], [1], [3]]
     assert keep_duplicates_together(splits, list("abcde")) == splits
     assert keep_duplicates_together(splits, list("aacde")) == [[4, 2, 0, 1], [], [3]]
 
 
-def test_an_eval_dataset_of_ones_own(tiny_tokenizer, write):
+def test_an_eval_dataset_is_left_out_of_training(tiny_tokenizer, write):
     train = write("train.jsonl", [a_chat(f"{number}") for number in range(20)])
     own = write("eval.jsonl", [a_chat(f"{number}") for number in range(18, 24)])
     data = prepared(tiny_tokenizer, train, eval_dataset=own, test_fraction=0.0)
@@ -131,7 +131,7 @@ def test_an_error_in_an_eval_dataset_names_that_flag(tiny_tokenizer, write):
         )
 
 
-def test_several_files_in_shares(tiny_tokenizer, write):
+def test_shares_counts_and_weights_of_files(tiny_tokenizer, write):
     one = write("one.jsonl", [a_chat(f"one {number}") for number in range(40)])
     two = write("two.jsonl", [a_chat(f"two {number}") for number in range(40)])
     data = prepared(tiny_tokenizer, f"{one}:0.5", f"{two}#10")
@@ -146,12 +146,12 @@ def test_several_files_in_shares(tiny_tokenizer, write):
     assert len(texts(data.eval, tiny_tokenizer)) == 16  # twice over is for training
 
 
-def test_a_count_that_is_not_there_is_refused(tiny_tokenizer, write):
+def test_a_count_above_the_rows_is_refused(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"#50: 20 conversations of it were read"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]) + "#50")
 
 
-def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
+def test_tokens_lost_to_max_length_are_counted(tiny_tokenizer, write):
     rows = [a_chat(f"{number}", "y" * 50) for number in range(10, 20)]
     rows += [a_chat(f"{number}" + "x" * 300) for number in range(10)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows), max_length=60, test_fraction=0.0)
@@ -167,7 +167,7 @@ def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
     assert truncated.endswith("training conversations are truncated by --max-length")
 
 
-def test_settings_that_say_something_else_than_what_happens_are_warned_about(tiny_tokenizer, write):
+def test_settings_without_effect_are_warned_about(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}", "y" * 50) for number in range(20)])
     assert not prepared(tiny_tokenizer, chats).warnings
     tokenizer = copy.copy(tiny_tokenizer)
@@ -178,18 +178,13 @@ def test_settings_that_say_something_else_than_what_happens_are_warned_about(tin
     assert split == "--split test has no effect: files have no splits"
 
 
-def test_characters_that_the_tokenizer_does_not_know_are_warned_about():
-    train = Split([1], tokens=10, supervised=5, unk_tokens=3)
-    assert warnings_about(train) == ["3 supervised tokens are characters that the tokenizer does not know"]
-
-
 def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}" + "x" * 450, "a") for number in range(8)])
     (warning,) = prepared(tiny_tokenizer, chats).warnings
     assert warning.startswith("0.6% of the training tokens are supervised; look at them")
 
 
-def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_path, capsys):
+def test_the_page_shows_every_token(tiny_model_dir, write, tmp_path, capsys):
     path = write("a.jsonl", [a_chat(f"<b>{number}</b>", "🙂 & so on") for number in range(20)])
     arguments = ["--model", str(tiny_model_dir), "--dataset", path, "--show", "2"]
     assert data_command.main([*arguments, "--html", str(tmp_path / "page.html")]) == 0
@@ -204,7 +199,7 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
     assert "<tr><td>train<td>18<td>" in text
 
 
-def test_a_dataset_of_nothing_but_copies_is_an_error(tiny_tokenizer, write):
+def test_a_dataset_of_one_conversation_repeated_is_refused(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"the eval split is empty, as all of its conversations are duplicates"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat("x")] * 50))
 
@@ -219,7 +214,7 @@ def test_a_refusal_names_its_conversation(tmp_path, write):
         prepared(tokenizer, write("a.jsonl", chats), chat_template="model")
 
 
-def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
+def test_a_partial_corpus_is_removed(tiny_tokenizer, write):
     """By the next that wants the same corpus; another may be at work on another."""
     path, corpora = write("a.jsonl", [a_chat(f"dead {number}") for number in range(20)]), cache_directory() / "corpora"
     prepared(tiny_tokenizer, path)
@@ -235,7 +230,7 @@ def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit flipped", "removed"])
-def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monkeypatch, tmp_path, capsys, damage):
+def test_a_corrupt_corpus_is_made_again(tiny_tokenizer, write, monkeypatch, tmp_path, capsys, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     before = prepared(tiny_tokenizer, chats)
@@ -253,7 +248,7 @@ def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monke
     assert rows.read_bytes() == content
 
 
-def test_amounts_of_an_eval_dataset_are_kept_and_max_examples_does_not_cap_it(tiny_tokenizer, write):
+def test_quantities_of_an_eval_dataset(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     others = write("b.jsonl", [a_chat(f"other {number}") for number in range(12)])
     for amount, count in (("", 12), ("#5", 5), (":0.5", 6)):
@@ -278,7 +273,7 @@ def test_the_rows_used_of_a_source_are_counted(tiny_tokenizer, write):
     )
 
 
-def test_a_page_overwrites_nothing_but_an_earlier_page(tiny_model_dir, write, tmp_path):
+def test_a_page_overwrites_only_an_earlier_page(tiny_model_dir, write, tmp_path):
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     before = Path(chats).read_bytes()
     arguments = ["--model", str(tiny_model_dir), "--dataset", chats, "--html"]
@@ -321,7 +316,7 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
     assert len(prepared(tokenizer, path + "#5", chat_template="model", test_fraction=0.0).notes) > 0
 
 
-def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_path):
+def test_tools_and_reasoning_reach_the_template(write, tmp_path):
     tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     call = {"function": {"name": "f", "arguments": '{"a": "Ünï"}'}}
     answer = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
@@ -345,7 +340,7 @@ def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_pat
         prepared(tokenizer, write("b.jsonl", chats))
 
 
-def test_rows_that_a_template_refuses_can_be_left_out(write, tmp_path):
+def test_rows_that_a_template_refuses_can_be_skipped(write, tmp_path):
     tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     chats = [a_chat(f"{number}") for number in range(28)]
     chats[3:3], chats[9:9] = [a_chat("a", "<tool_call>{</tool_call>")], [a_chat("b", "<tool_call>[]</tool_call>")]

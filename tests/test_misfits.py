@@ -59,7 +59,7 @@ def test_a_missing_layer_is_refused(model_dir):
     assert refusal(model_dir).startswith("9 of the model's weights are not in its files, such as model.layers.1.")
 
 
-def test_a_fresh_head_is_refused(model_dir):
+def test_a_missing_head_is_refused(model_dir):
     tiny_llama(259, tie_word_embeddings=False).save_pretrained(model_dir)
     change_weights(
         model_dir, lambda weights: {name: part for name, part in weights.items() if name != "lm_head.weight"}
@@ -112,7 +112,7 @@ def test_a_configuration_of_wrong_types_is_one_line(model_dir, name, value):
     assert refusal(model_dir)
 
 
-def test_no_code_of_a_model_directory_is_run_and_nobody_is_asked(model_dir, monkeypatch, tmp_path):
+def test_no_code_of_a_model_directory_is_run(model_dir, monkeypatch, tmp_path):
     path = model_dir / "config.json"
     settings = {**json.loads(path.read_text()), "model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
     path.write_text(json.dumps(settings))
@@ -143,7 +143,7 @@ def test_a_directory_without_a_tokenizer_is_refused(model_dir):
     assert refusal(model_dir).startswith("no usable tokenizer and configuration (ValueError: Couldn't")
 
 
-def test_a_file_and_an_adapter_are_no_models(tmp_path):
+def test_a_file_and_an_adapter_are_refused(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.touch()
     for name, said in (

@@ -358,7 +358,7 @@ def check_law(name, chat):
 @pytest.mark.parametrize("name", FUZZED)
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
-def test_no_text_of_anyone_changes_what_is_control_or_supervised(name, data):
+def test_hostile_text_changes_no_control_token_and_no_label(name, data):
     check_law(name, data.draw(conversations(name)))
 
 
@@ -538,7 +538,7 @@ def test_a_result_that_looks_like_several_is_one_where_the_call_is_not_written_s
         assert text in tokenizer.decode(encode([chat], tokenizer)[-1].input_ids)
 
 
-def test_a_think_that_somebody_types_is_text(tmp_path):
+def test_a_typed_think_tag_is_text(tmp_path):
     """It is one where an answer begins with it; in a question, or further on in an answer, it is not."""
     tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path)
     ids = encode([say("<think>x</think>", "y</think>z<think>")], tokenizer)[0].input_ids.tolist()
@@ -616,7 +616,7 @@ def test_a_template_may_be_a_file_and_is_saved_with_the_tokenizer(tmp_path):
             load_tokenizer(str(tmp_path), True, name)
 
 
-def test_a_run_keeps_the_template_of_a_file_and_needs_the_file_no_more(tmp_path, chats, capsys):
+def test_a_run_keeps_the_template_of_a_removed_file(tmp_path, chats, capsys):
     """Its options too: in the best model, in the prompts of `eval.py`, and when it is resumed."""
     byte_tokenizer(CHATML_TOKENS).save_pretrained(tmp_path / "model")
     tiny_llama(259).save_pretrained(tmp_path / "model")
