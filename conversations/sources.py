@@ -126,9 +126,8 @@ def notes_on_directories(sources):
         if path.is_dir():
             read = files_in(path)
             others = sorted(file.name + "/" * file.is_dir() for file in {*path.iterdir()} - {*read})
-            names = (", ".join(file.name for file in read), ", ".join(others))
-            read, others = (textwrap.shorten(text, 300, placeholder=" …") for text in names)
-            yield f"{source.name}: {read} read" + (f"; not read: {others}" if others else "")
+            rest = f"; not read: {textwrap.shorten(', '.join(others), 300)}" if others else ""
+            yield f"{source.name}: {textwrap.shorten(', '.join(file.name for file in read), 300)} read{rest}"
 
 
 def read_rows(source, split):

@@ -23,7 +23,7 @@ from config import UserError, first_line
 from conversations.formats import parse_json_value, parse_tool_call
 from conversations.sources import InvalidRow
 
-SENTINELS = list(map(chr, range(0x12000, 0x12399)))  # cuneiform: rare, and printable, so that no template escapes it
+SENTINEL = "\U00012398"  # cuneiform: rare, and printable, so that no template escapes it
 REASONING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -155,42 +155,39 @@ class Template:
             found += [{**message, "content": content} for content in contents]
         return found
 
-    def escape_control_tokens(self, value, sentinel):
+    def escape_control_tokens(self, value):
         """A JSON value with the sentinel inside of every control token in its texts, keys too, and at partial ones."""
         if isinstance(value, dict):
-            escaped = [[self.escape_control_tokens(part, sentinel) for part in item] for item in value.items()]
-            return dict(escaped)
+            return {self.escape_control_tokens(key): self.escape_control_tokens(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.escape_control_tokens(item, sentinel) for item in value]
+            return [self.escape_control_tokens(item) for item in value]
         if not isinstance(value, str):
             return value
         while self.pattern.search(value):
-            value = self.pattern.sub(lambda found: found[0][0] + sentinel + found[0][1:], value)
+            value = self.pattern.sub(lambda found: found[0][0] + SENTINEL + found[0][1:], value)
         begin, end = len(value) - len(value.lstrip()), len(value.rstrip())  # a template may trim the space around it
         if value[:end].endswith(self.prefixes):
-            value = value[:end] + sentinel + value[end:]
+            value = value[:end] + SENTINEL + value[end:]
         if value[begin:].startswith(self.suffixes):
-            value = value[:begin] + sentinel + value[begin:]
+            value = value[:begin] + SENTINEL + value[begin:]
         return value
 
     def prepare(self, messages):
-        """Messages and tools as the template takes them, and the sentinel that is in them."""
-        texts = json.dumps(messages, ensure_ascii=False)
-        sentinel = next((character for character in SENTINELS if character not in texts), None)
-        if sentinel is None:
-            raise TemplateError("it has every character that could serve as a sentinel")
+        """Messages and tools as the template takes them."""
+        if SENTINEL in json.dumps(messages, ensure_ascii=False):
+            raise TemplateError("it has the character U+12398, which marks typed control tokens; remove it")
         tools = messages[0].get("tools", []) if messages else []
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
             reason = "the template writes no tool calls; use a model or a --chat-template FILE that does"
             raise TemplateError(reason, f"message {calls[0]}" if calls else "")
-        chat = [self.prepare_message(message, sentinel) for message in messages]
-        return chat, self.escape_control_tokens(tools, sentinel), sentinel
+        chat = [self.prepare_message(message) for message in messages]
+        return chat, self.escape_control_tokens(tools)
 
-    def prepare_message(self, message, sentinel):
+    def prepare_message(self, message):
         """A message with escaped texts and with its reasoning where the template takes it."""
         escaped = {
-            key: value if key in ("role", "inline") else self.escape_control_tokens(value, sentinel)
+            key: value if key in ("role", "inline") else self.escape_control_tokens(value)
             for key, value in message.items()
             if key not in ("tools", "train")
         }
@@ -204,7 +201,7 @@ class Template:
             space = "" if inline else "\n"
             escaped["content"] = f"<think>{space}{reasoning}{space}</think>{space * 2}{escaped['content']}"
         elif message["role"] == "assistant" and (empty := REASONING.fullmatch(message["content"])):
-            escaped["content"] = f"<think>{empty[1]}</think>{self.escape_control_tokens(empty[2], sentinel)}"
+            escaped["content"] = f"<think>{empty[1]}</think>{self.escape_control_tokens(empty[2])}"
         return to_template_message(escaped, self.call_form)
 
     # --- from what the template takes to examples
@@ -269,18 +266,15 @@ class Template:
 
         Args:
             messages: as `extract_inline` returns them; those with `train` are supervised.
-
-        Returns:
-            The examples, and the sentinel that is in their texts.
         """
-        chat, tools, sentinel = self.prepare(messages)
+        chat, tools = self.prepare(messages)
         wanted = {number for number, message in enumerate(messages) if message["train"]}
         turns, full_text = self.turns(chat, wanted, tools)
         left = [turn for turn in turns if turn.number in wanted]
         if not left:  # a conversation in which nothing is supervised is counted later
-            return [(list(split_at_answers(full_text, turns)), set())], sentinel
+            return [(list(split_at_answers(full_text, turns)), set())]
         for turn in left:
-            check_turn(messages, turn, sentinel)
+            check_turn(messages, turn)
         texts = []
         for turn in reversed(left):
             if not any(text.startswith(turn.text) for text in texts):
@@ -290,7 +284,7 @@ class Template:
             served = {turn.number for turn in left if text.startswith(turn.text)}
             left = [turn for turn in left if turn.number not in served]
             examples.append((list(split_at_answers(text, turns)), served))
-        return examples, sentinel
+        return examples
 
     # --- from examples to ids
 
@@ -306,9 +300,9 @@ class Template:
         encoder.no_truncation()
         return encoder
 
-    def encode(self, pieces, sentinel):
+    def encode(self, pieces):
         """The segments `(ids, answer)` of an example, checked; `answer` is a message's number, or None for context."""
-        runs = list(self.split_at_tokens(pieces, sentinel))
+        runs = list(self.split_at_tokens(pieces))
         texts = [run for is_token, run, _ in runs if not is_token]
         encodings = iter(self.encoder.encode_batch_fast(texts, add_special_tokens=False))
         segments = [
@@ -318,12 +312,12 @@ class Template:
         for text, number in pieces:
             if number is not None:
                 ids = [token for run, answer in segments if answer == number for token in run]
-                if normalize(self.tokenizer.decode(ids)) != normalize(text.replace(sentinel, "")):
+                if normalize(self.tokenizer.decode(ids)) != normalize(text.replace(SENTINEL, "")):
                     raise TemplateError("the ids of an answer do not decode to that answer", f"message {number + 1}")
         full_text = "".join(text for text, _ in pieces)
         # Some texts have other ids when they are encoded in one go, and are meant to: typed control tokens, and answers
         # that begin with space after a text.
-        differs = sentinel in full_text or any(
+        differs = SENTINEL in full_text or any(
             answer is not None and text[:1].isspace() and not before.endswith(tuple(self.control))
             for (before, _), (text, answer) in itertools.pairwise(pieces)
         )
@@ -333,7 +327,7 @@ class Template:
                 raise TemplateError("its tokenizer gives the parts other ids than the full text")
         return segments
 
-    def split_at_tokens(self, pieces, sentinel):
+    def split_at_tokens(self, pieces):
         """Yield runs of pieces that are encoded in one go: `(is a control token, text, answer)`.
 
         A template's text and a content are encoded together, as in a prompt at inference; an answer begins a new run,
@@ -344,7 +338,7 @@ class Template:
             for part in self.pattern.split(piece):
                 token = self.control.get(part)
                 if text and (token or answer != owner):
-                    text = text.replace(sentinel, "")
+                    text = text.replace(SENTINEL, "")
                     yield False, text.rstrip() if token and token.lstrip and answer == owner else text, owner
                     text = ""
                 if token:
@@ -355,7 +349,7 @@ class Template:
                     part = part.lstrip() if absorbs_space and not text and continues else part
                     text, owner, absorbs_space = text + part, answer, absorbs_space and not part
         if text:
-            yield False, text.replace(sentinel, ""), owner
+            yield False, text.replace(SENTINEL, ""), owner
 
 
 def common_prefix(one, other):
@@ -411,9 +405,9 @@ def contains(written, text):
     return any(form in written for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]))
 
 
-def check_turn(messages, turn, sentinel):
+def check_turn(messages, turn):
     """Raise `TemplateError` where the template leaves out or changes a message, a part of the answer, or a tool."""
-    text, written = turn.text.replace(sentinel, ""), turn.text[turn.begin :].replace(sentinel, "")
+    text, written = turn.text.replace(SENTINEL, ""), turn.text[turn.begin :].replace(SENTINEL, "")
     *context, answer = messages[: turn.number + 1]
     where = f"message {turn.number + 1}"
     empty = REASONING.fullmatch(answer["content"])  # where it is not empty, it stands beside the content
@@ -450,8 +444,7 @@ def split_at_answers(text, turns):
 
 
 @functools.lru_cache(maxsize=4)
-def cached_template(tokenizer, _source):
-    """The `Template` of a tokenizer, made once; `_source` is its text, for when that changes."""
+def cached_template(tokenizer, _source):  # its text, for when that changes
     return Template(tokenizer)
 
 
@@ -477,9 +470,9 @@ def encode_prompt(messages, tokenizer):
     """The ids of messages with the generation prompt, as at inference; a list."""
     template = get_template(tokenizer)
     with with_conversation(messages):
-        chat, tools, sentinel = template.prepare(template.extract_inline(messages))
+        chat, tools = template.prepare(template.extract_inline(messages))
         (text,) = template.render([chat], tools, generation=True)
-        return [number for ids, _ in template.encode([(text, None)], sentinel) for number in ids]
+        return [number for ids, _ in template.encode([(text, None)]) for number in ids]
 
 
 def encode(conversations, tokenizer):
@@ -494,13 +487,10 @@ def encode(conversations, tokenizer):
     template, encoded = get_template(tokenizer), []
     for messages in conversations:
         with with_conversation(messages):
-            examples, sentinel = template.examples(template.extract_inline(messages))
-            encoded.append(
-                [
-                    [(ids, answer in supervised) for ids, answer in template.encode(pieces, sentinel)]
-                    for pieces, supervised in examples
-                ]
-            )
+            examples = []
+            for pieces, supervised in template.examples(template.extract_inline(messages)):
+                examples.append([(ids, answer in supervised) for ids, answer in template.encode(pieces)])
+            encoded.append(examples)
     return encoded
 
 

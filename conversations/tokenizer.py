@@ -115,12 +115,7 @@ def with_eos(template, eos):
 
 
 def with_options(template, options):
-    """A chat template with other defaults for its arguments, so that the model that is saved has them too.
-
-    Args:
-        template: its text, or a dict of texts.
-        options: each as `name=value`; a value is JSON, or else a string.
-    """
+    """A chat template, or a dict of them, with other defaults for its arguments: `name=value`, JSON or else a string."""
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
     for option in options:

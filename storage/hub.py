@@ -69,11 +69,7 @@ def is_lfs_pointer(path):
 
 @functools.cache  # each is loaded once
 def load_hub_dataset(name, configuration, split):
-    """One split of a Hub dataset, in its configuration of that name (None: its default), as a `datasets.Dataset`.
-
-    Raises:
-        UserError: no such dataset or split, or a Hub that does not answer and nothing in its cache.
-    """
+    """One split of a Hub dataset, in its configuration of that name (None: its default), as a `datasets.Dataset`."""
     try:
         with offline() if must_use_cache("dataset", name, configuration) else contextlib.nullcontext():
             return datasets.load_dataset(name, configuration, split=split)

@@ -381,16 +381,12 @@ def one_rendering(template, chat, wanted, tools):
     return [turn._replace(text=full_text[: len(turn.text)]) for turn in turns], full_text
 
 
-def only_the_last(examples, sentinel):
-    return examples[-1:], sentinel
-
-
 def without_reasoning(messages):
     return [{name: value for name, value in message.items() if name != "thinking"} for message in messages]
 
 
 BREAKAGES = {
-    "texts are not escaped": ("escape_control_tokens", lambda _self, value, _sentinel: value),
+    "texts are not escaped": ("escape_control_tokens", lambda _self, value: value),
     "the prompt is not looked at": (
         "turn",
         lambda self, number, prompt, *rest: TURN(self, number, prompt.rpartition("<|im_start|>")[0], *rest),
@@ -400,7 +396,7 @@ BREAKAGES = {
         lambda self, *each: (t := TURN(self, *each))._replace(text=t.text[: -len("<|im_end|>")]),
     ),
     "one rendering is taken for all answers": ("turns", one_rendering),
-    "only the last answer is supervised": ("examples", lambda self, messages: only_the_last(*EXAMPLES(self, messages))),
+    "only the last answer is supervised": ("examples", lambda self, messages: EXAMPLES(self, messages)[-1:]),
     "reasoning is left out": ("prepare", lambda self, messages: PREPARE(self, without_reasoning(messages))),
 }
 
@@ -450,6 +446,7 @@ REWRITING = CHATML.replace("message['content']", "message['content'] | replace('
         (UNPROMPTED, say("a", "b"), "the rendered answer does not begin with the generation prompt"),
         (CHATML.replace("message['content']", "'?'"), say("a", "b"), NO_END),
         (ENDLESS, say("a", "b"), NO_END),
+        (CHATML + "{# mine #}", say("a", "\U00012398"), "it has the character U.12398"),
         (SILENT, [{"role": "system", "content": "Brief!"}, *say("a", "b")], "message 1: it leaves out or changes"),
         (REWRITING, say("a", "x"), r"it changes what messages say, in the conversation «user: a \| assistant: x»"),
         ("{{ 1 / 0 }}", say("a", "b"), "it does not take them: division by zero"),
