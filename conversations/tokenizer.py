@@ -115,7 +115,7 @@ def with_eos(template, eos):
 
 
 def with_options(template, options):
-    """A chat template, or a dict of them, with other defaults for its arguments: `name=value`, JSON or else a string."""
+    """A chat template, or a dict of them, with other defaults; an option is `name=value`, in JSON or else a string."""
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
     for option in options:

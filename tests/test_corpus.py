@@ -138,7 +138,10 @@ def test_shares_counts_and_weights_of_files(tiny_tokenizer, write):
     every = [text for split in data.splits.values() for text in texts(split, tiny_tokenizer)]
     counts = [sum(name in text for text in every) for name in ("one", "two")]
     assert counts == [20, 10]
+    assert f"{one}: 20 of 40 conversations used" in data.notes
+    assert len(load_split(resolve({"dataset": (f"{two}#10",)}, "none"), tiny_tokenizer).examples) == 10
     data = prepared(tiny_tokenizer, one, f"{two}:2.5", test_fraction=0.0)
+    assert f"{two}: 40 of 40 conversations used, 2.5 times an epoch in training" in data.notes
     train = texts(data.train, tiny_tokenizer)
     of_two = [text for text in train if "two" in text]
     assert len(of_two) == round(2.5 * len(set(of_two)))
@@ -256,21 +259,6 @@ def test_quantities_of_an_eval_dataset(tiny_tokenizer, write):
         assert (len(data.train.examples), len(data.eval.examples)) == (8, count)
     with pytest.raises(UserError, match=r"--eval-dataset .*b\.jsonl:2: an evaluation uses each conversation once"):
         prepared(tiny_tokenizer, chats, eval_dataset=others + ":2")
-
-
-def test_an_evaluation_uses_the_amount_that_is_asked_for(tiny_tokenizer, write):
-    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
-    split = load_split(resolve({"dataset": (chats + "#7",)}, "none"), tiny_tokenizer)
-    assert len(split.examples) == 7
-
-
-def test_the_rows_used_of_a_source_are_counted(tiny_tokenizer, write):
-    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
-    assert f"{chats}: 7 of 20 conversations used" in prepared(tiny_tokenizer, chats + "#7").notes
-    assert (
-        f"{chats}: 20 of 20 conversations used, 2 times an epoch in training"
-        in prepared(tiny_tokenizer, chats + ":2").notes
-    )
 
 
 def test_a_page_overwrites_only_an_earlier_page(tiny_model_dir, write, tmp_path):

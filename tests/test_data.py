@@ -57,9 +57,6 @@ def test_the_splits_equal_the_reference_experiments():
     train, evaluation, test = split_rows(2000, 0.05, 0.05, 42)
     assert (train, evaluation, test) == (first["train"]["row"][:], second["train"]["row"][:], second["test"]["row"][:])
     assert [len(train), len(evaluation), len(test)] == [1800, 100, 100]
-
-
-def test_the_reference_experiment_takes_57_updates_an_epoch():
     assert windows_per_epoch(1800, 32) == 57
 
 
