@@ -9,11 +9,12 @@ As a command: `python data.py --show 3` prints encoded conversations with the su
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ from datasets import Dataset
 from config import Config, Parser, UserError, format_value, resolve, rewrite_errors, run_command
 from conversations.corpus import load_corpus
 from conversations.masking import Example
-from conversations.mixture import choose_rows, keep_duplicates_together, repeat_by_weight
 from conversations.preview import check_page_path, page, preview
 from conversations.sources import Source, check_sources, find_files, notes_on_directories, parse_source
 from conversations.tokenizer import load_tokenizer
@@ -72,8 +72,6 @@ class Split(NamedTuple):
     longest: int = 0  # tokens of an example
     supervised: int = 0  # of all tokens
     supervised_lost: int = 0  # to max_length
-    unk_tokens: int = 0  # supervised tokens that the tokenizer does not know
-    empty_reasoning: int = 0  # answers that are supervised with a reasoning that is empty
     has_stop: bool = True  # whether any answer ends with a supervised stop token
     digest: str = ""  # SHA-256 over the ids and labels of all examples
 
@@ -85,8 +83,8 @@ class Data:
     train: Split
     eval: Split
     test: Split
-    notes: tuple[str, ...] = ()  # about the rows that were read
-    warnings: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)  # about the rows that were read
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def splits(self):
@@ -109,25 +107,22 @@ def load_data(config, tokenizer):
     digests, source_of = corpus.digests, corpus.source_of  # a split, a quantity and a weight are of conversations
     rows = choose_rows(source_of, sources, config.seed)
     notes = [*notes_on_directories(sources), *corpus.notes, *notes_on_quantities(rows, source_of, sources)]
-    held_out = None
+    eval_fraction, held_out = config.eval_fraction, None
     if config.eval_dataset:
         with rewrite_errors("--dataset", "--eval-dataset"):
             all_of_it = dataclasses.replace(config, max_examples=0)  # which is of --dataset
             held_out, evaluated = load_once([config.eval_dataset], all_of_it, tokenizer)
         notes += [f"--eval-dataset: {note}" for note in held_out.notes]
-        chosen, known = rows, {held_out.digests[row] for row in evaluated}
-        rows = [row for row in chosen if digests[row] not in known]
+        known = {held_out.digests[row] for row in evaluated}
+        eval_fraction, chosen, rows = 0.0, rows, [row for row in rows if digests[row] not in known]
         if not rows:
             raise UserError(f"--dataset {format_value(config.dataset)}: all of its conversations are in --eval-dataset")
         if len(rows) < len(chosen):
             notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
-    shares = (0.0 if held_out else config.eval_fraction, config.test_fraction)
-    splits = [[rows[i] for i in split] for split in split_rows(len(rows), *shares, config.seed)]
-    train, shared, test = keep_duplicates_together(splits, digests)
-    duplicates = len(rows) - len({digests[row] for row in rows})
-    if duplicates:
+    splits = split_rows(len(rows), eval_fraction, config.test_fraction, config.seed)
+    train, shared, test = keep_duplicates_together([[rows[i] for i in split] for split in splits], digests)
+    if duplicates := len(rows) - len({digests[row] for row in rows}):
         notes.append(f"{duplicates:,} are duplicates of another, always in the same split as it")
-
     splits = {
         "train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)),
         "eval": make_split(held_out, evaluated) if held_out else make_split(corpus, shared),
@@ -139,8 +134,14 @@ def load_data(config, tokenizer):
             if not splits[name].dropped:
                 why = f"the {name} split is empty, as all of its conversations are duplicates; use --eval-dataset"
             raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
-    warnings = [*warnings_about(splits), *warnings_of_unused(config, sources, splits, tokenizer)]
-    return Data(**splits, notes=tuple(notes), warnings=tuple(warnings))
+    warnings = warnings_about(splits["train"])
+    longest, context_length = max(split.longest for split in splits.values()), tokenizer.model_max_length
+    if longest > context_length:
+        there = f"there are conversations of {longest:,} tokens"
+        warnings.append(f"--max-length: {there}; the context length is {context_length:,}")
+    if config.split != Config().split and all(find_files(source.name) for source in sources):
+        warnings.append(f"--split {config.split} has no effect: files have no splits")
+    return Data(**splits, notes=notes, warnings=warnings)
 
 
 def load_split(config, tokenizer):
@@ -156,11 +157,7 @@ def load_split(config, tokenizer):
 
 
 def load_once(dataset, config, tokenizer):
-    """A corpus for an evaluation, and the numbers of the conversations that are used, each of them once.
-
-    Raises:
-        UserError: a source has a weight above 1.
-    """
+    """A corpus for an evaluation, and the numbers of the conversations that are used, each of them once."""
     sources = [parse_source(text) for text in dataset]
     for source in sources:
         if source.weight > 1:
@@ -184,9 +181,6 @@ def make_split(corpus, conversations):
     numbers = [row for number in conversations for row in corpus.conversations[number]]
     kept = [number for number in numbers if column["supervised"][number]]
     lengths = [min(column["tokens"][number], corpus.max_length) for number in kept]
-    totals = {
-        name: sum(column[name][number] for number in kept) for name in ("supervised", "unk_tokens", "empty_reasoning")
-    }
     return Split(
         Examples(corpus, kept),
         conversations=len(conversations),
@@ -194,52 +188,88 @@ def make_split(corpus, conversations):
         dropped=len(numbers) - len(kept),
         tokens=sum(lengths),
         longest=max(lengths, default=0),
+        supervised=sum(column["supervised"][number] for number in kept),
         supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
         has_stop=any(column["has_stop"][number] for number in kept),
         digest=hashlib.sha256("".join(column["digest"][number] for number in kept).encode()).hexdigest(),
-        **totals,
     )
 
 
-def warnings_about(splits):
-    """A line for everything that is implausible about the splits of a dataset."""
-    train = splits["train"]
-    share = train.supervised / train.tokens
-    if not 0.01 <= share <= 0.95:
-        yield f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
-    if train.unk_tokens:
-        yield f"{train.unk_tokens:,} supervised tokens are characters that the tokenizer does not know"
-    if train.empty_reasoning:
-        yield (
-            f"{train.empty_reasoning:,} answers are supervised with empty reasoning; where the template writes it, "
-            "--template-option enable_thinking=false may make it part of the prompt"
+def warnings_about(train):
+    """A list of lines: everything that is implausible about the training split."""
+    rows, supervised = len(train.examples) + train.dropped, train.supervised / train.tokens
+    lost = train.supervised_lost / (train.supervised_lost + train.supervised)
+    warnings = []
+    if not 0.01 <= supervised <= 0.95:
+        warnings.append(
+            f"{supervised:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
         )
     if not train.has_stop:
-        yield "no answer ends within --max-length, so the model will not learn to stop"
-    lost = train.supervised_lost / (train.supervised_lost + train.supervised)
+        warnings.append("no answer ends within --max-length, so the model will not learn to stop")
     if lost > 0.25:
-        yield f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them"
-    rows = len(train.examples) + train.dropped
-    if train.truncated > rows / 2:
-        yield f"{train.truncated:,} of {rows:,} training conversations are truncated by --max-length"
-    if train.dropped > rows / 2:
-        yield f"{train.dropped:,} of {rows:,} training conversations are left out: nothing in them is supervised"
+        warnings.append(f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them")
+    for count, problem in (
+        (train.truncated, "truncated by --max-length"),
+        (train.dropped, "left out: nothing in them is supervised"),
+    ):
+        if count > rows / 2:
+            warnings.append(f"{count:,} of {rows:,} training conversations are {problem}")
+    return warnings
 
 
-def warnings_of_unused(config, sources, splits, tokenizer):
-    """A line for every setting that says something else than what happens."""
-    longest, context_length = max(split.longest for split in splits.values()), tokenizer.model_max_length
-    if longest > context_length:
-        yield f"--max-length: there are conversations of {longest:,} tokens; the context length is {context_length:,}"
-    if config.split != Config().split and all(map(find_files, (source.name for source in sources))):
-        yield f"--split {config.split} has no effect: files have no splits"
+# --- which conversations are used, how often, and in which split
+
+
+def choose_rows(source_of, sources, seed):
+    """The rows that are used: all of a source, or a random part of it where it asks for a share or a count.
+
+    Args:
+        source_of: for each row the number of its source.
+
+    Raises:
+        UserError: a source has fewer rows than it asks for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for number, source in enumerate(sources):
+        rows = [row for row, of in enumerate(source_of) if of == number]
+        wanted = source.count or math.ceil(len(rows) * min(1.0, source.weight))
+        if wanted > len(rows):
+            raise UserError(f"--dataset {source.name}#{source.count}: {len(rows):,} conversations of it were read")
+        order = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.tolist()
+        chosen += [rows[i] for i in order]
+    return chosen
+
+
+def repeat_by_weight(rows, source_of, sources, seed):
+    """Training rows, those of a source of weight 2 twice, and of weight 2.5 every other one a third time."""
+    generator = torch.Generator().manual_seed(seed)
+    repeated = []
+    for number, source in enumerate(sources):
+        of_source = [row for row in rows if source_of[row] == number]
+        times, fraction = divmod(max(1.0, source.weight), 1)
+        extra = torch.randperm(len(of_source), generator=generator)[: round(fraction * len(of_source))].tolist()
+        repeated += of_source * int(times) + [of_source[i] for i in extra]
+    return repeated
+
+
+def keep_duplicates_together(splits, digests):
+    """Splits in which all rows of one digest are where its first row was put; without duplicates, unchanged."""
+    split_of = {}
+    for row, number in sorted((row, number) for number, rows in enumerate(splits) for row in rows):
+        split_of.setdefault(digests[row], number)
+    together = []
+    for number, rows in enumerate(splits):
+        own_first = itertools.chain(rows, *splits[:number], *splits[number + 1 :])
+        together.append([row for row in own_first if split_of[digests[row]] == number])
+    return together
 
 
 def split_rows(n, eval_fraction, test_fraction, seed):
     """Row numbers of the train, eval and test splits of `n` rows, shares rounded up.
 
-    Shuffled by `datasets.train_test_split`, once to hold out eval and test together and once to separate the two, as
-    the reference experiment does: its 2,000 rows become the same 1,800 / 100 / 100.
+    `datasets.train_test_split` holds out eval and test together and then separates the two, as in the reference
+    experiment, whose 2,000 rows become the same 1,800 / 100 / 100.
 
     Raises:
         UserError: a split that should have rows would have none.

@@ -92,7 +92,7 @@ def count_parameters(path, local_files_only=False):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+        raise UserError(f"--model {path}: {hub.explain_load_error(path, error)}") from error
     return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
 
 
@@ -166,7 +166,7 @@ def load_model(path, tokenizer, device, local_files_only=False):
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {hub.why_not_loaded(path, error)}") from error
+        raise UserError(f"--model {path}: {hub.explain_load_error(path, error)}") from error
     check_loaded_weights(path, report)
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,34 +18,32 @@ from tqdm import tqdm
 
 from config import UserError
 from conversations.formats import ReadReport, read_conversations
-from conversations.masking import encode_each
-from conversations.sources import find_files
+from conversations.masking import Example, encode_each
+from conversations.sources import InvalidRow, find_files
 from conversations.templates import TemplateError, stop_ids
+from conversations.tokenizer import CHATML
 from storage import hub
 from storage.cache import cached
 from storage.durable import sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
-COUNTS = "source part tokens supervised_before supervised unk_tokens empty_reasoning".split()
+COUNTS = "source part tokens supervised_before supervised".split()
 SCHEMA = pyarrow.schema(
     [("location", pyarrow.string()), ("digest", pyarrow.string()), ("has_stop", pyarrow.bool_())]
     + [(name, pyarrow.int32()) for name in COUNTS]
     + [("input_ids", IDS), ("labels", IDS)]
 )
 BATCH = 100  # conversations that are encoded at once
-EMPTY_REASONING = re.compile(r"\s*(?:<think>\s*)?</think>")
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Encoded conversations, a row for each example, in the order they were read in.
 
-    Its columns: `input_ids` and `labels`, truncated to `max_length`; `supervised`, the number of tokens that are
-    scored; both numbers before truncation, `tokens` and `supervised_before`; `unk_tokens`, the scored tokens that the
-    tokenizer does not know; `has_stop`, whether a stop token is scored; its `location`; the number of its `source`; a
-    `digest` of ids and labels; its `part` of a conversation, from 0; `empty_reasoning`, the number of its answers that
-    are scored with a reasoning that is empty.
+    Its columns: `input_ids` and `labels`, truncated to `max_length`; `supervised`, the number of supervised tokens;
+    both numbers before truncation, `tokens` and `supervised_before`; `has_stop`, whether a stop token is supervised;
+    its `location`; the number of its `source`; a `digest` of ids and labels; its `part` of a conversation, from 0.
     """
 
     rows: pyarrow.Table
@@ -118,20 +115,18 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
         UserError: rows are invalid, or cannot be written by the template, and are more than may be skipped.
     """
     report, conversations, examples = ReadReport(), 0, 0
-    for _ in progress("checking", read_conversations(sources, **reading, report=report)):
+    progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
+    for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
         pass
-    stops, skip = torch.tensor(stop_ids(tokenizer)), bool(reading["skip_bad_rows"])
-    rows = progress("encoding", read_conversations(sources, **reading), report.rows)
+    stops = torch.tensor(stop_ids(tokenizer))
+    rows = iter(progress(read_conversations(sources, **reading), "encoding", report.rows))
     with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
-            encoded, results = [], encode_batch(batch, tokenizer, supervise, skip)
-            for (location, source, _), found in zip(batch, results, strict=True):
-                if isinstance(found, TemplateError):
-                    report.add_bad_row(f"--chat-template: {found.reason}", location, found.where)
-                    continue
+            encoded = []
+            for location, source, found in encode_rows(batch, tokenizer, supervise, reading["skip_bad_rows"], report):
                 conversations += 1
                 for part, example in enumerate(found):
-                    row = describe_example(example, tokenizer, stops, max_length)
+                    row = describe_example(example, stops, max_length)
                     encoded.append({"location": location, "source": source, "part": part, **row})
             examples += len(encoded)
             writer.write_batch(pyarrow.RecordBatch.from_pylist(encoded, SCHEMA))
@@ -143,55 +138,38 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     (directory / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
 
-def progress(label, rows, total=None):
-    """The rows, with a progress bar on a terminal."""
-    return iter(tqdm(rows, label, total, unit=" rows", disable=None, leave=False))
-
-
-def encode_batch(batch, tokenizer, supervise, skip):
-    """The examples of each conversation in a batch of `(location, source, messages)`.
+def encode_rows(rows, tokenizer, supervise, skip, report):
+    """Yield `(location, source, examples)` for each `(location, source, messages)`.
 
     Args:
-        skip: whether a conversation that the template cannot write has a `TemplateError` instead.
+        skip: whether a conversation that the template cannot write is added to the report, and left out.
 
     Raises:
         UserError: the template cannot write a conversation; the message begins with its location.
     """
-    try:
-        return encode_each([messages for _, _, messages in batch], tokenizer, supervise)
-    except UserError:  # find the conversation that it is about
-        encoded = []
-        for location, _, messages in batch:
-            try:
-                encoded += encode_each([messages], tokenizer, supervise)
-            except UserError as error:
-                if not (skip and isinstance(error.__cause__, TemplateError)):
-                    raise UserError(f"{location}: {error}") from error
-                encoded.append(error.__cause__)
-        return encoded
+    # ChatML takes every conversation, so its tokenizer encodes many at once; a template renders them one by one.
+    groups = [rows] if tokenizer.chat_template == CHATML else [[row] for row in rows]
+    for group in groups:
+        locations, sources, conversations = zip(*group, strict=True)
+        try:
+            yield from zip(locations, sources, encode_each(conversations, tokenizer, supervise), strict=True)
+        except UserError as error:
+            if not (skip and isinstance(error.__cause__, TemplateError)):
+                raise UserError(f"{locations[0]}: {error}") from error
+            problem = error.__cause__
+            report.add_bad_row(InvalidRow(f"--chat-template: {problem.reason}", problem.where), locations[0])
 
 
-def describe_example(example, tokenizer, stops, max_length):
+def describe_example(example, stops, max_length):
     """The columns of an example, without its origin."""
-    kept = example.truncated(max_length)
+    kept = Example(example.input_ids[:max_length], example.labels[:max_length])
     ids, labels = kept.input_ids.int(), kept.labels.int()
-    unk_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     return {
         "input_ids": ids.numpy(),
         "labels": labels.numpy(),
         "tokens": len(example.input_ids),
         "supervised_before": example.supervised_tokens,
         "supervised": kept.supervised_tokens,
-        "unk_tokens": int((labels == unk_id).sum()),
         "has_stop": bool(torch.isin(labels, stops).any()),
         "digest": hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32],
-        "empty_reasoning": count_empty_reasoning(kept, tokenizer),
     }
-
-
-def count_empty_reasoning(example, tokenizer):
-    """The number of answers of an example that are scored with a reasoning that is empty."""
-    if "</think>" not in str(tokenizer.chat_template):
-        return 0
-    starts = (example.supervised & ~example.supervised.roll(1)).nonzero()[:, 0].tolist()
-    return sum(bool(EMPTY_REASONING.match(tokenizer.decode(example.input_ids[at : at + 8]))) for at in starts)

@@ -9,20 +9,18 @@ offer, as JSON schemas. Every row is checked before anything is tokenised, and a
 import functools
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 from config import UserError
-from conversations.sources import InvalidRow, Source, is_message, read_rows
+from conversations.sources import InvalidRow, Source, is_conversation, read_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
-# Roles as OpenAI wrote them before there were tools, and as ShareGPT's many descendants do.
-ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "function": "tool", "observation": "tool"}
+# ShareGPT's names, and those of its many descendants.
+ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "observation": "tool"}
 ROLE_NAMES |= dict.fromkeys(("gpt", "chatgpt", "model", "bing", "bard", "function_call"), "assistant")
 REASONING_KEYS = ("thinking", "reasoning_content", "reasoning")  # beside the content
-TOOL_NAME = re.compile(r"[\w.:/-]+")  # with a space or bracket in it, it could be read as something else
 
 
 @dataclass
@@ -45,21 +43,19 @@ class ReadReport:
             reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.bad.most_common())
             yield f"{self.bad.total():,} rows left out ({reasons})"
 
-    def add_bad_row(self, reason, location, where=""):
-        """Count an invalid row; `where` is the place in the row, such as its message."""
-        self.bad[reason] += 1
-        if self.bad[reason] <= SHOWN_LOCATIONS:
-            self.locations.setdefault(reason, []).append((location, where))
+    def add_bad_row(self, problem, location):
+        """Count a row with an `InvalidRow`."""
+        self.bad[problem.reason] += 1
+        if self.bad[problem.reason] <= SHOWN_LOCATIONS:
+            self.locations.setdefault(problem.reason, []).append((location, problem.where))
 
-    def problems(self):
-        """A line for each reason: its only row, or the number of rows and the first of them."""
-        for reason, places in self.locations.items():
-            count = self.bad[reason]
-            if count == 1:
-                yield ": ".join(filter(None, (*places[0], reason)))
-                continue
-            shown = ", ".join(f"{location} ({where})" if where else location for location, where in places)
-            yield f"{count:,} × {reason}: {shown}{', …' if count > len(places) else ''}"
+    def describe(self, reason):
+        """A line about a reason: its only row, or the number of rows and the first of them."""
+        count, places = self.bad[reason], self.locations[reason]
+        if count == 1:
+            return ": ".join(filter(None, (*places[0], reason)))
+        shown = ", ".join(f"{location} ({where})" if where else location for location, where in places)
+        return f"{count:,} × {reason}: {shown}{', …' if count > len(places) else ''}"
 
     def check(self, skip_bad_rows):
         """Raise `UserError` if more rows are invalid than the share that may be left out."""
@@ -68,30 +64,27 @@ class ReadReport:
             return
         share = math.ceil(100 * count / self.rows) / 100  # that would do
         advice = f", or leave out such rows with --skip-bad-rows {share:g}" if share < 1 else ""
-        problems = list(self.problems())
+        problems = [self.describe(reason) for reason in self.bad]
         if count == 1 and not skip_bad_rows:
             raise UserError(f"{problems[0]}; correct that row{advice}")
         limit = f", more than --skip-bad-rows {skip_bad_rows:g}" if skip_bad_rows else ""
         summary = f"{count:,} of {self.rows:,} rows are invalid{limit}; correct them{advice}"
-        lines = [summary, *problems[:SHOWN_PROBLEMS]]
-        if more := sum(list(self.bad.values())[SHOWN_PROBLEMS:]):
-            lines.append(f"… and {more:,} more")
-        raise UserError("\n  ".join(lines))
+        more = sum(list(self.bad.values())[SHOWN_PROBLEMS:])
+        rest = [f"… and {more:,} more"] if more else []
+        raise UserError("\n  ".join([summary, *problems[:SHOWN_PROBLEMS], *rest]))
 
 
 def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, report=None):
-    """Yield `(location, number of its source, messages)` for each row of some sources, checked.
+    """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked.
 
     Args:
-        sources: a list of `Source`.
         max_examples: stop after so many rows; 0: all.
         skip_bad_rows: the share of rows that may be left out; 0: none.
         plain: refuse tools and reasoning, for which ChatML has no place.
         report: a `ReadReport` to fill.
 
     Raises:
-        UserError: no such source, nothing in it, or (at the end, once all rows have been read) rows that are not
-            conversations: the first ten reasons, with their number of rows and the first locations.
+        UserError: no such source, nothing in it, or (once all rows have been read) rows that are not conversations.
     """
     report = ReadReport() if report is None else report
     for number, source in enumerate(sources):
@@ -104,7 +97,7 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
                 if plain:
                     check_plain(messages)
             except InvalidRow as problem:
-                report.add_bad_row(problem.reason, location, problem.where)
+                report.add_bad_row(problem, location)
             else:
                 yield location, number, messages
     report.check(skip_bad_rows)
@@ -122,39 +115,36 @@ def read_file(path, **options):
 
 
 def parse_row(row, report):
-    """The messages of a row in any known format, checked.
-
-    Raises:
-        InvalidRow: it is not a conversation, or nothing in it can be supervised.
-    """
+    """The messages of a row in any known format; `InvalidRow` if it has none, or nothing that can be supervised."""
     if isinstance(row, InvalidRow):
         raise row
-    if isinstance(row, list) and row and is_message(row[0]):
+    if is_conversation(row):
         row = {"messages": row}
     if not isinstance(row, dict):
         raise InvalidRow("not a JSON object")
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
-    name, keys, parse = next((entry for entry in FORMATS if set(entry[1]) <= row.keys()), (None, (), None))
-    if name is None:
-        known = ", ".join("+".join(keys) for _, keys, _ in FORMATS)
+    matching = [entry for entry in FORMATS if row.keys() >= set(entry[1])]
+    if not matching:
+        known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
         raise InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
-    used = {*keys, *SYSTEM_KEYS, *TOOLS_KEYS, *(("input", "history") if name == "Alpaca" else ())}
-    check_supported(row.keys() - used, row)
-    system = [row[key] for key in SYSTEM_KEYS if row.get(key) not in EMPTY][:1]
-    messages, tools = parse(row, report), parse_tools(row)
+    name, keys, optional, parse = matching[0]
+    unused = row.keys() - {*keys, *optional, *SYSTEM_KEYS, "tools"}
+    check_supported(unused, row)
+    messages, tools = parse(row, report), parse_tools(row.get("tools"))
     match_results_to_calls(messages, tools)
-    if system and any(message["role"] == "system" for message in messages):
-        raise InvalidRow('a "system" beside the messages, and a system message among them')
-    messages = make_messages(*(("system", "system", text) for text in system)) + messages
+    for key in [key for key in SYSTEM_KEYS if row.get(key) not in EMPTY][:1]:
+        if any(message["role"] == "system" for message in messages):
+            raise InvalidRow('a "system" beside the messages, and a system message among them')
+        messages = [make_message("system", row[key], "system"), *messages]
     replies = [message for message in messages if message["role"] == "assistant"]
     if not replies:
         raise InvalidRow("no message is the assistant's: nothing would be supervised")
     if not any(message["train"] for message in replies):
         raise InvalidRow("every message of the assistant's is excluded from training")
     if tools:
-        messages[0] = {**messages[0], "tools": tools}
+        messages[0]["tools"] = tools
     report.formats[name] += 1
-    report.ignored.update(row.keys() - used)
+    report.ignored.update(unused)
     return messages
 
 
@@ -175,9 +165,9 @@ def check_plain(messages):
                 raise InvalidRow(f"--chat-template chatml has no {what}; {advice}", where)
 
 
-def make_messages(*parts):
-    """Messages from `(role, key, content)`s."""
-    return [{"role": role, "content": parse_text(content, f'"{key}"'), "train": True} for role, key, content in parts]
+def make_message(role, content, key):
+    """A message of the content that a row has under a key."""
+    return {"role": role, "content": parse_text(content, f'"{key}"'), "train": True}
 
 
 def parse_messages(row, report, key="messages"):
@@ -188,55 +178,55 @@ def parse_messages(row, report, key="messages"):
         raise InvalidRow(f'"{key}" is not a list of messages')
     messages = []
     for number, given in enumerate(row[key], 1):
-        where = f"message {number}"
-        if not isinstance(given, dict):
-            raise InvalidRow("not an object with a role and a content", where)
-        given = {name: value for name, value in given.items() if value is not None}
-        if "role" not in given:
-            names = {"from": "role", "value": "content"}
-            given = {names.get(name, name): value for name, value in given.items()}
-        if "role" not in given:
-            raise InvalidRow('no "role"', where)
-        role = ROLE_NAMES.get(given["role"]) if isinstance(given["role"], str) else None
-        if role is None:
-            raise InvalidRow(f"an unknown role (known: {', '.join(ROLES)})", f"{where}, {given['role']!r:.40}")
-        check_supported(given.keys() - (MESSAGE_KEYS if role == "assistant" else ()), given, where)
-        more, content = parse_more(given, role, where), given.get("content")
-        if given["role"] == "function_call":
-            more, content = {**more, "tool_calls": parse_tool_calls(content, where)}, ""
-        if content is None and not more:
-            raise InvalidRow("no content", where)
-        may_be_empty = bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
-        content = parse_text("" if content is None else content, where, may_be_empty=may_be_empty)
-        train = given.get("train", given.get("weight", True))
-        if train not in (0, 1):  # False and True are these too
-            raise InvalidRow('"train" must be true or false, "weight" 0 or 1', where)
-        messages.append({"role": role, "content": content, "train": bool(train), **more})
-        used = {"role", "content", "train", "weight", *(MESSAGE_KEYS if role in ("assistant", "tool") else ())}
-        report.ignored.update(f"{key}[].{name}" for name in given.keys() - used)
+        message, unused = parse_message(given, f"message {number}")
+        messages.append(message)
+        report.ignored.update(f"{key}[].{name}" for name in unused)
     return messages
 
 
+def parse_message(given, where):
+    """A message, and the keys it has that are not used."""
+    if not isinstance(given, dict):
+        raise InvalidRow("not an object with a role and a content", where)
+    given = {name: value for name, value in given.items() if value is not None}
+    if "role" not in given:
+        names = {"from": "role", "value": "content"}
+        given = {names.get(name, name): value for name, value in given.items()}
+    if "role" not in given:
+        raise InvalidRow('no "role"', where)
+    role = ROLE_NAMES.get(str(given["role"]))
+    if role is None:
+        raise InvalidRow(f"an unknown role (known: {', '.join(ROLES)})", f"{where}, {given['role']!r:.40}")
+    if given["role"] == "function_call":  # ShareGPT's: a call in place of a content
+        given = {**given, "content": "", "tool_calls": given.get("content")}
+    unused = given.keys() - {"role", "content", "train", "weight", *MORE_KEYS.get(role, ())}
+    check_supported(unused, given, where)
+    more = parse_more({key: given[key] for key in given.keys() - unused if given[key] not in EMPTY}, role, where)
+    if "content" not in given and not more:
+        raise InvalidRow("no content", where)
+    may_be_empty = bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
+    content = parse_text(given.get("content", ""), where, may_be_empty=may_be_empty)
+    train = given.get("train", given.get("weight", True))
+    if train not in (0, 1):  # False and True are these too
+        raise InvalidRow('"train" must be true or false, "weight" 0 or 1', where)
+    return {"role": role, "content": content, "train": bool(train), **more}, unused
+
+
 def parse_more(given, role, where):
-    """What a message may have beside its content: tool calls and reasoning, or the call whose result it is."""
+    """What a message has beside its content: tool calls and reasoning, or the call whose result it is."""
     more = {}
     if role == "tool":
-        more = {
-            key: parse_text(given[key], where, f'"{key}"')
-            for key in ("name", "tool_call_id")
-            if given.get(key) not in EMPTY
-        }
-        if "name" in more:
-            check_tool_name(more["name"], where)
+        more = {key: parse_text(given[key], where, f'"{key}"') for key in ("name", "tool_call_id") if key in given}
     if role == "assistant":
-        reasoning = [given[key] for key in REASONING_KEYS if given.get(key) not in EMPTY]
+        reasoning = [given[key] for key in REASONING_KEYS if key in given]
         if any(text != reasoning[0] for text in reasoning):
             raise InvalidRow(f"more than one of {', '.join(REASONING_KEYS)}", where)
         if reasoning:
             more["thinking"] = parse_text(reasoning[0], where, "its reasoning")
-        calls = [given[key] for key in ("tool_calls", "function_call") if given.get(key) not in EMPTY]
-        if calls:
-            more["tool_calls"] = parse_tool_calls(calls[0], where)
+        if "tool_calls" in given:
+            calls = parse_json_value(given["tool_calls"], "its tool call", where)
+            calls = calls if isinstance(calls, list) else [calls]
+            more["tool_calls"] = [parse_tool_call(call, where) for call in calls]
     return more
 
 
@@ -263,54 +253,38 @@ def parse_text(content, where, what="its content", may_be_empty=False):
 
 def parse_json_value(value, what, where):
     """A JSON value that may be written as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRow(f"{what} is not JSON", where) from error
     try:
+        value = json.loads(value) if isinstance(value, str) else value
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        raise InvalidRow(f"{what} has something that is not valid JSON", where) from error
+        raise InvalidRow(f"{what} is not valid JSON", where) from error
     return value
 
 
 def parse_function(value, problem, where):
-    """The function in a tool or a call, of OpenAI's form or by itself: an object with a valid name."""
+    """The function in a tool or a call, of OpenAI's form or by itself: an object with a name."""
     function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise InvalidRow(problem, where)
-    check_tool_name(function["name"], where)
     return function
 
 
-def check_tool_name(name, where):
-    """Raise `InvalidRow` for a name that could be read as something else in a template."""
-    if not TOOL_NAME.fullmatch(name):
-        raise InvalidRow("the name of a tool may have letters, digits and . _ - : / only", where)
+def parse_tool_call(call, where):
+    """A tool call as OpenAI writes it, from one of OpenAI's or of name and arguments alone."""
+    function = parse_function(call, "a tool call without a name", where)
+    arguments = function.get("arguments", function.get("parameters")) or {}
+    arguments = parse_json_value(arguments, "the text of its arguments", where)
+    if not isinstance(arguments, dict):
+        raise InvalidRow("the arguments of a tool call are not a JSON object", where)
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def parse_tool_calls(value, where):
-    """Tool calls as OpenAI writes them, from a call or a list of calls, of OpenAI's or of name and arguments alone."""
-    calls = parse_json_value(value, "its tool call", where)
-    found = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = parse_function(call, "a tool call without a name", where)
-        arguments = function.get("arguments", function.get("parameters"))
-        arguments = {} if arguments in (None, "") else parse_json_value(arguments, "the text of its arguments", where)
-        if not isinstance(arguments, dict):
-            raise InvalidRow("the arguments of a tool call are not a JSON object", where)
-        identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-        found.append({"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}})
-    return found
-
-
-def parse_tools(row):
+def parse_tools(value):
     """The tools on offer, as JSON schemas in OpenAI's form; empty where there are none."""
-    key = next((key for key in TOOLS_KEYS if row.get(key) not in EMPTY), None)
-    tools = [] if key is None else parse_json_value(row[key], f'"{key}"', "")
+    tools = [] if value in EMPTY else parse_json_value(value, '"tools"', "")
     if not isinstance(tools, list):
-        raise InvalidRow(f'"{key}" is not a list of tools')
+        raise InvalidRow('"tools" is not a list of tools')
     problem = "not an object with the name of a function"
     functions = [parse_function(tool, problem, f"tool {number}") for number, tool in enumerate(tools, 1)]
     return [{"type": "function", "function": function} for function in functions]
@@ -321,39 +295,34 @@ def match_results_to_calls(messages, tools):
     known = {tool["function"]["name"] for tool in tools}
     has_calls, open_calls = any("tool_calls" in message for message in messages), []
     for number, message in enumerate(messages, 1):
-        where = f"message {number}"
-        for call in message.get("tool_calls", []):
-            name = call["function"]["name"]
-            if known and name not in known:
-                raise InvalidRow("a call to a tool that is not among its tools", f"{where}, {name!r:.40}")
         if message["role"] != "tool":
             open_calls = list(message.get("tool_calls", []))
+            for name in [call["function"]["name"] for call in open_calls]:
+                if known and name not in known:
+                    raise InvalidRow("a call to a tool that is not among its tools", f"message {number}, {name!r:.40}")
         elif has_calls or "tool_call_id" in message:
             identity, name = message.get("tool_call_id"), message.get("name")
-            matches = [
-                call
-                for call in open_calls
-                if identity in (None, call.get("id", identity)) and name in (None, call["function"]["name"])
-            ]
-            if not matches:
-                raise InvalidRow("a tool's result without a call that it answers", where)
-            open_calls.remove(matches[0])
-            message["name"] = matches[0]["function"]["name"]
+            for call in open_calls:
+                if identity in (None, call.get("id", identity)) and name in (None, call["function"]["name"]):
+                    break
+            else:
+                raise InvalidRow("a tool's result without a call that it answers", f"message {number}")
+            open_calls.remove(call)
+            message["name"] = call["function"]["name"]
 
 
 # --- the formats
 
 
 def parse_prompt_and_completion(row, report):
-    """A prompt and its completion, as strings or as messages; only the completion is supervised.
-
-    Raises:
-        InvalidRow: among others, where a label says that the completion is not wanted.
-    """
+    """A prompt and its completion, as strings or as messages; only the completion is supervised."""
     if row.get("label") is False:
         raise InvalidRow('"label": false, which says that the completion is not wanted; remove the row')
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        return make_messages(("user", "prompt", row["prompt"]), ("assistant", "completion", row["completion"]))
+        return [
+            make_message("user", row["prompt"], "prompt"),
+            make_message("assistant", row["completion"], "completion"),
+        ]
     if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
         raise InvalidRow('"prompt" and "completion" are not both strings, or both lists of messages')
     prompt, completion = (parse_messages(row, report, key) for key in ("prompt", "completion"))
@@ -361,27 +330,28 @@ def parse_prompt_and_completion(row, report):
 
 
 def parse_alpaca(row, _report):
-    """Alpaca: an instruction, perhaps with an input, and the output; perhaps earlier turns, as its history."""
+    """Alpaca: an instruction, perhaps with an input, and the output."""
     parts = [row["instruction"], row.get("input", "")]
     if not all(isinstance(part, str) for part in parts):
         raise InvalidRow('"instruction" or "input" is not a string')
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise InvalidRow('"history" is not a list of [question, answer] pairs')
-    earlier = [part for turn in history for part in (("user", "history", turn[0]), ("assistant", "history", turn[1]))]
-    question = ("user", "instruction", "\n\n".join(part for part in parts if part.strip()))
-    return make_messages(*earlier, question, ("assistant", "output", row["output"]))
+    question = "\n\n".join(part for part in parts if part.strip())
+    return [make_message("user", question, "instruction"), make_message("assistant", row["output"], "output")]
 
 
+# The name of each format, the keys by which it is known, its optional keys, and its parser.
 FORMATS = (
-    ("messages", ("messages",), parse_messages),
-    ("ShareGPT", ("conversations",), functools.partial(parse_messages, key="conversations")),
-    ("prompt/completion", ("prompt", "completion"), parse_prompt_and_completion),
-    ("Alpaca", ("instruction", "output"), parse_alpaca),
+    ("messages", ("messages",), (), parse_messages),
+    ("ShareGPT", ("conversations",), (), functools.partial(parse_messages, key="conversations")),
+    ("prompt/completion", ("prompt", "completion"), (), parse_prompt_and_completion),
+    ("Alpaca", ("instruction", "output"), ("input",), parse_alpaca),
 )
 SYSTEM_KEYS = ("system", "system_prompt")  # beside the messages, in any format
-TOOLS_KEYS = ("tools", "functions")
+MORE_KEYS = {  # of a message, by its role
+    "assistant": ("tool_calls", *REASONING_KEYS, "name", "id"),
+    "tool": ("name", "tool_call_id", "id"),
+}
 # Keys that change what a row or a message means.
-UNSUPPORTED = "function_call tool_calls reasoning_content reasoning thinking history images videos audios".split()
-MESSAGE_KEYS = ("tool_calls", "function_call", *REASONING_KEYS, "name", "tool_call_id", "id")
+UNSUPPORTED = (
+    "functions function_call tool_calls reasoning_content reasoning thinking history images videos audios".split()
+)
 EMPTY = (None, False, "", "[]", "{}", [], {})

@@ -34,10 +34,6 @@ class Example(NamedTuple):
         """The number of labels that are predicted; nothing comes before the first token to predict it from."""
         return int(self.supervised[1:].sum())
 
-    def truncated(self, length):
-        """The example's first `length` tokens."""
-        return Example(self.input_ids[:length], self.labels[:length])
-
 
 def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: str = "all") -> list[Example]:
     """Conversations to `Example`s, in their order, by the tokenizer's template; see `encode_each`."""

@@ -42,9 +42,8 @@ RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 def preview(example, tokenizer, color):
     """An example as text: what is supervised in green, the rest in red; without color, the supervised in `[[…]]`."""
-    supervised = example.supervised.tolist()
     text, begin = "", 0
-    for is_supervised, group in itertools.groupby(supervised):
+    for is_supervised, group in itertools.groupby(example.supervised.tolist()):
         end = begin + len(list(group))
         part = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], tokenizer.decode(example.input_ids[begin:end]))
         if color:

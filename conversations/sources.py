@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from storage import hub
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # as pyarrow calls them
-METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a dataset
-SAVE_TO_DISK_FILES = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # of datasets' `save_to_disk`
+# Beside the rows of a dataset, or written by datasets' `save_to_disk`.
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 QUANTITY = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
 BOM = b"\xef\xbb\xbf"
 
@@ -69,29 +70,22 @@ def is_local(name):
 
 def file_format(path):
     """The suffix that names a file's format, compression aside; None for an unknown one."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+    suffix = (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+    return suffix if suffix in SUFFIXES else None
 
 
 def check_sources(config):
-    """Check that the datasets of a `Config` exist, before anything is loaded: those on disk first, then the Hub's.
+    """Check that the datasets of a `Config` exist, before anything is loaded.
 
     Raises:
         UserError: there is no such file, directory or dataset on the Hub, or the Hub and its cache have no answer.
     """
-    flags = [("--dataset", text) for text in config.dataset]
-    flags += [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
-    on_hub = []
-    for flag, text in flags:
+    eval_dataset = [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
+    for flag, text in [*(("--dataset", text) for text in config.dataset), *eval_dataset]:
         with rewrite_errors("--dataset", flag):
             source = parse_source(text)
             if not find_files(source.name):
-                on_hub.append((flag, source))
-    for flag, source in on_hub:
-        with rewrite_errors("--dataset", flag):
-            hub.must_use_cache("dataset", source.name, source.config)
+                hub.must_use_cache("dataset", source.name, source.config)
 
 
 def find_files(name):
@@ -102,27 +96,16 @@ def find_files(name):
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if any(all((path / file).exists() for file in files) for files in SAVE_TO_DISK_FILES):
-            raise UserError(
-                f"--dataset {name}: written by save_to_disk; write it as a file: "
-                f"datasets.load_from_disk({str(path)!r}).to_json(…), of a DatasetDict one of its splits"
-            )
         files = files_in(path)
         if not files:
             raise UserError(f"--dataset {name}: no {', '.join(SUFFIXES)} file in this directory itself")
     elif path.exists():
         files = [path]
-    elif "://" in name:
-        raise UserError(f"--dataset {name}: URLs are not read; download it, and name the file")
     elif file_format(path) or path.suffix in (".csv", ".txt") or hub.looks_like_a_path(name):
         raise UserError(f"--dataset {name}: there is no such file")
     else:
         return []
     for file in files:
-        try:
-            str(file).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"--dataset {str(file)!a}: its name is not UTF-8; rename it") from error
         if not file.is_file():
             raise UserError(f"--dataset {file}: not a regular file; write its rows to one")
         if not file_format(file):
@@ -138,21 +121,20 @@ def files_in(directory):
 
 def notes_on_directories(sources):
     """A line for each directory among some sources: the files in it that are read, and those that are not."""
-
-    def first_ten(names):
-        return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
-
     for source in sources:
         path = Path(source.name).expanduser()
         if path.is_dir():
             read = files_in(path)
             others = sorted(file.name + "/" * file.is_dir() for file in {*path.iterdir()} - {*read})
-            rest = f"; not read: {first_ten(others)}" if others else ""
-            yield f"{source.name}: {first_ten([file.name for file in read])} read{rest}"
+            rest = f"; not read: {textwrap.shorten(', '.join(others), 300)}" if others else ""
+            yield f"{source.name}: {textwrap.shorten(', '.join(file.name for file in read), 300)} read{rest}"
 
 
 def read_rows(source, split):
-    """Yield `(location, row)` of a source; a row that cannot be parsed is an `InvalidRow`."""
+    """Yield `(location, row)` of a source; a row that cannot be parsed is an `InvalidRow`.
+
+    The location is `file:line` in JSON lines, else `file row N` (or of the Hub's), counted from 0 as `datasets` does.
+    """
     files = find_files(source.name)
     if not files:
         rows = hub.load_hub_dataset(source.name, source.config, split)
@@ -162,21 +144,18 @@ def read_rows(source, split):
             if hub.is_lfs_pointer(path):
                 raise UserError(f"{path}: a git-lfs pointer, not the file itself; run: git lfs pull")
             with pyarrow.input_stream(str(path), compression=COMPRESSED.get(path.suffix.lower())) as stream:
-                read = read_parquet if file_format(path) == ".parquet" else read_json
-                yield from read(path, stream)
-        except (OSError, EOFError, pyarrow.ArrowException) as error:
+                yield from read_parquet(path, stream) if file_format(path) == ".parquet" else read_json(path, stream)
+        except (OSError, EOFError, UnicodeEncodeError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def read_parquet(path, stream):
-    """Yield `(file row N, row)`, counted from 0 as `datasets` does."""
+    """Yield `(location, row)` of a Parquet file."""
     # Parquet is read from its end: compressed, all of it is needed.
     file = pyarrow.BufferReader(stream.read()) if path.suffix.lower() in COMPRESSED else path
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-        for row in batch.to_pylist():
-            yield f"{path} row {number}", drop_nulls(row)
-            number += 1
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"{path} row {number}", drop_nulls(row)) for number, row in enumerate(rows))
 
 
 def drop_nulls(value):
@@ -187,9 +166,7 @@ def drop_nulls(value):
 
 
 def read_json(path, stream):
-    """Yield `(file:line, row)` of JSON lines, or `(file row N, row)`, counted from 0, of an array over many lines.
-
-    An array that is a list of messages is one row.
+    """Yield `(location, row)` of JSON lines, or of an array over many lines; a list of messages is one row.
 
     Raises:
         UserError: an array over many lines is not valid JSON: where its next row begins is then unknown.
@@ -212,35 +189,32 @@ def read_json(path, stream):
             yield from ((f"{path}:{number}", row) for row in split_array(parse_json(line)))
 
 
+def is_conversation(value):
+    """Whether a JSON value looks like a list of messages rather than a list of rows."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
+
+
 def split_array(value):
-    """The rows in a JSON value: itself, or the items of an array that is not a list of messages."""
-    return value if isinstance(value, list) and value and not is_message(value[0]) else [value]
-
-
-def is_message(value):
-    """Whether a JSON value looks like a message rather than a row."""
-    return isinstance(value, dict) and bool(value.keys() & {"role", "from"})
+    """The rows in a JSON value: itself, or the items of an array of rows."""
+    return value if isinstance(value, list) and value and not is_conversation(value) else [value]
 
 
 def parse_json(content):
     """The JSON value in some bytes, or an `InvalidRow`, with the number of its `line`."""
-    text, line = "", 1
+    line = 1
     try:
         text = content.decode("utf-8-sig").rstrip()
         return json.loads(text)
     except UnicodeDecodeError as error:
         *earlier, last = content[: error.start].split(b"\n")
-        line = len(earlier) + 1
-        problem = InvalidRow("not UTF-8", f"byte {len(last) + 1}")
+        line, problem = len(earlier) + 1, InvalidRow("not UTF-8", f"byte {len(last) + 1}")
     except json.JSONDecodeError as error:
-        line = error.lineno
-        problem = InvalidRow("not valid JSON", f"column {error.colno}, {error.msg}")
+        line, problem = error.lineno, InvalidRow("not valid JSON", f"column {error.colno}, {error.msg}")
         ends_within = error.pos >= len(text) or error.msg.startswith("Unterminated string")
         if ends_within and not content.endswith(b"\n"):
             problem = InvalidRow("the file ends within this row: it is truncated")
-    except RecursionError:
-        problem = InvalidRow("JSON nested too deeply")
-    except ValueError as error:  # a number of more digits than Python reads
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
         problem = InvalidRow(f"not valid JSON: {first_line(error)}")
     problem.line = line
     return problem

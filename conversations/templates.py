@@ -1,14 +1,10 @@
 """A model's own chat template, and what of its text is the context of an answer, an answer, or neither.
 
-The definition. For each assistant message k, the context is what the template renders from the messages before k with
-the generation prompt, exactly as at inference. Supervised is what the template writes after that, up to and including
-the token that ends the turn. Where the text of an earlier answer begins the text of a later one, one rendering serves
-both. Where it does not, as reasoning is dropped from earlier turns, the conversation becomes several examples: as many
-as there are answers whose text begins no other's, which is the fewest.
+docs/masking.md has the definition: the context of an answer is what the template renders from the messages before it
+with the generation prompt; supervised is what the template writes after that, up to the token that ends the turn.
 
-No text forges a control token: before rendering, a sentinel character is put into every text that looks like one, in
-contents, reasoning, names, arguments and schemas. What then looks like a control token is the template's own. The
-sentinel is removed when the parts are encoded, as plain text.
+No text forges a control token: before rendering, a sentinel character is put into every text that looks like one, so
+that what then looks like a control token is the template's own. The sentinel is removed when the parts are encoded.
 """
 
 import contextlib
@@ -17,15 +13,17 @@ import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from typing import NamedTuple
 
 import jinja2
 from tokenizers import Tokenizer
 
 from config import UserError, first_line
+from conversations.formats import parse_json_value, parse_tool_call
 from conversations.sources import InvalidRow
 
-SENTINELS = list(map(chr, range(0x12000, 0x12399)))  # cuneiform: rare, and printable, so that no template escapes it
+SENTINEL = "\U00012398"  # cuneiform: rare, and printable, so that no template escapes it
 REASONING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -34,12 +32,12 @@ TAG = r"<[^<>]+>"
 NO_REASONING = re.compile(rf"(?:{TAG}\w*\s*{TAG}|</[^<>]+>)\s*$")
 NO_END = "it does not end an answer with a control token"
 
+CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
+CHAT_PROBE += [{"role": "user", "content": "So"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL_PROBE = [{"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": PARAMETERS}}]
 CALLED = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
 CALL_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]
-CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
-CHAT_PROBE += [{"role": "user", "content": "So"}]
 
 
 class TemplateError(InvalidRow):
@@ -52,13 +50,6 @@ class Turn(NamedTuple):
     number: int  # of its message
     text: str  # its context, what the model should write, and the token that ends the turn
     begin: int  # where in the text the answer begins
-
-
-class Piece(NamedTuple):
-    """A part of an example's text: an answer with its end of turn, or context."""
-
-    text: str
-    answer: int | None = None  # the number of the answer's message
 
 
 class Template:
@@ -94,10 +85,7 @@ class Template:
 
     def find_end_of_turn(self):
         """The control token that ends an answer, whether or not the conversation goes on after it."""
-        try:
-            texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], None)
-        except TemplateError:  # a template that is for tools alone, as one of Hermes'
-            texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], TOOL_PROBE)
+        texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], None)
         last, earlier = (self.pattern.findall(text.rpartition("reply")[2]) if "reply" in text else [] for text in texts)
         if not last:
             raise TemplateError(NO_END)
@@ -155,7 +143,7 @@ class Template:
                     message |= {"thinking": inside[1], "content": inside[2], "inline": True}
                 texts = CALL.findall(message["content"]) if self.call_form and "tool_calls" not in message else []
                 if texts:
-                    calls = [parse_inline_call(text, number) for text in texts]
+                    calls = [parse_inline_call(text, f"message {number}") for text in texts]
                     message |= {"tool_calls": calls, "content": CALL.sub("", message["content"]).rstrip()}
                 inline_calls = len(texts)
             contents = [message["content"]]
@@ -167,42 +155,39 @@ class Template:
             found += [{**message, "content": content} for content in contents]
         return found
 
-    def escape_control_tokens(self, value, sentinel):
+    def escape_control_tokens(self, value):
         """A JSON value with the sentinel inside of every control token in its texts, keys too, and at partial ones."""
         if isinstance(value, dict):
-            escaped = [[self.escape_control_tokens(part, sentinel) for part in item] for item in value.items()]
-            return dict(escaped)
+            return {self.escape_control_tokens(key): self.escape_control_tokens(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.escape_control_tokens(item, sentinel) for item in value]
+            return [self.escape_control_tokens(item) for item in value]
         if not isinstance(value, str):
             return value
         while self.pattern.search(value):
-            value = self.pattern.sub(lambda found: found[0][0] + sentinel + found[0][1:], value)
+            value = self.pattern.sub(lambda found: found[0][0] + SENTINEL + found[0][1:], value)
         begin, end = len(value) - len(value.lstrip()), len(value.rstrip())  # a template may trim the space around it
         if value[:end].endswith(self.prefixes):
-            value = value[:end] + sentinel + value[end:]
+            value = value[:end] + SENTINEL + value[end:]
         if value[begin:].startswith(self.suffixes):
-            value = value[:begin] + sentinel + value[begin:]
+            value = value[:begin] + SENTINEL + value[begin:]
         return value
 
     def prepare(self, messages):
-        """Messages and tools as the template takes them, and the sentinel that is in them."""
-        texts = json.dumps(messages, ensure_ascii=False)
-        sentinel = next((character for character in SENTINELS if character not in texts), None)
-        if sentinel is None:
-            raise TemplateError("it has every character that could serve as a sentinel")
+        """Messages and tools as the template takes them."""
+        if SENTINEL in json.dumps(messages, ensure_ascii=False):
+            raise TemplateError("it has the character U+12398, which marks typed control tokens; remove it")
         tools = messages[0].get("tools", []) if messages else []
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
             reason = "the template writes no tool calls; use a model or a --chat-template FILE that does"
             raise TemplateError(reason, f"message {calls[0]}" if calls else "")
-        chat = [self.prepare_message(message, sentinel) for message in messages]
-        return chat, self.escape_control_tokens(tools, sentinel), sentinel
+        chat = [self.prepare_message(message) for message in messages]
+        return chat, self.escape_control_tokens(tools)
 
-    def prepare_message(self, message, sentinel):
+    def prepare_message(self, message):
         """A message with escaped texts and with its reasoning where the template takes it."""
         escaped = {
-            key: value if key in ("role", "inline") else self.escape_control_tokens(value, sentinel)
+            key: value if key in ("role", "inline") else self.escape_control_tokens(value)
             for key, value in message.items()
             if key not in ("tools", "train")
         }
@@ -216,7 +201,7 @@ class Template:
             space = "" if inline else "\n"
             escaped["content"] = f"<think>{space}{reasoning}{space}</think>{space * 2}{escaped['content']}"
         elif message["role"] == "assistant" and (empty := REASONING.fullmatch(message["content"])):
-            escaped["content"] = f"<think>{empty[1]}</think>{self.escape_control_tokens(empty[2], sentinel)}"
+            escaped["content"] = f"<think>{empty[1]}</think>{self.escape_control_tokens(empty[2])}"
         return to_template_message(escaped, self.call_form)
 
     # --- from what the template takes to examples
@@ -277,23 +262,19 @@ class Template:
         return None
 
     def examples(self, messages):
-        """A conversation as examples: for each its `Piece`s, and the numbers of the answers that it supervises.
+        """A conversation as examples: for each its pieces, and the numbers of the answers that it supervises.
 
         Args:
             messages: as `extract_inline` returns them; those with `train` are supervised.
-
-        Returns:
-            The examples, and the sentinel that is in their texts.
         """
-        chat, tools, sentinel = self.prepare(messages)
+        chat, tools = self.prepare(messages)
         wanted = {number for number, message in enumerate(messages) if message["train"]}
         turns, full_text = self.turns(chat, wanted, tools)
         left = [turn for turn in turns if turn.number in wanted]
         if not left:  # a conversation in which nothing is supervised is counted later
-            return [(list(split_at_answers(full_text, turns)), set())], sentinel
+            return [(list(split_at_answers(full_text, turns)), set())]
         for turn in left:
-            check_answer(messages[turn.number], turn, sentinel)
-            check_context(messages[: turn.number], turn.text.replace(sentinel, ""))
+            check_turn(messages, turn)
         texts = []
         for turn in reversed(left):
             if not any(text.startswith(turn.text) for text in texts):
@@ -303,7 +284,7 @@ class Template:
             served = {turn.number for turn in left if text.startswith(turn.text)}
             left = [turn for turn in left if turn.number not in served]
             examples.append((list(split_at_answers(text, turns)), served))
-        return examples, sentinel
+        return examples
 
     # --- from examples to ids
 
@@ -319,9 +300,9 @@ class Template:
         encoder.no_truncation()
         return encoder
 
-    def encode(self, pieces, sentinel):
+    def encode(self, pieces):
         """The segments `(ids, answer)` of an example, checked; `answer` is a message's number, or None for context."""
-        runs = list(self.split_at_tokens(pieces, sentinel))
+        runs = list(self.split_at_tokens(pieces))
         texts = [run for is_token, run, _ in runs if not is_token]
         encodings = iter(self.encoder.encode_batch_fast(texts, add_special_tokens=False))
         segments = [
@@ -331,14 +312,14 @@ class Template:
         for text, number in pieces:
             if number is not None:
                 ids = [token for run, answer in segments if answer == number for token in run]
-                if normalize(self.tokenizer.decode(ids)) != normalize(text.replace(sentinel, "")):
+                if normalize(self.tokenizer.decode(ids)) != normalize(text.replace(SENTINEL, "")):
                     raise TemplateError("the ids of an answer do not decode to that answer", f"message {number + 1}")
         full_text = "".join(text for text, _ in pieces)
         # Some texts have other ids when they are encoded in one go, and are meant to: typed control tokens, and answers
         # that begin with space after a text.
-        differs = sentinel in full_text or any(
-            piece.answer is not None and piece.text[:1].isspace() and not before.text.endswith(tuple(self.control))
-            for before, piece in itertools.pairwise(pieces)
+        differs = SENTINEL in full_text or any(
+            answer is not None and text[:1].isspace() and not before.endswith(tuple(self.control))
+            for (before, _), (text, answer) in itertools.pairwise(pieces)
         )
         if not differs:
             full_ids = self.tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -346,29 +327,29 @@ class Template:
                 raise TemplateError("its tokenizer gives the parts other ids than the full text")
         return segments
 
-    def split_at_tokens(self, pieces, sentinel):
+    def split_at_tokens(self, pieces):
         """Yield runs of pieces that are encoded in one go: `(is a control token, text, answer)`.
 
         A template's text and a content are encoded together, as in a prompt at inference; an answer begins a new run,
         as it does at inference. Some control tokens absorb the space beside them, as Phi's do.
         """
         text, owner, absorbs_space = "", None, False
-        for piece in pieces:
-            for part in self.pattern.split(piece.text):
+        for piece, answer in pieces:
+            for part in self.pattern.split(piece):
                 token = self.control.get(part)
-                if text and (token or piece.answer != owner):
-                    text = text.replace(sentinel, "")
-                    yield False, text.rstrip() if token and token.lstrip and piece.answer == owner else text, owner
+                if text and (token or answer != owner):
+                    text = text.replace(SENTINEL, "")
+                    yield False, text.rstrip() if token and token.lstrip and answer == owner else text, owner
                     text = ""
                 if token:
-                    yield True, part, piece.answer
-                    absorbs_space, owner = token.rstrip, piece.answer
+                    yield True, part, answer
+                    absorbs_space, owner = token.rstrip, answer
                 elif part:
-                    continues = piece.answer is None or piece.answer == owner
+                    continues = answer is None or answer == owner
                     part = part.lstrip() if absorbs_space and not text and continues else part
-                    text, owner, absorbs_space = text + part, piece.answer, absorbs_space and not part
+                    text, owner, absorbs_space = text + part, answer, absorbs_space and not part
         if text:
-            yield False, text.replace(sentinel, ""), owner
+            yield False, text.replace(SENTINEL, ""), owner
 
 
 def common_prefix(one, other):
@@ -398,17 +379,13 @@ def reasoning_keys(text):
     return {"reasoning_content": text, "thinking": text}
 
 
-def parse_inline_call(text, number):
+def parse_inline_call(text, where):
     """The tool call that is written as JSON in a text."""
     try:
-        call = json.loads(text)
-        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        if isinstance(name, str) and isinstance(arguments, dict):
-            return {"type": "function", "function": {"name": name, "arguments": arguments}}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    reason = 'what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
-    raise TemplateError(reason, f"message {number}")
+        return parse_tool_call(parse_json_value(text, "it", where), where)
+    except InvalidRow as error:
+        reason = 'what stands in <tool_call> is not {"name": …, "arguments": {…}} in JSON'
+        raise TemplateError(reason, where) from error
 
 
 def texts_in(value):
@@ -428,47 +405,46 @@ def contains(written, text):
     return any(form in written for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]))
 
 
-def check_answer(message, turn, sentinel):
-    """Raise `TemplateError` where the template leaves out or changes a part of an answer."""
-    written, where = turn.text[turn.begin :].replace(sentinel, ""), f"message {turn.number + 1}"
-    empty = REASONING.fullmatch(message["content"])  # where it is not empty, it stands beside the content
-    content = empty[2] if empty and not empty[1].strip() else message["content"]
+def check_turn(messages, turn):
+    """Raise `TemplateError` where the template leaves out or changes a message, a part of the answer, or a tool."""
+    text, written = turn.text.replace(SENTINEL, ""), turn.text[turn.begin :].replace(SENTINEL, "")
+    *context, answer = messages[: turn.number + 1]
+    where = f"message {turn.number + 1}"
+    empty = REASONING.fullmatch(answer["content"])  # where it is not empty, it stands beside the content
+    content = empty[2] if empty and not empty[1].strip() else answer["content"]
     if content.strip() not in written:
         raise TemplateError("it changes what messages say", where)
-    if message.get("thinking", "").strip() not in written:
+    if answer.get("thinking", "").strip() not in written:
         raise TemplateError("it leaves out the reasoning", where)
-    calls = [call["function"] for call in message.get("tool_calls", [])]
-    for call in calls:
-        count = sum(other["name"] == call["name"] for other in calls)
-        complete = all(contains(written, text) for text in texts_in(call["arguments"]))
-        if written.count(call["name"]) < count or not complete:
-            raise TemplateError(f"it leaves out a call to {call['name']}, or changes it", where)
-
-
-def check_context(messages, written):
-    """Raise `TemplateError` where the template leaves out a message that is not an answer, or a tool."""
-    for number, message in enumerate(messages, 1):
-        if message["role"] != "assistant" and not contains(written, message["content"]):
+    calls = [call["function"] for call in answer.get("tool_calls", [])]
+    for name, count in Counter(call["name"] for call in calls).items():
+        arguments = texts_in([call["arguments"] for call in calls if call["name"] == name])
+        if written.count(name) < count or not all(contains(written, argument) for argument in arguments):
+            raise TemplateError(f"it leaves out a call to {name}, or changes it", where)
+    for number, message in enumerate(context, 1):
+        if message["role"] != "assistant" and not contains(text, message["content"]):
             raise TemplateError("it leaves out or changes what it says", f"message {number}")
-    for tool in messages[0].get("tools", []) if messages else []:
-        if tool["function"]["name"] not in written:
+    for tool in messages[0].get("tools", []):
+        if tool["function"]["name"] not in text:
             raise TemplateError(f"it leaves out the tool {tool['function']['name']}")
 
 
 def split_at_answers(text, turns):
-    """Cut a rendered text into `Piece`s at the answers whose text it begins with."""
+    """Cut a rendered text into pieces `(text, answer)` at the answers whose text it begins with.
+
+    An answer's piece has the number of its message, and ends with the end of its turn; that of context has None.
+    """
     position = 0
     for turn in turns:
         if text.startswith(turn.text):
-            yield Piece(text[position : turn.begin])
-            yield Piece(turn.text[turn.begin :], turn.number)
+            yield text[position : turn.begin], None
+            yield turn.text[turn.begin :], turn.number
             position = len(turn.text)
-    yield Piece(text[position:])
+    yield text[position:], None
 
 
 @functools.lru_cache(maxsize=4)
-def cached_template(tokenizer, _source):
-    """The `Template` of a tokenizer, made once; `_source` is its text, for when that changes."""
+def cached_template(tokenizer, _source):  # its text, for when that changes
     return Template(tokenizer)
 
 
@@ -494,9 +470,9 @@ def encode_prompt(messages, tokenizer):
     """The ids of messages with the generation prompt, as at inference; a list."""
     template = get_template(tokenizer)
     with with_conversation(messages):
-        chat, tools, sentinel = template.prepare(template.extract_inline(messages))
+        chat, tools = template.prepare(template.extract_inline(messages))
         (text,) = template.render([chat], tools, generation=True)
-        return [number for ids, _ in template.encode([Piece(text)], sentinel) for number in ids]
+        return [number for ids, _ in template.encode([(text, None)]) for number in ids]
 
 
 def encode(conversations, tokenizer):
@@ -511,13 +487,10 @@ def encode(conversations, tokenizer):
     template, encoded = get_template(tokenizer), []
     for messages in conversations:
         with with_conversation(messages):
-            examples, sentinel = template.examples(template.extract_inline(messages))
-            encoded.append(
-                [
-                    [(ids, answer in supervised) for ids, answer in template.encode(pieces, sentinel)]
-                    for pieces, supervised in examples
-                ]
-            )
+            examples = []
+            for pieces, supervised in template.examples(template.extract_inline(messages)):
+                examples.append([(ids, answer in supervised) for ids, answer in template.encode(pieces)])
+            encoded.append(examples)
     return encoded
 
 
@@ -535,14 +508,3 @@ def with_conversation(messages):
         quoted = " | ".join(f"{message['role']}: {message['content']:.40}" for message in messages[:4])
         where = f", in the conversation «{quoted}»" if messages else ""
         raise UserError(f"--chat-template: the template cannot be masked: {error}{where}") from error
-
-
-def compare_marks(tokenizer):
-    """The difference between a template's own `{% generation %}` marks and what is supervised; None: there is none."""
-    chat = [*CHAT_PROBE, {"role": "assistant", "content": "Yes."}]
-    marked = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    chat = [{**message, "train": message["role"] == "assistant"} for message in chat]
-    ours = [number for row in encode([chat], tokenizer)[0] for ids, supervised in row if supervised for number in ids]
-    theirs = list(itertools.compress(marked["input_ids"], marked["assistant_masks"]))
-    ours, theirs = tokenizer.decode(ours), tokenizer.decode(theirs)
-    return None if ours == theirs else f"they mark {theirs!r} where {ours!r} is supervised"

@@ -87,10 +87,6 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
             raise UserError(
                 f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
             )
-    if chat_template != "chatml" and re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):
-        with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
-            if difference := templates.compare_marks(tokenizer):
-                print(f"the template's own marks of what is supervised are not used: {difference}", file=sys.stderr)
     return tokenizer
 
 
@@ -101,16 +97,12 @@ def read_template(name, of_model, path):
             raise UserError(f"--chat-template model: {path} has no chat template; use --chat-template chatml")
         return of_model
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--chat-template {name}: not UTF-8; save it as UTF-8") from error
-    except OSError as error:
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "not UTF-8")
         raise UserError(
-            f"--chat-template {name}: {error.strerror}; write chatml, model, or the name of a .jinja file"
+            f"--chat-template {name}: {reason}; write chatml, model, or the name of a .jinja file"
         ) from error
-    if not text.strip():
-        raise UserError(f"--chat-template {name}: it is empty")
-    return text
 
 
 def with_eos(template, eos):
@@ -123,12 +115,7 @@ def with_eos(template, eos):
 
 
 def with_options(template, options):
-    """A chat template with other defaults for its arguments, so that the model that is saved has them too.
-
-    Args:
-        template: its text, or a dict of texts.
-        options: each as `name=value`; a value is JSON, or else a string.
-    """
+    """A chat template, or a dict of them, with other defaults; an option is `name=value`, in JSON or else a string."""
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
     for option in options:

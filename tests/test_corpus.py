@@ -13,9 +13,8 @@ import data as data_command
 from config import UserError, resolve
 from conversations import corpus
 from conversations.masking import encode
-from conversations.mixture import keep_duplicates_together
 from conversations.tokenizer import load_tokenizer
-from data import Split, load_data, load_split, warnings_about
+from data import keep_duplicates_together, load_data, load_split
 from storage.cache import cache_directory
 
 
@@ -42,7 +41,7 @@ def texts(split, tokenizer):
     return [tokenizer.decode(example.input_ids) for example in split.examples]
 
 
-def test_the_rows_are_those_that_encode_gives(tiny_tokenizer, write):
+def test_the_corpus_has_the_rows_of_encode(tiny_tokenizer, write):
     rows = [a_chat(f"{number}", "Yes. " * number) for number in range(1, 30)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows), supervise="last")
     expected = {
@@ -55,7 +54,7 @@ def test_the_rows_are_those_that_encode_gives(tiny_tokenizer, write):
     assert data.train.supervised == sum(example.supervised_tokens for example in data.train.examples)
 
 
-def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypatch):
+def test_a_corpus_is_read_from_the_cache(tiny_tokenizer, write, monkeypatch):
     path = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     first = prepared(tiny_tokenizer, path)
 
@@ -65,7 +64,7 @@ def test_the_second_time_it_comes_from_the_cache(tiny_tokenizer, write, monkeypa
     monkeypatch.setattr(corpus, "make_corpus", never)
     again = prepared(tiny_tokenizer, path)
     assert again.fingerprint == first.fingerprint
-    assert again.notes == first.notes == ("20 rows, 20 as messages",)
+    assert again.notes == first.notes == ["20 rows, 20 as messages"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_m
     assert set((cache_directory() / "corpora").glob("[!.]*")) == known  # nothing half made is left there
 
 
-def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
+def test_duplicates_are_never_in_two_splits(tiny_tokenizer, write):
     rows = [a_chat(f"{number % 25}") for number in range(100)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows))
     train, evaluated, test = (set(texts(split, tiny_tokenizer)) for split in data.splits.values())
@@ -110,13 +109,13 @@ def test_copies_are_never_in_two_splits(tiny_tokenizer, write):
     assert "75 are duplicates of another, always in the same split as it" in data.notes
 
 
-def test_without_copies_the_splits_stay_as_they_are():
+def test_keep_duplicates_together():
     splits = [[4, 2, 0], [1], [3]]
     assert keep_duplicates_together(splits, list("abcde")) == splits
     assert keep_duplicates_together(splits, list("aacde")) == [[4, 2, 0, 1], [], [3]]
 
 
-def test_an_eval_dataset_of_ones_own(tiny_tokenizer, write):
+def test_an_eval_dataset_is_left_out_of_training(tiny_tokenizer, write):
     train = write("train.jsonl", [a_chat(f"{number}") for number in range(20)])
     own = write("eval.jsonl", [a_chat(f"{number}") for number in range(18, 24)])
     data = prepared(tiny_tokenizer, train, eval_dataset=own, test_fraction=0.0)
@@ -132,14 +131,17 @@ def test_an_error_in_an_eval_dataset_names_that_flag(tiny_tokenizer, write):
         )
 
 
-def test_several_files_in_shares(tiny_tokenizer, write):
+def test_shares_counts_and_weights_of_files(tiny_tokenizer, write):
     one = write("one.jsonl", [a_chat(f"one {number}") for number in range(40)])
     two = write("two.jsonl", [a_chat(f"two {number}") for number in range(40)])
     data = prepared(tiny_tokenizer, f"{one}:0.5", f"{two}#10")
     every = [text for split in data.splits.values() for text in texts(split, tiny_tokenizer)]
     counts = [sum(name in text for text in every) for name in ("one", "two")]
     assert counts == [20, 10]
+    assert f"{one}: 20 of 40 conversations used" in data.notes
+    assert len(load_split(resolve({"dataset": (f"{two}#10",)}, "none"), tiny_tokenizer).examples) == 10
     data = prepared(tiny_tokenizer, one, f"{two}:2.5", test_fraction=0.0)
+    assert f"{two}: 40 of 40 conversations used, 2.5 times an epoch in training" in data.notes
     train = texts(data.train, tiny_tokenizer)
     of_two = [text for text in train if "two" in text]
     assert len(of_two) == round(2.5 * len(set(of_two)))
@@ -147,12 +149,12 @@ def test_several_files_in_shares(tiny_tokenizer, write):
     assert len(texts(data.eval, tiny_tokenizer)) == 16  # twice over is for training
 
 
-def test_a_count_that_is_not_there_is_refused(tiny_tokenizer, write):
+def test_a_count_above_the_rows_is_refused(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"#50: 20 conversations of it were read"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(20)]) + "#50")
 
 
-def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
+def test_tokens_lost_to_max_length_are_counted(tiny_tokenizer, write):
     rows = [a_chat(f"{number}", "y" * 50) for number in range(10, 20)]
     rows += [a_chat(f"{number}" + "x" * 300) for number in range(10)]
     data = prepared(tiny_tokenizer, write("a.jsonl", rows), max_length=60, test_fraction=0.0)
@@ -168,7 +170,7 @@ def test_what_max_length_costs_is_counted(tiny_tokenizer, write):
     assert truncated.endswith("training conversations are truncated by --max-length")
 
 
-def test_settings_that_say_something_else_than_what_happens_are_warned_about(tiny_tokenizer, write):
+def test_settings_without_effect_are_warned_about(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}", "y" * 50) for number in range(20)])
     assert not prepared(tiny_tokenizer, chats).warnings
     tokenizer = copy.copy(tiny_tokenizer)
@@ -179,19 +181,13 @@ def test_settings_that_say_something_else_than_what_happens_are_warned_about(tin
     assert split == "--split test has no effect: files have no splits"
 
 
-def test_characters_that_the_tokenizer_does_not_know_are_warned_about():
-    counted = {"truncated": 0, "dropped": 0, "tokens": 10, "supervised": 5, "supervised_lost": 0}
-    splits = {"train": Split([1], **counted, unk_tokens=3), "eval": Split([1], **counted)}
-    assert list(warnings_about(splits)) == ["3 supervised tokens are characters that the tokenizer does not know"]
-
-
 def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}" + "x" * 450, "a") for number in range(8)])
     (warning,) = prepared(tiny_tokenizer, chats).warnings
     assert warning.startswith("0.6% of the training tokens are supervised; look at them")
 
 
-def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_path, capsys):
+def test_the_page_shows_every_token(tiny_model_dir, write, tmp_path, capsys):
     path = write("a.jsonl", [a_chat(f"<b>{number}</b>", "🙂 & so on") for number in range(20)])
     arguments = ["--model", str(tiny_model_dir), "--dataset", path, "--show", "2"]
     assert data_command.main([*arguments, "--html", str(tmp_path / "page.html")]) == 0
@@ -206,7 +202,7 @@ def test_the_page_shows_every_token_with_what_it_is(tiny_model_dir, write, tmp_p
     assert "<tr><td>train<td>18<td>" in text
 
 
-def test_a_dataset_of_nothing_but_copies_is_an_error(tiny_tokenizer, write):
+def test_a_dataset_of_one_conversation_repeated_is_refused(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"the eval split is empty, as all of its conversations are duplicates"):
         prepared(tiny_tokenizer, write("a.jsonl", [a_chat("x")] * 50))
 
@@ -221,7 +217,7 @@ def test_a_refusal_names_its_conversation(tmp_path, write):
         prepared(tokenizer, write("a.jsonl", chats), chat_template="model")
 
 
-def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
+def test_a_partial_corpus_is_removed(tiny_tokenizer, write):
     """By the next that wants the same corpus; another may be at work on another."""
     path, corpora = write("a.jsonl", [a_chat(f"dead {number}") for number in range(20)]), cache_directory() / "corpora"
     prepared(tiny_tokenizer, path)
@@ -237,7 +233,7 @@ def test_what_a_dead_process_half_made_is_removed(tiny_tokenizer, write):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit flipped", "removed"])
-def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monkeypatch, tmp_path, capsys, damage):
+def test_a_corrupt_corpus_is_made_again(tiny_tokenizer, write, monkeypatch, tmp_path, capsys, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     before = prepared(tiny_tokenizer, chats)
@@ -255,7 +251,7 @@ def test_a_damaged_corpus_is_noticed_and_made_again(tiny_tokenizer, write, monke
     assert rows.read_bytes() == content
 
 
-def test_amounts_of_an_eval_dataset_are_kept_and_max_examples_does_not_cap_it(tiny_tokenizer, write):
+def test_quantities_of_an_eval_dataset(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     others = write("b.jsonl", [a_chat(f"other {number}") for number in range(12)])
     for amount, count in (("", 12), ("#5", 5), (":0.5", 6)):
@@ -265,22 +261,7 @@ def test_amounts_of_an_eval_dataset_are_kept_and_max_examples_does_not_cap_it(ti
         prepared(tiny_tokenizer, chats, eval_dataset=others + ":2")
 
 
-def test_an_evaluation_uses_the_amount_that_is_asked_for(tiny_tokenizer, write):
-    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
-    split = load_split(resolve({"dataset": (chats + "#7",)}, "none"), tiny_tokenizer)
-    assert len(split.examples) == 7
-
-
-def test_the_rows_used_of_a_source_are_counted(tiny_tokenizer, write):
-    chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
-    assert f"{chats}: 7 of 20 conversations used" in prepared(tiny_tokenizer, chats + "#7").notes
-    assert (
-        f"{chats}: 20 of 20 conversations used, 2 times an epoch in training"
-        in prepared(tiny_tokenizer, chats + ":2").notes
-    )
-
-
-def test_a_page_overwrites_nothing_but_an_earlier_page(tiny_model_dir, write, tmp_path):
+def test_a_page_overwrites_only_an_earlier_page(tiny_model_dir, write, tmp_path):
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     before = Path(chats).read_bytes()
     arguments = ["--model", str(tiny_model_dir), "--dataset", chats, "--html"]
@@ -320,12 +301,10 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
             name for name, split in data.splits.items() for text in texts(split, tokenizer) if f"one {number}<" in text
         ]
         assert len(set(homes)) == 1
-    assert data.train.empty_reasoning == len(data.train.examples)
-    assert any("are supervised with empty reasoning" in warning for warning in data.warnings)
     assert len(prepared(tokenizer, path + "#5", chat_template="model", test_fraction=0.0).notes) > 0
 
 
-def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_path):
+def test_tools_and_reasoning_reach_the_template(write, tmp_path):
     tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     call = {"function": {"name": "f", "arguments": '{"a": "Ünï"}'}}
     answer = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
@@ -349,7 +328,7 @@ def test_tools_and_thoughts_reach_the_template_through_the_corpus(write, tmp_pat
         prepared(tokenizer, write("b.jsonl", chats))
 
 
-def test_rows_that_a_template_refuses_can_be_left_out(write, tmp_path):
+def test_rows_that_a_template_refuses_can_be_skipped(write, tmp_path):
     tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path / "model")
     chats = [a_chat(f"{number}") for number in range(28)]
     chats[3:3], chats[9:9] = [a_chat("a", "<tool_call>{</tool_call>")], [a_chat("b", "<tool_call>[]</tool_call>")]

@@ -328,7 +328,7 @@ def test_the_hub_gives_models_and_datasets(with_hub, tiny_model_dir):
     assert with_hub["rows"] == CHATS["test_sft"]
 
 
-def test_the_cache_gives_them_after_one_question(without_hub, tiny_model_dir):
+def test_the_cache_serves_them_after_one_request(without_hub, tiny_model_dir):
     assert without_hub["model"] == ["acme/tiny", True, "Hi there", first_embedding(tiny_model_dir)]
     assert without_hub["rows"] == CHATS["test_sft"]
     contacted = without_hub["contacted for it"]
@@ -360,13 +360,13 @@ def test_a_hub_that_never_answers_is_given_up_in_time(without_answer, how):
     assert without_answer[how]["model"].startswith("refused: --model acme/tiny: not on this disk, and the Hub does not")
 
 
-def test_the_program_says_it_in_one_line(without_hub):
+def test_the_program_reports_it_in_one_line(without_hub):
     program = without_hub["program"]
     assert (program["status"], program["stdout"]) == (1, "")
     assert re.fullmatch(r"error: --dataset acme/other: [^\n]+\n", program["stderr"])
 
 
-def test_auto_is_ultrachat_with_a_gpu_where_it_can_be_had_and_else_quickstart(with_hub, without_hub, without_answer):
+def test_the_auto_preset_depends_on_gpu_hub_and_cache(with_hub, without_hub, without_answer):
     assert with_hub["preset with a GPU"] == "ultrachat"
     assert without_hub["preset with a GPU, cached"] == "ultrachat"
     assert without_hub["preset with a GPU"] == "quickstart"

@@ -42,7 +42,7 @@ def refusal(path):
     return str(raised.value).removeprefix(f"--model {path}: ")
 
 
-NORM, LAYER = "model.norm.weight", "model.layers.1."
+NORM = "model.norm.weight"
 
 
 def test_weights_under_a_prefix_are_refused_with_the_repair(model_dir):
@@ -52,19 +52,13 @@ def test_weights_under_a_prefix_are_refused_with_the_repair(model_dir):
     assert said.endswith("; remove the prefix '_orig_mod.' from their names")
 
 
-def test_a_missing_layer_is_refused(model_dir):
-    change_weights(
-        model_dir, lambda weights: {name: part for name, part in weights.items() if not name.startswith(LAYER)}
-    )
-    assert refusal(model_dir).startswith("9 of the model's weights are not in its files, such as model.layers.1.")
-
-
-def test_a_fresh_head_is_refused(model_dir):
+@pytest.mark.parametrize(("missing", "count"), [("model.layers.1.", 9), ("lm_head.weight", 1)])
+def test_a_missing_layer_and_a_missing_head_are_refused(model_dir, missing, count):
     tiny_llama(259, tie_word_embeddings=False).save_pretrained(model_dir)
     change_weights(
-        model_dir, lambda weights: {name: part for name, part in weights.items() if name != "lm_head.weight"}
+        model_dir, lambda weights: {name: part for name, part in weights.items() if not name.startswith(missing)}
     )
-    assert "such as lm_head.weight" in refusal(model_dir)
+    assert refusal(model_dir).startswith(f"{count} of the model's weights are not in its files, such as {missing}")
 
 
 def test_a_shape_that_does_not_fit_is_named(model_dir):
@@ -82,10 +76,9 @@ def test_weights_that_are_not_used_are_a_warning(model_dir, capsys):
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
-        (b"\x00" * 100, "its weights are corrupt ("),
         (None, "its weights are corrupt ("),
     ],
-    ids=["pointer", "garbage", "truncated"],
+    ids=["pointer", "truncated"],
 )
 def test_damaged_weights_are_one_line(model_dir, content, said):
     path = model_dir / "model.safetensors"
@@ -112,7 +105,7 @@ def test_a_configuration_of_wrong_types_is_one_line(model_dir, name, value):
     assert refusal(model_dir)
 
 
-def test_no_code_of_a_model_directory_is_run_and_nobody_is_asked(model_dir, monkeypatch, tmp_path):
+def test_no_code_of_a_model_directory_is_run(model_dir, monkeypatch, tmp_path):
     path = model_dir / "config.json"
     settings = {**json.loads(path.read_text()), "model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
     path.write_text(json.dumps(settings))
@@ -140,14 +133,14 @@ def test_a_model_with_an_encoder_is_refused(model_dir):
 def test_a_directory_without_a_tokenizer_is_refused(model_dir):
     for path in model_dir.glob("*token*"):
         path.unlink()
-    assert refusal(model_dir).startswith("no usable tokenizer and configuration (Couldn't instantiate the backend")
+    assert refusal(model_dir).startswith("no usable tokenizer and configuration (ValueError: Couldn't")
 
 
-def test_a_file_and_an_adapter_are_no_models(tmp_path):
+def test_a_file_and_an_adapter_are_refused(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.touch()
     for name, said in (
-        (path, "a file; name its directory"),
+        (path, "there is no such directory"),
         (tmp_path, "a PEFT adapter; merge it into its base model first"),
     ):
         with pytest.raises(UserError) as raised:

@@ -234,15 +234,6 @@ def test_empty_reasoning_that_only_the_prompt_has_is_context_of_every_answer():
     assert supervised_texts(ours(CHATS["reasoning"], tokenizer), tokenizer)[0].startswith("Two and two")
 
 
-def test_a_template_for_tools_alone_takes_conversations_with_tools():
-    tokenizer = byte_tokenizer(["<|turn>", "<turn|>", "<|call>", "<call|>"])
-    listed = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
-    tokenizer.chat_template = listed + NOT_THINKING.replace("<|channel>thought\n<channel|>", "")
-    assert supervised_texts(ours(CHATS["tools"], tokenizer), tokenizer)[0].endswith("It is grey.<turn|>")
-    with pytest.raises(UserError, match="'NoneType' object is not iterable"):
-        ours(CHATS["plain"], tokenizer)
-
-
 def test_the_stop_token_ends_an_answer_where_a_template_begins_the_next_turn_itself():
     """As Command A's does, whatever follows."""
     tokenizer = byte_tokenizer(["<s>", "</s>", "[USER]", "[BOT]"])
@@ -287,13 +278,6 @@ def test_trls_marks_are_the_definition_or_differ_in_a_known_way(difference):
             "the prompt's <think>, and a newline after each turn": "".join(f"<think>\n{turn}{end}\n" for turn in turns),
         }
         assert theirs == known[difference]
-
-
-def test_marks_that_differ_are_named_when_a_template_is_loaded(capsys):
-    qwen = TRL / "qwen2_5_training.jinja"
-    path, local = hub.find_model(QUICKSTART_MODEL)
-    assert load_tokenizer(path, local, chat_template=str(qwen)).chat_template == qwen.read_text()
-    assert "own marks of what is supervised are not used: they mark '\\nreply" in capsys.readouterr().err
 
 
 # --- nobody can forge a turn
@@ -374,7 +358,7 @@ def check_law(name, chat):
 @pytest.mark.parametrize("name", FUZZED)
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
-def test_no_text_of_anyone_changes_what_is_control_or_supervised(name, data):
+def test_hostile_text_changes_no_control_token_and_no_label(name, data):
     check_law(name, data.draw(conversations(name)))
 
 
@@ -397,16 +381,12 @@ def one_rendering(template, chat, wanted, tools):
     return [turn._replace(text=full_text[: len(turn.text)]) for turn in turns], full_text
 
 
-def only_the_last(examples, sentinel):
-    return examples[-1:], sentinel
-
-
 def without_reasoning(messages):
     return [{name: value for name, value in message.items() if name != "thinking"} for message in messages]
 
 
 BREAKAGES = {
-    "texts are not escaped": ("escape_control_tokens", lambda _self, value, _sentinel: value),
+    "texts are not escaped": ("escape_control_tokens", lambda _self, value: value),
     "the prompt is not looked at": (
         "turn",
         lambda self, number, prompt, *rest: TURN(self, number, prompt.rpartition("<|im_start|>")[0], *rest),
@@ -416,7 +396,7 @@ BREAKAGES = {
         lambda self, *each: (t := TURN(self, *each))._replace(text=t.text[: -len("<|im_end|>")]),
     ),
     "one rendering is taken for all answers": ("turns", one_rendering),
-    "only the last answer is supervised": ("examples", lambda self, messages: only_the_last(*EXAMPLES(self, messages))),
+    "only the last answer is supervised": ("examples", lambda self, messages: EXAMPLES(self, messages)[-1:]),
     "reasoning is left out": ("prepare", lambda self, messages: PREPARE(self, without_reasoning(messages))),
 }
 
@@ -466,6 +446,7 @@ REWRITING = CHATML.replace("message['content']", "message['content'] | replace('
         (UNPROMPTED, say("a", "b"), "the rendered answer does not begin with the generation prompt"),
         (CHATML.replace("message['content']", "'?'"), say("a", "b"), NO_END),
         (ENDLESS, say("a", "b"), NO_END),
+        (CHATML + "{# mine #}", say("a", "\U00012398"), "it has the character U.12398"),
         (SILENT, [{"role": "system", "content": "Brief!"}, *say("a", "b")], "message 1: it leaves out or changes"),
         (REWRITING, say("a", "x"), r"it changes what messages say, in the conversation «user: a \| assistant: x»"),
         ("{{ 1 / 0 }}", say("a", "b"), "it does not take them: division by zero"),
@@ -554,7 +535,7 @@ def test_a_result_that_looks_like_several_is_one_where_the_call_is_not_written_s
         assert text in tokenizer.decode(encode([chat], tokenizer)[-1].input_ids)
 
 
-def test_a_think_that_somebody_types_is_text(tmp_path):
+def test_a_typed_think_tag_is_text(tmp_path):
     """It is one where an answer begins with it; in a question, or further on in an answer, it is not."""
     tokenizer = tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path)
     ids = encode([say("<think>x</think>", "y</think>z<think>")], tokenizer)[0].input_ids.tolist()
@@ -632,7 +613,7 @@ def test_a_template_may_be_a_file_and_is_saved_with_the_tokenizer(tmp_path):
             load_tokenizer(str(tmp_path), True, name)
 
 
-def test_a_run_keeps_the_template_of_a_file_and_needs_the_file_no_more(tmp_path, chats, capsys):
+def test_a_run_keeps_the_template_of_a_removed_file(tmp_path, chats, capsys):
     """Its options too: in the best model, in the prompts of `eval.py`, and when it is resumed."""
     byte_tokenizer(CHATML_TOKENS).save_pretrained(tmp_path / "model")
     tiny_llama(259).save_pretrained(tmp_path / "model")

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.faults.harness import assert_same, on_dataset, some, steps_saved
+from tests.faults.harness import assert_same, curves, lines, on_dataset, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
     fill_disk,
