@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.company import WorkerPool
 
 from compute.sharding import full_tensor
 from conversations.tokenizer import load_tokenizer
 from model import Precision, load_model, load_on_ranks
 from tests.conftest import tiny_llama, tiny_moe
+from tests.worker_pool import WorkerPool
 
 FP32 = Precision("fp32", torch.device("cpu"))
 TOKENS = 259
