@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from compute.processes import barrier
+from compute.distributed import barrier
 from config import UserError, die_with_parent, first_line, report_error
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # in torchrun's environment

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from compute.processes import is_rank0, world_size
+from compute.distributed import is_rank0, world_size
 from config import PRESETS, format_value
 from conversations.preview import is_missing_or_page
 from data import window_at, windows_per_epoch

@@ -2,9 +2,8 @@
 
 import contextlib
 
-from compute.processes import broadcast_from_rank0, is_rank0
+from compute.distributed import broadcast_from_rank0, is_rank0, is_sharded
 from compute.self_check import use_layout
-from compute.sharding import is_sharded
 from config import UserError
 from eval import DEFAULT_PROMPTS, evaluate, generate_greedy_and_sampled
 from evaluation.generation import Sampling, generate_answers

@@ -78,4 +78,4 @@ def test_windows_come_in_order_and_are_made_when_the_update_before_them_is_under
 
 def test_an_error_in_prefetching_is_raised_where_the_window_is_asked_for():
     with pytest.raises(ZeroDivisionError):
-        PrefetchedWindows([], 3, 42, layout_of(packed=True)).at(0)
+        PrefetchedWindows([], 3, 42, layout_of(packed=True)).get(0)

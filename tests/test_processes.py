@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch.distributed import is_initialized
+from torch.distributed import get_node_local_rank, is_initialized
+from torch.distributed.fsdp import FSDPModule
 
 import compute.layout
 import train
-from compute.gradients import GradientAllReduce
+from compute.distributed import all_reduce_sum, full_tensor, is_rank0, partition_by_tokens, rank, world_size
+from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
-from compute.memory import local_numel
-from compute.processes import all_reduce_sum, is_rank0, load_balance, local_rank, partition_by_tokens, rank, world_size
 from compute.self_check import choose_layout, use_layout
-from compute.sharding import full_tensor, reshard
 from config import Config
 from conversations.masking import IGNORE, Example
 from eval import evaluate
@@ -71,7 +70,7 @@ def divided(model, count, device=CPU, precision="fp32"):
 
 def updates(case):
     """A few updates and evaluations: numbers of both, last weights, `GradientFloor`, how many graphs were compiled."""
-    device = torch.device(case.device, local_rank() if case.device == "cuda" else None)
+    device = torch.device(case.device, get_node_local_rank(0) if case.device == "cuda" else None)
     if case.device == "cuda":
         torch.cuda.set_device(device)
     model = tiny_llama(case.vocabulary, tie_word_embeddings=case.tied).to(getattr(torch, case.dtype))
@@ -94,7 +93,9 @@ def updates(case):
             )
             if not case.unevaluated:
                 evaluations.append(evaluate(model, window, layout, precision).report())
-    reshard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return numbers, evaluations, flatten(model.parameters()), floor.values, compiled_graphs()
 
 
@@ -197,7 +198,7 @@ def held(count):
     model, found = tiny_llama(263), tiny_llama(263)
     model = divided(model, count)
     buffers = all(torch.equal(buffer, other) for buffer, other in zip(model.buffers(), found.buffers(), strict=True))
-    own = sum(local_numel(weights) for weights in model.parameters())
+    own = sum(weights.to_local().numel() for weights in model.parameters())
     return own, sum(weights.numel() for weights in found.parameters()), has_expected_tying(model) and buffers
 
 
@@ -276,7 +277,7 @@ def dropped_share(patch):
 
 def counted_empty_tokens(patch):
     """The tokens that stand for nothing are supervised."""
-    real = compute.layout.Layout.batch
+    real = compute.layout.Layout.collate
     nothing = Example(torch.tensor([0, 0]), torch.tensor([0, 0]))
     patch.setattr(compute.layout.Layout, "collate", lambda layout, found: real(layout, found or [nothing]))
 
