@@ -41,11 +41,11 @@ class Precision:
         """The device and the precision, as the plan prints them."""
         if self.device.type == "cpu":
             return f"{self.device} ({torch.get_num_threads()} threads), {self.name}"
-        name = torch.cuda.get_device_name(self.device)
-        return f"{self.device} ({name}), {self.name}{' (TF32 is off)' if self.name == 'fp32' else ''}"
+        note = " (TF32 is off)" if self.name == "fp32" else ""
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.name}{note}"
 
     def grad_scaler(self):
-        """The scaler that keeps fp16 gradients from vanishing; it does nothing in any other precision."""
+        """The scaler that keeps fp16 gradients from vanishing, disabled in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 

@@ -9,12 +9,11 @@ from compute.distributed import all_reduce_max, all_reduce_sum, is_sharded, worl
 
 
 class GradientAllReduce:
-    """A context in which `passes` backward passes run, and after which each gradient is its sum over all ranks.
+    """A context for `passes` backward passes, after which each gradient is its sum over all ranks.
 
-    Each gradient is sent as soon as it is complete. All ranks must send in the same order: from the last parameter to
-    the first, about the order in which a backward pass computes them. A gradient that has not had all passes when its
-    turn comes, since some do not reach it, is sent at the end, with those after it. FSDP reduces sharded gradients.
-    Afterwards `sync_seconds` is the time from the end of the passes to that of the all-reduces.
+    All ranks must send in the same order: from the last parameter to the first, about the order in which a backward
+    pass computes them. A gradient that some passes do not reach is sent at the end, with those after it. FSDP reduces
+    sharded gradients itself. `sync_seconds` is the time from the last pass to the end of the all-reduces.
     """
 
     def __init__(self, model, passes):

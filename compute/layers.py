@@ -11,16 +11,12 @@ def checkpoint_activations(model):
     getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
-def compile_layers(model, **options):
-    """Compile each of a model's layers when it is first called; alike, they share a few graphs, and 30 take no longer.
-
-    Args:
-        options: more arguments of `torch.compile`.
-    """
+def compile_layers(model):
+    """Compile each of a model's layers when it is first called; as they are alike, they share a few graphs."""
     # Two dimensions that are equal by chance, such as the numbers of conversations and of heads, are not always equal.
     torch.fx.experimental._config.use_duck_shape = False
     for layer in get_layers(model):
-        layer.compile(dynamic=True, **options)
+        layer.compile(dynamic=True)
 
 
 def get_layers(model):

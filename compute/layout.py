@@ -174,6 +174,7 @@ class PrefetchedWindows:
     def prefetch(self, step):
         """Start to collate a window; called once a GPU has its work, as this takes Python's time from launching it."""
         if step not in self.ahead:
-            self.ahead[step] = self.thread.submit(
-                lambda: list(self.layout.local_micro_batches(window_at(step, *self.arguments)))
-            )
+            self.ahead[step] = self.thread.submit(self.collate, step)
+
+    def collate(self, step):
+        return list(self.layout.local_micro_batches(window_at(step, *self.arguments)))
