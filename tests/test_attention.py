@@ -55,7 +55,7 @@ def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
     assert off(ours, per_sequence(*row)) < tolerance
 
 
-def test_conversations_that_see_each_other_would_be_noticed():
+def test_contaminated_conversations_are_detected():
     row = a_row(torch.float32)
     contaminated = with_gradients(packed_attention(None, *row, None, **boundaries((sum(LENGTHS),)))[0], row)
     assert off(contaminated, per_sequence(*row)) > 0.1
@@ -87,14 +87,14 @@ def test_blocks_are_for_bf16_in_training_on_a_cpu(monkeypatch):
     assert asked == list(LENGTHS)
 
 
-def test_products_are_in_autocasts_precision_whatever_came():
+def test_products_are_in_autocasts_precision():
     row = a_row(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert packed_attention(None, *row, None, **boundaries())[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", ["sliding_window", "softcap", "s_aux", "position_bias"])
-def test_what_a_model_asks_beyond_it_is_refused(asked):
+def test_unsupported_options_are_refused(asked):
     with pytest.raises(NotImplementedError, match=asked):
         packed_attention(None, *a_row(torch.float32), None, **boundaries(), **{asked: 4})
 
