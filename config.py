@@ -148,7 +148,7 @@ PRESETS = {
         "batch_size": 8,
         "warmup_steps": 5,
         "eval_every": 12,
-        "save_every": 30,
+        "save_every": 24,
     },
 }
 DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compute.distributed import all_gather, rank
 from compute.layers import in_eval_mode
 from compute.layout import Layout
 from compute.memory import is_out_of_memory
-from compute.processes import all_gather, rank
 from compute.self_check import choose_layout
 from config import Parser, UserError, flag_name, rewrite_errors, run_command
 from conversations.masking import Example

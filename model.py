@@ -1,6 +1,7 @@
 """A causal language model: loading and saving it, the precision it computes in, the loss of a micro-batch."""
 
 import contextlib
+import re
 import sys
 from dataclasses import dataclass
 
@@ -9,29 +10,27 @@ from safetensors import SafetensorError
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
-from compute.processes import broadcast_from_rank0, is_rank0, local_rank, local_world_size, world_size
-from compute.sharding import check_shard, shard
+from compute.distributed import broadcast_from_rank0, check_shard, is_rank0, local_world_size, shard, world_size
 from config import UserError, first_line
 from conversations.templates import stop_ids
-from storage import hub
-from storage.hub import LOADING_ERRORS
+from storage.hub import LOADING_ERRORS, explain_load_error
 
-MAX_NEW_EMBEDDINGS = 1024  # of embeddings, for tokens that a tokenizer has and a model has not
+MAX_NEW_EMBEDDINGS = 1024  # for tokens that a tokenizer has and a model has not
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What the forward pass computes in; the weights and the optimizer are fp32 whatever it is."""
+    """The precision of the forward pass, and its device; weights and optimizer are fp32 in any case."""
 
     name: str  # bf16, fp16 or fp32
     device: torch.device
 
     @property
     def dtype(self):
-        """That of matrix products; None for the weights' own."""
+        """The dtype of matrix products; None: that of the weights."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[self.name]
 
     def autocast(self):
@@ -42,34 +41,21 @@ class Precision:
         """The device and the precision, as the plan prints them."""
         if self.device.type == "cpu":
             return f"{self.device} ({torch.get_num_threads()} threads), {self.name}"
-        name = torch.cuda.get_device_name(self.device)
-        return f"{self.device} ({name}), {self.name}{' (TF32 is off)' if self.name == 'fp32' else ''}"
+        note = " (TF32 is off)" if self.name == "fp32" else ""
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.name}{note}"
 
     def grad_scaler(self):
-        """The scaler that keeps fp16 gradients from vanishing; it does nothing in any other precision."""
+        """The scaler that keeps fp16 gradients from vanishing, disabled in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def choose_precision(device="auto", dtype="auto"):
-    """The `Precision` that flags ask for; `auto` is the GPU, and bf16 where native, else fp16 on a GPU, else fp32.
+    """The `Precision` that flags ask for; `auto` is bf16 where it is native, else fp16 on a GPU and fp32 on a CPU.
 
     Raises:
-        UserError: the device is unknown or not in this machine.
+        UserError: as `choose_device`.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: not a device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda" and world_size() > 1:
-        device = local_gpu(device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # for what libraries put on the current one
+    device = choose_device(device)
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif dtype == "auto":
@@ -78,28 +64,37 @@ def choose_precision(device="auto", dtype="auto"):
     return Precision(dtype, device)
 
 
-def count_parameters(path, local_files_only=False):
-    """How many parameters the model at `path` has, and how many of them its output head; nothing is loaded.
-
-    Args:
-        path, local_files_only: as `hub.find_model` returns them.
+def choose_device(name):
+    """The device of a name; `auto` is the GPU if there is one. Each of several processes gets a GPU of its own.
 
     Raises:
-        UserError: there is no causal language model at `path`.
+        UserError: the device is unknown or not in this machine, or there are fewer GPUs than processes.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {hub.explain_load_error(path, error)}") from error
-    return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices")
+    if world_size() > 1:
+        if device.index is not None:
+            raise UserError(f"--device {name}: each of several processes takes a GPU of its own; use --device cuda")
+        if count < local_world_size():
+            have = f"this machine has {count} CUDA devices for {local_world_size()} processes"
+            raise UserError(f"--device cuda: {have}; start fewer")
+        device = torch.device("cuda", distributed.get_node_local_rank())
+    if device.index is not None:
+        torch.cuda.set_device(device)  # for what libraries put on the current one
+    return device
 
 
 def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=False):
     """The model of `load_model` on every rank, or sharded over `shard_count` ranks each, where that is more than one.
 
-    To shard it, rank 0 reads it and broadcasts the weights; until then they are in its host memory, in fp32.
+    To shard it, rank 0 reads it into its host memory, in fp32, and broadcasts the weights.
 
     Raises:
         UserError: as `load_model`, and where the model cannot be sharded.
@@ -109,10 +104,8 @@ def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=Fals
     check_shard(shard_count)
     full = load_model(path, tokenizer, "cpu", local_files_only) if is_rank0() else None
     if full is not None and not has_expected_tying(full):  # the other ranks know its configuration alone
-        raise UserError(
-            f"--model {path}: its output head is not its embeddings, as its configuration says; correct "
-            "tie_word_embeddings there, or use --shard 1"
-        )
+        reason = "its output head is not its embeddings, as its configuration says"
+        raise UserError(f"--model {path}: {reason}; correct tie_word_embeddings there, or use --shard 1")
     return broadcast_sharded(full, shard_count, precision)
 
 
@@ -123,28 +116,13 @@ def broadcast_sharded(full, shard_count, precision):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.get_input_embeddings().padding_idx, model.generation_config = None, generation_config
     shard(model, shard_count, precision.device, precision.dtype)
-    weights = full.state_dict() if full is not None else {}
+    weights, buffers = (full.state_dict(), dict(full.named_buffers())) if full is not None else ({}, {})
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    buffers = dict(full.named_buffers()) if full is not None else {}
     for name, buffer in model.named_buffers():  # those that are in no state dict, too: rotary frequencies
         if name in buffers:
             buffer.copy_(buffers[name])
         distributed.broadcast(buffer, 0)
     return model
-
-
-def local_gpu(device):
-    """The GPU of this process, where a machine has several.
-
-    Raises:
-        UserError: one is named for all of them, or there are fewer GPUs than processes.
-    """
-    if device.index is not None:
-        raise UserError(f"--device {device}: each of several processes takes a GPU of its own; use --device cuda")
-    if torch.cuda.device_count() < local_world_size():
-        have = f"this machine has {torch.cuda.device_count()} CUDA devices for {local_world_size()} processes"
-        raise UserError(f"--device cuda: {have}; start fewer")
-    return torch.device("cuda", local_rank())
 
 
 def load_model(path, tokenizer, device, local_files_only=False):
@@ -157,26 +135,23 @@ def load_model(path, tokenizer, device, local_files_only=False):
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
     try:
+        options = {"dtype": torch.float32, "local_files_only": local_files_only, "trust_remote_code": False}
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
-            local_files_only=local_files_only,
-            trust_remote_code=False,
+            **options,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {hub.explain_load_error(path, error)}") from error
+        raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
     check_loaded_weights(path, report)
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise UserError(f"--model {path}: weight {name} contains NaN or Inf")
     new_rows = len(tokenizer) - model.get_input_embeddings().num_embeddings
     if new_rows > MAX_NEW_EMBEDDINGS:
-        raise UserError(
-            f"--model {path}: its tokenizer has {new_rows:,} more tokens than the model has embeddings; "
-            "they do not belong together"
-        )
+        reason = f"its tokenizer has {new_rows:,} more tokens than the model has embeddings"
+        raise UserError(f"--model {path}: {reason}; they do not belong together")
     if new_rows > 0:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
@@ -184,29 +159,23 @@ def load_model(path, tokenizer, device, local_files_only=False):
     model.get_input_embeddings().padding_idx = None
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     stops = stop_ids(tokenizer)
-    model.generation_config = GenerationConfig(
-        eos_token_id=stops if len(stops) > 1 else stops[0], pad_token_id=tokenizer.pad_token_id
-    )
+    stops = stops if len(stops) > 1 else stops[0]
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     return model.to(device)
 
 
 def check_loaded_weights(path, report):
-    """Raise `UserError` where a checkpoint's weights are not all of the model's; name those that are not used.
-
-    Args:
-        report: what `from_pretrained(output_loading_info=True)` returns beside the model.
-    """
+    """Raise `UserError` if a model's files lack weights, by the `output_loading_info`; warn of those not used."""
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(f"--model {path}: its weights {name} have shape {tuple(found)}, the model {tuple(expected)}")
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
-        repair = "save the whole model again"
-        for name in missing:
-            if renamed := next((other for other in unused if other.endswith(f".{name}")), None):
-                repair = f"remove the prefix {renamed.removesuffix(name)!r} from their names"
+        last = missing[-1]  # the first may be a tied output head, which is not in the files under any name
+        renamed = next((name for name in unused if name.endswith(f".{last}")), None)
+        repair = renamed and f"remove the prefix {renamed.removesuffix(last)!r} from their names"
         raise UserError(
             f"--model {path}: {len(missing)} of the model's weights are not in its files, such as {missing[0]}; "
-            f"{repair}"
+            f"{repair or 'save the whole model again'}"
         )
     if unused:
         print(f"warning: {path} has {len(unused)} weights that the model does not use: {unused[0]}", file=sys.stderr)
@@ -216,10 +185,7 @@ def save_model(model, tokenizer, directory, weights=None):
     """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
 
     Args:
-        weights: all of the model's by name, tied ones once, where the model is sharded or is trained meanwhile.
-
-    Raises:
-        OSError: the disk is full, say.
+        weights: by name, tied ones once, where the model is sharded or is trained meanwhile; None: the model's.
     """
     try:
         model.save_pretrained(directory, state_dict=weights)
@@ -231,8 +197,8 @@ def save_model(model, tokenizer, directory, weights=None):
 def token_loss(model, batch):
     """Sum of the token losses of a `layout.Batch`, in fp32 (fp64 for a model in fp64)."""
     if batch.own_logits:
-        logits, targets = full_logits(model, batch), batch.targets
-        return F.cross_entropy(logits.to(cross_entropy.accumulation_dtype(logits)), targets, reduction="sum")
+        logits = full_logits(model, batch)
+        return F.cross_entropy(logits.to(cross_entropy.accumulation_dtype(logits)), batch.targets, reduction="sum")
     hidden, head = supervised_states(model, batch), model.get_output_embeddings()
     return cross_entropy.linear_cross_entropy(hidden, head, batch.targets, batch.compiled)
 
@@ -251,12 +217,12 @@ def supervised_states(model, batch):
 
 
 def full_logits(model, batch):
-    """The same positions' logits, (N, V), out of all those that the model itself makes, (B, T, V)."""
+    """The same positions' logits, (N, V), of all that the model computes, (B, T, V)."""
     logits = model(**batch.inputs, use_cache=False).logits
     return logits.flatten(0, 1).index_select(0, batch.predicting)
 
 
 def has_expected_tying(model):
-    """Whether a model that says its output head is its input embedding has it so."""
+    """False if a model's output head is not its input embedding although its configuration ties them."""
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return tied or not model.config.get_text_config().tie_word_embeddings

@@ -23,11 +23,10 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compute.gradients import GradientAllReduce
+from compute.distributed import all_reduce_sum, all_reduce_tensor, broadcast_from_rank0, full_tensor, on_rank0
+from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import compiled_graphs, deterministic_algorithms
 from compute.layout import Batch, PrefetchedWindows
-from compute.processes import all_reduce_sum, all_reduce_tensor, broadcast_from_rank0, load_balance, on_rank0
-from compute.sharding import full_tensor
 from config import Parser, UserError, run_command
 from model import Precision, token_loss
 from running import checkpoint, directory, report, resume, setup

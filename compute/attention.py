@@ -12,12 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PACKED = "packed"  # the name for `model.set_attn_implementation`
-UNSUPPORTED = (
-    "sliding_window",
-    "softcap",
-    "s_aux",
-    "position_bias",
-)  # options that transformers passes for some models
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # options that some models' attention has
 BLOCK = 128  # queries
 # The kernel takes fewer key heads than query heads in every version, but torch 2.12 and newer require this flag.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -27,13 +22,13 @@ CAUSAL_WINDOW = (-1, 0)  # every token before the query, none after it
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seqlens=None, max_seqlen=None, **options
 ):
-    """Attention with the signature of transformers' `AttentionInterface`.
+    """Attention for transformers' `AttentionInterface`.
 
     Args:
         query: (1, H, T, D).
         key, value: (1, H_kv, T, D); H is a multiple of H_kv.
-        cu_seqlens: (conversations + 1,) int32, the sequence boundaries: the first token of each conversation, then T.
-            None: the row is one conversation, as in generation.
+        cu_seqlens: (conversations + 1,) int32, the first token of each conversation, then T; None in generation, where
+            the row is one conversation.
         max_seqlen: tokens of the longest conversation.
 
     Returns:
@@ -67,31 +62,27 @@ AttentionInterface.register(PACKED, packed_attention)
 
 @torch.compiler.assume_constant_result
 def has_varlen_kernel(device):
-    """True on an Ampere or newer GPU, where one kernel attends within all conversations of a 16-bit row."""
+    """True on an Ampere or newer GPU: one kernel attends within all conversations of a 16-bit row."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def compiles(precision):
-    """True if `torch.compile` can take packed attention into a layer's graph: only the varlen kernel, in 16 bits."""
+    """True if `torch.compile` can take packed attention into a layer's graph: the varlen kernel, in bf16 or fp16."""
     return precision.name != "fp32" and has_varlen_kernel(precision.device)
 
 
 @torch.compiler.disable  # it depends on the conversations' lengths, and its kernels are compiled already
 def per_sequence(query, key, value, cu_seqlens, scaling, dropout):
-    """Attention of one conversation after the other: (T, H, D), (T, H_kv, D), (T, H_kv, D) to (T, H, D).
-
-    On a GPU the CPU waits for it in every layer, as it reads the lengths.
-    """
-    lengths = cu_seqlens.diff().tolist()
+    """Attention of one conversation after the other: (T, H, D), (T, H_kv, D), (T, H_kv, D) to (T, H, D)."""
+    lengths = cu_seqlens.diff().tolist()  # in every layer, the CPU waits for the GPU here
     rows = zip(*(tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)), strict=True)
     return torch.cat([attend(*row, scaling, dropout) for row in rows], 1).transpose(0, 1)
 
 
 def attend(query, key, value, scaling, dropout):
     """Attention of one conversation: (H, t, D), (H_kv, t, D), (H_kv, t, D) to (H, t, D)."""
-    # In bf16, torch's CPU kernel takes 1.3 to 2 times as long, forward and backward, as the same in matrix products.
-    in_blocks = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if in_blocks and not dropout:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled() and not dropout:
+        # Matrix products: torch's kernel takes 1.3 to 2 times as long in bf16 on a CPU, forward and backward.
         grouped = query.unflatten(0, (len(key), -1))  # (H_kv, G, t, D): the G heads that share keys and values
         return BlockedAttention.apply(grouped, key, value, scaling).flatten(0, 1)
     return F.scaled_dot_product_attention(
@@ -100,11 +91,10 @@ def attend(query, key, value, scaling, dropout):
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Causal attention by matrix products for each block of queries; the backward pass recomputes the probabilities.
+    """Causal attention of (H_kv, G, t, D) to (H_kv, t, D) by matrix products, for each block of queries.
 
-    With S = scaling · Q Kᵀ, P = softmax(S), O = P V and the upstream gradient dO: dV = Pᵀ dO, dP = dO Vᵀ, dS is dP
-    through the softmax, dQ = scaling · dS K and dK = scaling · dSᵀ Q. Query is (H_kv, G, t, D), key and value are
-    (H_kv, t, D).
+    With S = scaling · Q Kᵀ, P = softmax(S), O = P V and the upstream gradient dO, the backward pass recomputes P:
+    dV = Pᵀ dO, dP = dO Vᵀ, dS is dP through the softmax, dQ = scaling · dS K and dK = scaling · dSᵀ Q.
     """
 
     @staticmethod

@@ -1,24 +1,19 @@
-"""The all-reduce of gradients, each sent as soon as the backward pass has computed it."""
+"""The all-reduce of gradients, each sent as soon as the backward pass has computed it, and the load of the ranks."""
 
 import time
 
 import torch
 from torch import distributed
 
-from compute.processes import world_size
-from compute.sharding import is_sharded
+from compute.distributed import all_reduce_max, all_reduce_sum, is_sharded, world_size
 
 
 class GradientAllReduce:
-    """A context in which `passes` backward passes run, and after which each gradient is its sum over all ranks.
+    """A context for `passes` backward passes, after which each gradient is its sum over all ranks.
 
-        with SummedGradients(model, passes=2) as gradients:
-            ...  # two backward passes (gradient accumulation)
-        gradients.sync_seconds  # seconds between the end of the passes and that of the all-reduces
-
-    All ranks must send in the same order: from the last parameter to the first, which is about the order in which a
-    backward pass computes them. A gradient that has not had all passes when its turn comes, since some do not reach it,
-    is sent at the end, with those after it. Sharded gradients are reduced by FSDP itself (`compute.sharding`).
+    All ranks must send in the same order: from the last parameter to the first, about the order in which a backward
+    pass computes them. A gradient that some passes do not reach is sent at the end, with those after it. FSDP reduces
+    sharded gradients itself. `sync_seconds` is the time from the last pass to the end of the all-reduces.
     """
 
     def __init__(self, model, passes):
@@ -55,3 +50,15 @@ class GradientAllReduce:
         for work in self.sending:
             work.wait()
         self.sync_seconds = time.perf_counter() - began
+
+
+def load_balance(micro_batches, sync_seconds):
+    """Metrics of how evenly a window was partitioned, by the tokens of this rank's micro-batches; none for one rank."""
+    if world_size() == 1:
+        return {}
+    tokens, empty, count = all_reduce_sum(sum(micro_batches), micro_batches.count(0), len(micro_batches))
+    return {
+        "largest_share": all_reduce_max(sum(micro_batches)) * world_size() / tokens,
+        "empty_share": empty / count,
+        "waiting_seconds": all_reduce_max(sync_seconds),
+    }

@@ -7,23 +7,16 @@ import torch
 
 def checkpoint_activations(model):
     """Make a model recompute its activations in the backward pass instead of keeping them."""
-    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the older one
-    enable = newer or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    older = model.gradient_checkpointing_enable  # the only one in transformers 5.17
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
-def compile_layers(model, **options):
-    """Compile a model's layers with `torch.compile` when they are first called.
-
-    Each layer is compiled by itself; as they are alike they share a few graphs, and 30 compile as fast as one.
-
-    Args:
-        options: more arguments of `torch.compile`.
-    """
+def compile_layers(model):
+    """Compile each of a model's layers when it is first called; as they are alike, they share a few graphs."""
     # Two dimensions that are equal by chance, such as the numbers of conversations and of heads, are not always equal.
     torch.fx.experimental._config.use_duck_shape = False
     for layer in get_layers(model):
-        layer.compile(dynamic=True, **options)
+        layer.compile(dynamic=True)
 
 
 def get_layers(model):
@@ -40,10 +33,7 @@ def compiled_graphs():
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted):
-    """Use torch's deterministic algorithms, so that a GPU adds in one order, as in FlashAttention's backward pass.
-
-    For updates only: the sampling of answers has no deterministic algorithm.
-    """
+    """Make a GPU add in one order; for updates only, as the sampling of answers has no deterministic algorithm."""
     torch.use_deterministic_algorithms(wanted)
     try:
         yield
@@ -53,7 +43,7 @@ def deterministic_algorithms(wanted):
 
 @contextlib.contextmanager
 def in_eval_mode(model):
-    """Switch a model to eval mode, without dropout, and afterwards back to the mode it was in."""
+    """Switch a model to eval mode, without dropout, and then back to its mode."""
     was_training = model.training
     model.eval()
     try:

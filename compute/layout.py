@@ -7,12 +7,13 @@ Shapes: B rows of T tokens; B is 1 where conversations are packed. N supervised 
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from compute.processes import partition_by_tokens, rank, world_size
+from compute.distributed import partition_by_tokens, rank, world_size
 from conversations.masking import IGNORE, Example
 from data import window_at
 
@@ -25,14 +26,12 @@ class Batch:
     predicting: torch.Tensor  # (N,): the positions in B × T whose next token is supervised
     targets: torch.Tensor  # (N,): those next tokens
     tokens: int  # in its conversations, without padding
-    own_logits: bool = False  # as in `Layout`
-    compiled: bool = False  # as in `Layout`; then the loss is compiled too
+    own_logits: bool = False  # this and the next as in `Layout`
+    compiled: bool = False
 
     def map(self, change):
         """The batch with `change` applied to each of its tensors."""
-        inputs = {
-            name: change(value) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
-        }
+        inputs = {name: change(value) if torch.is_tensor(value) else value for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, predicting=change(self.predicting), targets=change(self.targets))
 
     def to(self, device):
@@ -77,7 +76,7 @@ class Layout:
         return [cut + [[]] * (most - len(cut)) for cut in cuts]
 
     def plan_micro_batches(self, examples):
-        """Plan the micro-batches of some examples: lists of them, the one with the most tokens first."""
+        """Lists of some examples, one for each micro-batch, the one with the most tokens first."""
         if self.packed:
             return sorted(cut_packed(examples, self.tokens), key=lambda batch: -sum(map(length, batch)))
         return cut_padded(examples, self.tokens)
@@ -85,9 +84,8 @@ class Layout:
     def collate(self, examples):
         """Collate examples into one micro-batch; no examples into two padding tokens that count for nothing."""
         collate = collate_packed if self.packed else collate_padded
-        inputs, next_tokens = collate(
-            examples or [Example(*torch.tensor([[self.pad_id] * 2, [IGNORE] * 2]))], self.pad_id
-        )
+        nothing = Example(torch.tensor([self.pad_id] * 2), torch.tensor([IGNORE] * 2))
+        inputs, next_tokens = collate(examples or [nothing], self.pad_id)
         predicting = (next_tokens != IGNORE).nonzero()[:, 0]
         tokens = sum(map(length, examples))
         batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits, self.compiled)
@@ -111,15 +109,12 @@ def collate_packed(examples, _pad_id):
 
 def collate_padded(examples, pad_id):
     """Examples as rows padded on the right: the model's inputs, (B, T), and the label after each position, (B · T,)."""
-
-    def pad(rows, value):
-        return pad_sequence(rows, batch_first=True, padding_value=value)
-
+    pad = partial(pad_sequence, batch_first=True)
     inputs = {
-        "input_ids": pad([example.input_ids for example in examples], pad_id),
-        "attention_mask": pad([torch.ones_like(example.input_ids) for example in examples], 0),
+        "input_ids": pad([example.input_ids for example in examples], padding_value=pad_id),
+        "attention_mask": pad([torch.ones_like(example.input_ids) for example in examples]),
     }
-    return inputs, pad(shift_labels(examples), IGNORE).flatten()
+    return inputs, pad(shift_labels(examples), padding_value=IGNORE).flatten()
 
 
 def shift_labels(examples):
@@ -128,7 +123,7 @@ def shift_labels(examples):
 
 
 def length(example):
-    """The number of an example's tokens."""
+    """The tokens of an example."""
     return len(example.input_ids)
 
 
@@ -179,6 +174,7 @@ class PrefetchedWindows:
     def prefetch(self, step):
         """Start to collate a window; called once a GPU has its work, as this takes Python's time from launching it."""
         if step not in self.ahead:
-            self.ahead[step] = self.thread.submit(
-                lambda: list(self.layout.local_micro_batches(window_at(step, *self.arguments)))
-            )
+            self.ahead[step] = self.thread.submit(self.collate, step)
+
+    def collate(self, step):
+        return list(self.layout.local_micro_batches(window_at(step, *self.arguments)))

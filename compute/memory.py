@@ -3,34 +3,35 @@
 import ctypes
 import math
 import sys
-from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from compute.distributed import is_sharded
 from compute.layout import random_examples
-from compute.sharding import is_sharded
 from config import UserError
+from storage.hub import LOADING_ERRORS, explain_load_error
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 CPU_TOKENS = 1536  # in a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
 GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.8  # of the free memory; an allocator cannot use the rest
-SAMPLE = 4096  # tokens at least in a measured micro-batch: more than the output head takes at once
+SAMPLE = 4096  # tokens of a measured micro-batch at least, more than the output head takes at once
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
 BYTES_PER_HEAD_PARAMETER = 6  # more in the output head: the fp32 gradient of a micro-batch, and the 16-bit weight
 
 
-def check_model_fits(parameters, head, precision, config):
-    """Raise `UserError` if a model is too large to be trained on a GPU; called before the model is loaded.
-
-    Args:
-        parameters, head: the number of the model's parameters, and of those in its output head.
-    """
-    if precision.device.type == "cpu":
-        return
+def check_model_fits(path, local_files_only, precision, config):
+    """Raise `UserError` if the model at `path`, which is not loaded, is too large to be trained on a GPU."""
+    try:
+        model_config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except LOADING_ERRORS as error:
+        raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
+    parameters = sum(weights.numel() for weights in model.parameters())
+    needed = BYTES_PER_PARAMETER * parameters + BYTES_PER_HEAD_PARAMETER * model.get_output_embeddings().weight.numel()
     free, _ = torch.cuda.mem_get_info(precision.device)
-    needed = BYTES_PER_PARAMETER * parameters + BYTES_PER_HEAD_PARAMETER * head
     if needed / config.shard > free:
         raise UserError(
             f"--model {config.model}: training {parameters:,} parameters takes {needed / 1e9:.1f} GB before the first "
@@ -42,12 +43,11 @@ def check_model_fits(parameters, head, precision, config):
 def measure_micro_batch_budget(model, token_loss, layout, precision, longest, training):
     """The number of tokens that a micro-batch may have on a GPU, padding counted.
 
-    It follows from the peak memory of passes over two micro-batches of conversations of unequal lengths, in train
-    mode, with the gradients in memory and room for AdamW's two moments. As the longest row is as long as the run's
-    longest conversation, quadratic attention is counted too.
+    Measured is the peak memory of passes over two micro-batches of conversations of unequal lengths, with the
+    gradients in memory and room for AdamW's two moments. The longest row counts quadratic attention.
 
     Args:
-        longest: tokens of that conversation.
+        longest: tokens of the run's longest conversation.
         training: False to measure the forward pass alone, for an evaluation.
 
     Raises:
@@ -58,7 +58,9 @@ def measure_micro_batch_budget(model, token_loss, layout, precision, longest, tr
     lengths *= math.ceil(SAMPLE / sum(lengths))
     model.train(training)
     try:
-        probe_pass(model, token_loss, layout, precision, [longest], training)  # leaves the gradients in memory
+        before = torch.cuda.memory_allocated(device)
+        probe_pass(model, token_loss, layout, precision, [longest], training)
+        moments = 2 * (torch.cuda.memory_allocated(device) - before)  # AdamW's, by what remains: the gradients
         try:
             few, small = probe_pass(model, token_loss, layout, precision, lengths, training)
             many, large = probe_pass(model, token_loss, layout, precision, 2 * lengths, training)
@@ -77,21 +79,15 @@ def measure_micro_batch_budget(model, token_loss, layout, precision, longest, tr
         model.zero_grad()
         model.train(was_training)
     per_token = (large - small) / (many - few)
-    moments = 8 * sum(map(local_numel, model.parameters())) if training else 0
     room = GPU_SHARE * (free - moments) - (small - per_token * few)
     return max(1024, min(GPU_TOKENS, int(room / per_token) // 1024 * 1024))
 
 
 def probe_pass(model, token_loss, layout, precision, lengths, training):
-    """Run a forward pass, and in training a backward pass, over one micro-batch of random conversations.
-
-    Returns:
-        Its tokens, padding included, and the peak memory beyond what was allocated before, in bytes.
-    """
+    """The tokens of a random micro-batch, padding counted, and the bytes that its passes took at their peak."""
     before = torch.cuda.memory_allocated(precision.device)
     torch.cuda.reset_peak_memory_stats(precision.device)
-    examples = random_examples(lengths, model.get_input_embeddings().num_embeddings)
-    (batch,) = replace(layout, tokens=2**40).micro_batches(examples)
+    batch = layout.collate(random_examples(lengths, model.get_input_embeddings().num_embeddings))
     with precision.autocast(), torch.set_grad_enabled(training):
         loss = token_loss(model, batch.to(precision.device))
     if training:
@@ -99,22 +95,18 @@ def probe_pass(model, token_loss, layout, precision, lengths, training):
     return batch.inputs["input_ids"].numel(), torch.cuda.max_memory_allocated(precision.device) - before
 
 
-def local_numel(weights):
-    """The number of elements of a tensor that are on this rank."""
-    return weights.to_local().numel() if isinstance(weights, DTensor) else weights.numel()
-
-
 def keep_freed_memory():
     """Make glibc keep the memory of freed tensors for the next ones, on a CPU; see mallopt(3).
 
     By default glibc returns much of it to the kernel, which clears and maps it again for the next tensor: a fifth of
-    the time of an update. Blocks above 32 MB are still returned: when they were kept, small blocks were cut out of
-    them, and a run grew by the 57 MB of SmolLM2's output head in 16 bits with every update. Does nothing without glibc.
+    the time of an update. Blocks above 32 MB are returned: if kept, small ones are cut out of them, and a run grows
+    with every update (docs/performance.md). Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        for setting, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
-            mallopt(setting, value)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_TOP_PAD, 2**26)
 
 
 def is_out_of_memory(error):

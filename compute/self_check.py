@@ -11,20 +11,19 @@ import torch
 from torch.nn import functional as F
 
 from compute.attention import PACKED, compiles
+from compute.distributed import full_tensor, is_sharded
 from compute.layers import compile_layers, in_eval_mode
 from compute.layout import Layout, random_examples
 from compute.memory import CPU_TOKENS, measure_micro_batch_budget
-from compute.sharding import full_tensor, is_sharded
 from config import UserError, first_line
 
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
 # Relative, of loss and gradient: 16 bits round. Where conversations see each other, the difference is a third or more.
 TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
-LOGIT_SIZES = (1.0, 1e3)  # a cap of 30 leaves small logits as they are
 
 
 class Mismatch(Exception):
-    """A layout is not exact for a model: it gives another loss or gradient, or the model does more than it computes."""
+    """A layout is not exact for a model."""
 
 
 def choose_layout(model, token_loss, config, pad_id, precision, longest=1024, budget=0, training=True):
@@ -64,9 +63,7 @@ def choose_layout(model, token_loss, config, pad_id, precision, longest=1024, bu
     if config.compile and training:
         layout = replace(layout, compiled=True)
         compile_and_check(model, token_loss, layout, precision, expected, config)
-    tokens = config.micro_batch_tokens or budget
-    if not tokens and precision.device.type == "cpu":
-        tokens = CPU_TOKENS
+    tokens = config.micro_batch_tokens or budget or (CPU_TOKENS if precision.device.type == "cpu" else 0)
     tokens = tokens or measure_micro_batch_budget(model, token_loss, layout, precision, longest, training)
     return replace(layout, tokens=tokens)
 
@@ -81,27 +78,22 @@ def compile_and_check(model, token_loss, layout, precision, expected, config):
     """Compile a model's layers; raise `UserError` if that fails, or changes the loss or gradient."""
     if config.gradient_checkpointing and layout.packed and not compiles(precision):
         raise UserError(
-            "--compile and --gradient-checkpointing: packed attention is not compiled on this device and in this "
-            "precision, and inside recomputed layers that leaves nothing compiled; leave one of them out, or use "
-            "--layout padded"
+            "--compile and --gradient-checkpointing: without the GPU's attention kernel, packed layers that are "
+            "recomputed are not compiled; leave one of them out, or use --layout padded"
         )
     compile_layers(model)
     try:
         compare(model, token_loss, layout, precision, expected)
-    except Mismatch as why:
-        raise UserError(f"--compile: {why}; leave it out") from why
-    except Exception as error:  # such as a missing compiler
-        raise UserError(f"--compile: {type(error).__name__}: {first_line(error)}; leave it out") from error
+    except Exception as error:  # a `Mismatch`, or a missing compiler
+        why = error if isinstance(error, Mismatch) else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--compile: {why}; leave it out") from error
 
 
 @torch.no_grad()
 def check_causal(model, config, precision):
-    """Raise `UserError` if the first tokens' logits depend on later tokens: a model like BERT reads both ways.
-
-    In an untrained model the dependence is smaller than 16-bit rounding, so this runs in fp32, unless the model is
-    sharded: FSDP casts its layers' weights.
-    """
-    precision = precision if is_sharded(model) else replace(precision, name="fp32")
+    """Raise `UserError` if the first tokens' logits depend on later tokens: a model like BERT reads both ways."""
+    if not is_sharded(model):  # sharded layers keep their precision
+        precision = replace(precision, name="fp32")  # in an untrained model, 16-bit rounding hides the dependence
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = random_examples([8], vocabulary)[0].input_ids.to(precision.device)
     changed = torch.cat([ids[:4], (ids[4:] + 1) % vocabulary])
@@ -113,13 +105,10 @@ def check_causal(model, config, precision):
 
 
 def check_positions(model, config, longest):
-    """Raise `UserError` if the positions of one conversation would depend on others in its micro-batch.
-
-    LongRoPE and dynamic RoPE choose the frequencies of a whole batch by its largest position.
-    """
+    """Raise `UserError` if LongRoPE or dynamic RoPE would choose frequencies by a micro-batch's largest position."""
     text_config = model.config.get_text_config()
     parameters = getattr(text_config, "rope_parameters", None) or {}
-    for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
+    for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):  # or by kind of layer
         if rope.get("rope_type") not in ("longrope", "dynamic"):
             continue
         limit = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
@@ -135,58 +124,50 @@ def check_head(model, precision):
     """Raise `Mismatch` unless the logits are the last hidden states times the output head's matrix, plus its bias.
 
     A head may also scale its logits, or cap them at c · tanh(x / c), which is x while they are small. So random hidden
-    states take the place of the model's own, and the head computes in fp32, small logits and large ones.
+    states, with small and with large logits, take the place of the model's own.
     """
     ids = random_examples([8], model.get_input_embeddings().num_embeddings)[0].input_ids[None].to(precision.device)
-    head, backbone = model.get_output_embeddings(), model.base_model
+    head = model.get_output_embeddings()
     weight, bias = full_tensor(head.weight), None if head.bias is None else full_tensor(head.bias)
     random = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    real_forward = backbone.forward
 
-    def forward(*args, **kwargs):
-        with precision.autocast():  # for sharded layers, which are in 16 bits
-            output = real_forward(*args, **kwargs)
+    def use_random_states(_module, _inputs, output):
         output.last_hidden_state = hidden
         return output
 
-    for size in LOGIT_SIZES:
-        hidden = random * (size / F.linear(random, weight).abs().max())
-        backbone.forward = forward
-        try:
-            with in_eval_mode(model):
-                logits = model(input_ids=ids, use_cache=False).logits
-        finally:
-            del backbone.forward
-        if not relative_difference(logits, F.linear(hidden, weight, bias)) <= TOLERANCES["fp32"]:
-            raise Mismatch("its output head is more than a matrix product")
+    hook = model.base_model.register_forward_hook(use_random_states)
+    with hook, in_eval_mode(model), precision.autocast():
+        for largest_logit in (1.0, 1e3):
+            hidden = random * (largest_logit / F.linear(random, weight).abs().max())
+            logits = model(input_ids=ids, use_cache=False).logits
+            if not relative_difference(logits, F.linear(hidden, weight, bias)) <= TOLERANCES["fp32"]:
+                raise Mismatch("its output head is more than a matrix product")
 
 
 def check_attention(model):
     """Raise `Mismatch` if a model's attention is not transformers' replaceable one, or not in every layer."""
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         raise Mismatch("its attention cannot be replaced")
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if layers != {"full_attention"}:  # a sliding window may be wider than the small batch is long
-        raise Mismatch(f"it has layers of {', '.join(sorted(layers - {'full_attention'}))}")
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if others:  # a sliding window may be wider than the small batch is long
+        raise Mismatch(f"it has layers of {', '.join(sorted(others))}")
 
 
 def loss_and_gradient(model, token_loss, layout, precision):
-    """The loss of the small batch in a layout, and the gradient of one matrix: the last that is not an embedding.
+    """The loss of the small batch in a layout, and the gradient of the last matrix that is not an embedding.
 
     In 16 bits and on random tokens, the first layers' gradients are mostly rounding; the last one's is not.
     """
     embeddings = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     matrix = [p for p in model.parameters() if p.ndim == 2 and not any(p is other for other in embeddings)][-1]
-    examples = random_examples(LENGTHS, len(embeddings[0]))
+    batch = layout.collate(random_examples(LENGTHS, len(embeddings[0]))).to(precision.device)
     with in_eval_mode(model):
-        loss = 0.0
-        for batch in replace(layout, tokens=2**20).micro_batches(examples):
-            with precision.autocast():
-                loss = loss + token_loss(model, batch.to(precision.device))
+        with precision.autocast():
+            loss = token_loss(model, batch)
         loss.backward()
         gradient = full_tensor(matrix.grad)
         model.zero_grad()
-        return loss.detach(), gradient
+    return loss.detach(), gradient
 
 
 def compare(model, token_loss, layout, precision, expected):
@@ -196,9 +177,9 @@ def compare(model, token_loss, layout, precision, expected):
     except NotImplementedError as error:  # from `packed_attention`
         raise Mismatch(first_line(error)) from error
     for name, ours, own in zip(("loss", "gradient"), found, expected, strict=True):
-        off = relative_difference(ours, own)
-        if not off <= TOLERANCES[precision.name]:
-            raise Mismatch(f"a {name} is off by {off:.1%}")
+        difference = relative_difference(ours, own)
+        if not difference <= TOLERANCES[precision.name]:  # NaN, too
+            raise Mismatch(f"a {name} is off by {difference:.1%}")
 
 
 def relative_difference(tensor, expected):

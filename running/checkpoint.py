@@ -27,8 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from compute.processes import all_gather, is_rank0, rank, world_size
-from compute.sharding import is_sharded
+from compute.distributed import all_gather, is_rank0, is_sharded, rank, world_size
 from config import UserError
 from evaluation.facts import run_facts
 from model import save_model

@@ -4,8 +4,8 @@ import contextlib
 import math
 import shlex
 
+from compute.distributed import rank
 from compute.memory import is_out_of_memory
-from compute.processes import rank
 from config import UserError, first_line
 from data import window_indices
 from eval import evaluate

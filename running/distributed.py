@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from compute.processes import barrier
+from compute.distributed import barrier
 from config import UserError, die_with_parent, first_line, report_error
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks have joined

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from compute.processes import all_reduce_max, broadcast_from_rank0, local_world_size, world_size
+from compute.distributed import all_reduce_max, broadcast_from_rank0, local_world_size, world_size
 from data import window_at
 from evaluation.facts import format_bytes, format_duration
 from running.diagnostics import explain_failed_update

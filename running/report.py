@@ -4,7 +4,7 @@ import math
 import shlex
 from pathlib import Path
 
-from compute.processes import is_rank0, world_size
+from compute.distributed import is_rank0, world_size
 from config import PRESETS, format_value
 from data import window_at
 from evaluation.facts import format_bytes, run_facts

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compute.processes import all_gather, broadcast_from_rank0
+from compute.distributed import all_gather, broadcast_from_rank0
 from config import (
     MAY_CHANGE_ON_RESUME,
     UserError,

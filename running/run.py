@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compute.distributed import is_rank0
 from compute.layout import Layout
-from compute.processes import is_rank0
 from config import Config
 from data import Data, windows_per_epoch
 from model import Precision

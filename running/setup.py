@@ -5,15 +5,15 @@ import os
 
 import torch
 
+from compute.distributed import all_gather, broadcast_from_rank0, rank
 from compute.layers import checkpoint_activations
 from compute.memory import check_model_fits, keep_freed_memory
-from compute.processes import all_reduce_min, broadcast_from_rank0, rank
 from compute.self_check import choose_layout
 from config import TEMPLATE_SETTINGS, resolve, with_absolute_paths
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import load_data
-from model import choose_precision, count_parameters, load_on_ranks, token_loss
+from model import choose_precision, load_on_ranks, token_loss
 from running.resume import check_same_run, get_recorded_budget
 from running.run import Run
 from storage import hub
@@ -46,7 +46,7 @@ def load_run(config, start=None, allow_changes=False):
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
     if precision.device.type == "cuda":
-        check_model_fits(*count_parameters(path, local_files_only), precision, config)
+        check_model_fits(path, local_files_only, precision, config)
     path = start.model if start and start.model else path
     model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
     if config.gradient_checkpointing:
@@ -60,7 +60,7 @@ def load_run(config, start=None, allow_changes=False):
         longest=max(split.longest for split in data.splits.values()),
         budget=broadcast_from_rank0(get_recorded_budget, start, config, precision),
     )
-    layout = dataclasses.replace(layout, tokens=all_reduce_min(layout.tokens))  # of all ranks
+    layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     return Run(config, precision, layout, tokenizer, data, model, scaler=precision.grad_scaler(), changes=changes)
 

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from compute.processes import all_reduce_max, is_rank0
+from compute.distributed import all_reduce_max, is_rank0
 
 # Ctrl-C, a shutdown, the warning that batch systems send before they kill, and a closed terminal.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -2,15 +2,14 @@
 
 import contextlib
 
-from compute.processes import broadcast_from_rank0, is_rank0
+from compute.distributed import broadcast_from_rank0, is_rank0, is_sharded
 from compute.self_check import use_layout
-from compute.sharding import is_sharded
 from eval import DEFAULT_PROMPTS, evaluate, generate_greedy_and_sampled
-from evaluation.candidates import verify_best
 from evaluation.generation import Sampling, generate_answers
 from model import load_on_ranks
 from running.checkpoint import BEST
 from running.diagnostics import check_finite, explain_out_of_memory
+from storage.durable import verify
 
 
 def evaluate_split(run, split, signals):
@@ -37,7 +36,7 @@ def evaluate_best(run, signals):
     """After the last update: log the test loss and the answers of the best model, loaded from disk."""
     run.saver.wait()
     best = run.directory / BEST
-    broadcast_from_rank0(verify_best, best)
+    broadcast_from_rank0(verify, best.resolve().parent)
     run.optimizer = run.model = None  # free their memory
     run.model = load_on_ranks(best, run.tokenizer, run.precision, run.config.shard, local_files_only=True)
     use_layout(run.model, run.layout)

@@ -6,9 +6,9 @@ import torch
 import transformers
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from compute.distributed import full_tensor
 from compute.layers import checkpoint_activations
 from compute.self_check import choose_layout
-from compute.sharding import full_tensor
 from data import Data, Split, window_at
 from model import Precision, token_loss
 from running.run import Run

@@ -1,12 +1,14 @@
 """Attention within each conversation of a packed row: against torch's own, one conversation at a time, in fp64."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from compute import attention
 from compute.attention import BlockedAttention, packed_attention
-from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
+from compute.layers import checkpoint_activations, compile_layers, compiled_graphs, get_layers
 from model import token_loss
 from tests import fake_cuda
 from tests.conftest import one_batch, tiny_llama
@@ -53,7 +55,7 @@ def test_each_conversation_attends_to_itself_alone(dtype, tolerance):
     assert off(ours, per_sequence(*row)) < tolerance
 
 
-def test_conversations_that_see_each_other_would_be_noticed():
+def test_contaminated_conversations_are_detected():
     row = a_row(torch.float32)
     contaminated = with_gradients(packed_attention(None, *row, None, **boundaries((sum(LENGTHS),)))[0], row)
     assert off(contaminated, per_sequence(*row)) > 0.1
@@ -85,14 +87,14 @@ def test_blocks_are_for_bf16_in_training_on_a_cpu(monkeypatch):
     assert asked == list(LENGTHS)
 
 
-def test_products_are_in_autocasts_precision_whatever_came():
+def test_products_are_in_autocasts_precision():
     row = a_row(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert packed_attention(None, *row, None, **boundaries())[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", ["sliding_window", "softcap", "s_aux", "position_bias"])
-def test_what_a_model_asks_beyond_it_is_refused(asked):
+def test_unsupported_options_are_refused(asked):
     with pytest.raises(NotImplementedError, match=asked):
         packed_attention(None, *a_row(torch.float32), None, **boundaries(), **{asked: 4})
 
@@ -120,11 +122,13 @@ def test_what_the_varlen_kernel_does_not_take_is_computed_per_sequence(monkeypat
     assert fake_cuda.calls == []
 
 
-def graphs_of(model, batches):
-    """How many graphs a model's compiled layers are made into; one that is broken is an error."""
+def count_graphs(model, batches):
+    """The number of graphs that a model's compiled layers become; a graph break is an error."""
     torch.compiler.reset()
     before = compiled_graphs()
-    compile_layers(model, fullgraph=True, backend="aot_eager")
+    for layer in get_layers(model):
+        layer.compile = partial(layer.compile, fullgraph=True, backend="aot_eager")
+    compile_layers(model)
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
             token_loss(model, batch).backward()
@@ -141,7 +145,7 @@ def test_compiled_layers_are_one_graph_for_all_layers_and_lengths(monkeypatch, r
         if checkpointing:
             checkpoint_activations(each)
     batches = [one_batch(ragged_window[:count], packed=True) for count in (8, 7, 2, 5)]
-    assert graphs_of(model, batches) == 1
+    assert count_graphs(model, batches) == 1
     assert fake_cuda.calls.count("varlen") == 2 * 4 * (2 if checkpointing else 1)  # layers, batches, again
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""How a window lies in memory: whole, in any order, within its budget, and on its way before it is asked for."""
+"""Collation: micro-batches are a partition of a window within the budget, and collated before they are needed."""
 
 import itertools
 
@@ -50,20 +50,19 @@ def test_packed_conversations():
 
 
 def test_no_first_token_is_predicted_from_the_conversation_before_it():
-    rows = [Example(torch.tensor([5, 6]), torch.tensor([5, 6])), Example(torch.tensor([7, 8]), torch.tensor([7, 8]))]
-    batch = one_batch(rows, packed=True)
-    assert sorted(batch.targets.tolist()) == [6, 8]
+    rows = [Example(torch.tensor(ids), torch.tensor(ids)) for ids in ([5, 6], [7, 8])]
+    assert sorted(one_batch(rows, packed=True).targets.tolist()) == [6, 8]
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_on_its_way_to_a_device_nothing_is_left_behind(ragged_window, packed):
+def test_every_tensor_moves_to_the_device(ragged_window, packed):
     batch = one_batch(ragged_window, packed).to("meta")
     tensors = [batch.predicting, batch.targets, *(each for each in batch.inputs.values() if torch.is_tensor(each))]
     assert len(tensors) == (5 if packed else 4)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_windows_come_in_order_and_are_made_when_the_update_before_them_is_under_way(ragged_window):
+def test_windows_are_prefetched_in_order(ragged_window):
     windows = PrefetchedWindows(ragged_window, 3, 42, layout_of(packed=True))
     for step in (0, 1, 1, 2, 5, 3):  # an overflow asks for a window again
         ahead = windows.ahead.get(step)
@@ -76,6 +75,6 @@ def test_windows_come_in_order_and_are_made_when_the_update_before_them_is_under
         assert sorted(windows.ahead) == [step, step + 1]
 
 
-def test_an_error_in_prefetching_is_raised_where_the_window_is_asked_for():
+def test_an_error_in_prefetching_is_raised_by_get():
     with pytest.raises(ZeroDivisionError):
-        PrefetchedWindows([], 3, 42, layout_of(packed=True)).at(0)
+        PrefetchedWindows([], 3, 42, layout_of(packed=True)).get(0)

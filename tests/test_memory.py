@@ -1,6 +1,7 @@
 """The measured micro-batch budget, against an allocator of the tests' own that counts live storages on the CPU."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from compute.layers import checkpoint_activations
 from compute.layout import Layout, random_examples
 from compute.self_check import use_layout
 from config import Config, UserError
-from model import Precision, count_parameters, token_loss
+from model import Precision, token_loss
 from tests.conftest import tiny_llama
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -80,7 +81,7 @@ def test_the_budget_fits_and_is_not_much_too_small(monkeypatch, kind):
         model.train()
         count = tokens // LONGEST
         for lengths in ([LONGEST] * count, [LONGEST] * (count // 2) + [100] * (tokens // 2 // LONGEST) * 2):
-            for batch in Layout(**{**vars(layout), "tokens": tokens}).batches(random_examples(lengths, 259)):
+            for batch in replace(layout, tokens=tokens).micro_batches(random_examples(lengths, 259)):
                 token_loss(model, batch).backward()
     moments = 8 * sum(p.numel() for p in model.parameters())
     assert 0.6 * FREE < allocator.peak + moments < FREE
@@ -111,14 +112,11 @@ def test_a_conversation_that_does_not_fit_by_itself_is_one_line(monkeypatch):
 
 
 def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(monkeypatch, tiny_model_dir):
-    parameters, head = count_parameters(tiny_model_dir, local_files_only=True)
-    model = tiny_llama(259)
-    assert (parameters, head) == (sum(p.numel() for p in model.parameters()), 259 * 32)
-    needed = 16 * parameters + 6 * head
+    parameters = sum(weights.numel() for weights in tiny_llama(259).parameters())
+    needed, arguments = 16 * parameters + 6 * 259 * 32, (tiny_model_dir, True, GPU)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed, 2 * needed))
-    memory.check_model_fits(parameters, head, GPU, Config(model="mine"))
+    memory.check_model_fits(*arguments, Config(model="mine"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - 1, 2 * needed))
     with pytest.raises(UserError, match=r"--model mine: .* GB free; use a smaller model, or .* with --shard 2"):
-        memory.check_model_fits(parameters, head, GPU, Config(model="mine"))
-    memory.check_model_fits(parameters, head, GPU, Config(model="mine", shard=2))
-    memory.check_model_fits(10**12, 0, FP32, Config(model="mine"))
+        memory.check_model_fits(*arguments, Config(model="mine"))
+    memory.check_model_fits(*arguments, Config(model="mine", shard=2))

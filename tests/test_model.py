@@ -43,7 +43,7 @@ def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
         assert torch.equal(weights, saved.state_dict()[name])
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that is told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_tensor():
     program = """
 import resource
@@ -64,13 +64,13 @@ print(times_mapped())
     assert kept <= 1 < 9 <= given_back
 
 
-def test_a_tokenizer_with_chatml_is_left_its_vocabulary(real_tokenizer, capsys):
+def test_a_tokenizer_with_chatml_keeps_its_vocabulary(real_tokenizer, capsys):
     assert len(real_tokenizer) == 49152
     assert (real_tokenizer.pad_token, real_tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert capsys.readouterr().err == ""
 
 
-def test_an_untied_head_that_should_be_tied_is_noticed(tiny_model):
+def test_an_untied_head_that_should_be_tied_is_detected(tiny_model):
     assert has_expected_tying(tiny_model)
     tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.clone())
     assert not has_expected_tying(tiny_model)
@@ -82,7 +82,7 @@ def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, t
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
 
 
-def test_the_stop_tokens_embedding_gets_its_gradient_where_it_was_the_padding_token(tiny_model_dir, tiny_tokenizer):
+def test_a_stop_token_that_was_the_padding_token_gets_its_gradient(tiny_model_dir, tiny_tokenizer):
     model = load_model(tiny_model_dir, tiny_tokenizer, torch.device("cpu"))
     stop = tiny_tokenizer.eos_token_id
     model.get_input_embeddings()(torch.tensor([stop])).sum().backward()
@@ -118,7 +118,7 @@ def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda:9", "tpu", "meta"])
-def test_a_device_that_is_not_there_is_refused(device):
+def test_an_unavailable_device_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device}"):
         choose_precision(device)
 

@@ -1,20 +1,20 @@
 """The law for several processes: whoever computes a window, the update is the same."""
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch.distributed import is_initialized
+from torch.distributed import get_node_local_rank, is_initialized
+from torch.distributed.fsdp import FSDPModule
 
 import compute.layout
 import train
-from compute.gradients import GradientAllReduce
+from compute.distributed import all_reduce_sum, full_tensor, is_rank0, partition_by_tokens, rank, world_size
+from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
-from compute.memory import local_numel
-from compute.processes import all_reduce_sum, is_rank0, load_balance, local_rank, partition_by_tokens, rank, world_size
 from compute.self_check import choose_layout, use_layout
-from compute.sharding import full_tensor, reshard
 from config import Config
 from conversations.masking import IGNORE, Example
 from eval import evaluate
@@ -71,7 +71,7 @@ def divided(model, count, device=CPU, precision="fp32"):
 
 def updates(case):
     """A few updates and evaluations: numbers of both, last weights, `GradientFloor`, how many graphs were compiled."""
-    device = torch.device(case.device, local_rank() if case.device == "cuda" else None)
+    device = torch.device(case.device, get_node_local_rank(0) if case.device == "cuda" else None)
     if case.device == "cuda":
         torch.cuda.set_device(device)
     model = tiny_llama(case.vocabulary, tie_word_embeddings=case.tied).to(getattr(torch, case.dtype))
@@ -94,25 +94,10 @@ def updates(case):
             )
             if not case.unevaluated:
                 evaluations.append(evaluate(model, window, layout, precision).report())
-    reshard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return numbers, evaluations, flatten(model.parameters()), floor.values, compiled_graphs()
-
-
-def survives_nan(shard):
-    """Whether an update whose gradient is not finite leaves this process' weights and moments as they were."""
-    model = tiny_llama(259, tie_word_embeddings=False)
-    model = divided(model, shard) if shard > 1 else model
-    optimizer, precision = train.make_optimizer(model.train(), weight_decay=0.1), Precision("fp32", CPU)
-    own = [getattr(weights, "_local_tensor", weights) for weights in model.parameters()]
-    layout, before = layout_of(True, 64, False), [weights.detach().clone() for weights in own]
-    settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
-    use_layout(model, layout)
-    with pytest.MonkeyPatch.context() as patch:  # in one process alone
-        patch.setattr(train, "token_loss", lambda *each: token_loss(*each) * (math.nan if rank() == 1 else 1.0))
-        with pytest.raises(FloatingPointError):
-            train.train_step(model, optimizer, list(layout.local_micro_batches(windows(259)[0])), 1e-3, **settings)
-    same = all(map(torch.equal, own, before))
-    return same and not any(full_tensor(value).any() for of in optimizer.state.values() for value in of.values())
 
 
 @pytest.fixture(scope="session")
@@ -181,71 +166,59 @@ def test_any_number_of_ranks_gives_the_same_updates(worker_pools, case, size, sh
 @pytest.mark.parametrize("count", [1, 2], ids=["whole", "sharded"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_compiled_layers_give_the_same_updates_in_as_many_graphs(dtype, count):
-    pool, alone, case = WorkerPool(2), WorkerPool(1), Case(dtype, compiled=True, shard=count)
-    try:
-        (one,) = alone.call(updates, replace(case, shard=0))  # one process, not even divided among itself
+    case = Case(dtype, compiled=True, shard=count)
+    with contextlib.closing(WorkerPool(2)) as pool, contextlib.closing(WorkerPool(1)) as alone:
+        (one,) = alone.call(updates, replace(case, shard=0))  # one process, not sharded at all
         for ours in pool.call(updates, case):
             assert_equal(ours, one)
             assert ours[-1] == one[-1] > 0
-    finally:
-        alone.close()
-        pool.close()
 
 
-def held(count):
-    """How many of a model's weights a process holds, and how many there are; whether its ties and buffers are whole."""
-    model, found = tiny_llama(263), tiny_llama(263)
-    model = divided(model, count)
-    buffers = all(torch.equal(buffer, other) for buffer, other in zip(model.buffers(), found.buffers(), strict=True))
-    own = sum(local_numel(weights) for weights in model.parameters())
-    return own, sum(weights.numel() for weights in found.parameters()), has_expected_tying(model) and buffers
+def reshard_and_gather():
+    """Check on a rank that the weights are divided, ties and buffers kept, and all of it gathered on rank 0 alone."""
+    full, names = tiny_llama(263), dict(tiny_llama(263).named_parameters())
+    sharded = divided(tiny_llama(263), world_size())
+    every, own = (sum(weights.numel() for weights in model) for model in (names.values(), local_parts(sharded)))
+    assert abs(own - every / world_size()) < 0.03 * every
+    assert has_expected_tying(sharded)
+    assert all(map(torch.equal, sharded.buffers(), full.buffers()))
+    weights, moments = gather_state(sharded, train.make_optimizer(sharded, 0.1))
+    if rank():
+        assert not weights
+        assert not moments
+    else:
+        assert weights.keys() == names.keys() == moments.keys()  # tied weights once
+        for name, value in names.items():
+            assert torch.equal(weights[name], value)
+            assert moments[name]["exp_avg"].shape == value.shape
 
 
-def test_a_process_holds_its_part(worker_pools):
-    for own, every, sound in worker_pools(3).call(held, 3):
-        assert abs(own - every / 3) < 0.03 * every
-        assert sound
+def local_parts(model):
+    """The weights that this rank holds."""
+    return [getattr(weights, "_local_tensor", weights) for weights in model.parameters()]
+
+
+def test_weights_are_sharded_and_gathered(worker_pools):
+    worker_pools(3).call(reshard_and_gather)
 
 
 def chosen_layouts():
-    """Whether the self-check packs a sharded model, by precision, and what it finds in one that caps its logits."""
+    """The layouts of a sharded model in fp32 and bf16, and why one is not packed that caps its logits."""
     packed = []
     for precision in (Precision("fp32", CPU), Precision("bf16", CPU)):
         model = divided(tiny_llama(259), 2, precision=precision.name)
         packed.append(choose_layout(model, token_loss, Config(), 0, precision).packed)
-    real = model.forward
 
-    def capped(**inputs):
-        output = real(**inputs)
+    def cap(_module, _inputs, output):
         output.logits = 30 * (output.logits / 30).tanh()
         return output
 
-    model.forward = capped
+    model.register_forward_hook(cap)
     return packed, choose_layout(model, token_loss, Config(), 0, precision).why
 
 
 def test_the_self_check_of_a_sharded_model(worker_pools):
     assert worker_pools(2).call(chosen_layouts) == [([True, True], "its output head is more than a matrix product")] * 2
-
-
-def gathered_again():
-    """Whether what rank 0 gathers of a sharded model and its optimizer is what was there; other ranks get nothing."""
-    model = tiny_llama(263)
-    sharded = divided(model, world_size())
-    optimizer = train.make_optimizer(sharded, 0.1)
-    weights, moments = gather_state(sharded, optimizer)
-    if rank():
-        return not weights and not moments
-    names = dict(model.named_parameters())
-    assert weights.keys() == names.keys() == moments.keys()  # tied weights once
-    return all(
-        torch.equal(weights[name], value) and moments[name]["exp_avg"].shape == value.shape
-        for name, value in names.items()
-    )
-
-
-def test_what_is_saved_is_gathered_on_rank_0(worker_pools):
-    assert worker_pools(3).call(gathered_again) == [True, True, True]
 
 
 # --- what the tests above must notice
@@ -276,7 +249,7 @@ def dropped_share(patch):
 
 def counted_empty_tokens(patch):
     """The tokens that stand for nothing are supervised."""
-    real = compute.layout.Layout.batch
+    real = compute.layout.Layout.collate
     nothing = Example(torch.tensor([0, 0]), torch.tensor([0, 0]))
     patch.setattr(compute.layout.Layout, "collate", lambda layout, found: real(layout, found or [nothing]))
 
@@ -331,10 +304,10 @@ def test_the_comparison_notices(worker_pools, breakage):
             assert_equal(ours, alone)
 
 
-# --- shares
+# --- parts of a window
 
 
-def test_shares_are_even_and_lose_nothing():
+def test_parts_are_even_and_lose_nothing():
     every = [Example(torch.arange(length), torch.arange(length)) for length in (9, 1, 8, 2, 7, 3, 6, 4, 5)]
     shares = partition_by_tokens(every, 3)
     assert sorted(len(example.input_ids) for share in shares for example in share) == list(range(1, 10))
@@ -342,19 +315,16 @@ def test_shares_are_even_and_lose_nothing():
     assert partition_by_tokens(every[:1], 3) == [every[:1], [], []]
 
 
-def counts(lengths):
-    """Of this process the tokens of its micro-batches, and what is counted of them."""
+def count_tokens(lengths):
+    """The tokens of this rank's micro-batches, and those that are computed."""
     window = [Example(torch.arange(length), torch.arange(length)) for length in lengths]
     share = list(layout_of(packed=True, tokens=10).local_micro_batches(window))
     return [batch.tokens for batch in share], [batch.inputs["input_ids"].numel() for batch in share]
 
 
-def test_all_processes_have_equally_many_micro_batches_and_empty_ones_count_nothing(worker_pools):
-    assert worker_pools(3).call(counts, (30, 10, 10, 10)) == [
-        ([30, 0], [30, 2]),
-        ([10, 10], [10, 10]),
-        ([10, 0], [10, 2]),
-    ]
+def test_ranks_have_equally_many_micro_batches_and_empty_ones_count_nothing(worker_pools):
+    expected = [([30, 0], [30, 2]), ([10, 10], [10, 10]), ([10, 0], [10, 2])]
+    assert worker_pools(3).call(count_tokens, (30, 10, 10, 10)) == expected
 
 
 def gradients_of_all(*passes):
@@ -373,42 +343,51 @@ def gradients_of_all(*passes):
     return [each.grad.item() for each in weights]
 
 
-def test_gradients_are_summed_whatever_order_they_come_in_and_whichever_passes_reach_them(worker_pools):
+def one_pass_too_many():
+    """More backward passes than were announced: a gradient that was sent may not grow."""
+    model = torch.nn.Linear(1, 1)
+    with GradientAllReduce(model, passes=1):
+        model(torch.ones(1)).backward()
+        with pytest.raises(RuntimeError, match="more than `passes` times"):
+            model(torch.ones(1)).backward()
+
+
+def test_gradients_are_summed_in_any_order_and_whichever_passes_reach_them(worker_pools):
     pool = worker_pools(2)
     assert pool.call(gradients_of_all, [(2, 1, 0), (2, 1, 0)], [(0, 1, 2), (1, 0, 2)]) == [[22, 44, 66]] * 2
     assert pool.call(gradients_of_all, [(2, 1), (1,)], [(0, 1), (1, 0)]) == [[20, 44, 3]] * 2
+    pool.call(one_pass_too_many)
 
 
-def one_pass_too_many():
-    """What is said where more backward passes come than were announced."""
-    model = torch.nn.Linear(1, 1)
-    try:
-        with GradientAllReduce(model, passes=1):
-            for _ in range(2):
-                model(torch.ones(1)).backward()
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_a_gradient_that_was_sent_may_not_grow(worker_pools):
-    for said in worker_pools(2).call(one_pass_too_many):
-        assert said == "a gradient was accumulated more than `passes` times: its sum is not complete"
-
-
-def numbers_of_all():
-    """What the reductions give."""
+def reduce_all():
     own = rank() + 1
     return all_reduce_sum(own), all_reduce_sum(own, 0.5), is_rank0(), load_balance([own] + [0] * rank(), 0.0)
 
 
 def test_sums_are_over_all_and_integers_stay_exact(worker_pools):
-    first, second = worker_pools(2).call(numbers_of_all)
+    first, second = worker_pools(2).call(reduce_all)
     assert first[:2] == second[:2] == (3, [3.0, 1.0])
     assert type(first[0]) is int
     assert (first[2], second[2]) == (True, False)
     assert first[3] == second[3] == pytest.approx({"largest_share": 4 / 3, "empty_share": 1 / 3, "waiting_seconds": 0})
 
 
+def update_with_nan(shard):
+    """Check that an update whose gradient is not finite on one rank changes neither weights nor moments on this one."""
+    model = tiny_llama(259, tie_word_embeddings=False)
+    model = divided(model, shard) if shard > 1 else model
+    optimizer, precision = train.make_optimizer(model.train(), weight_decay=0.1), Precision("fp32", CPU)
+    layout, before = layout_of(True, 64, False), [weights.detach().clone() for weights in local_parts(model)]
+    settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
+    use_layout(model, layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "token_loss", lambda *each: token_loss(*each) * (math.nan if rank() == 1 else 1.0))
+        with pytest.raises(FloatingPointError):
+            train.train_step(model, optimizer, list(layout.local_micro_batches(windows(259)[0])), 1e-3, **settings)
+    assert all(map(torch.equal, local_parts(model), before))
+    assert not any(full_tensor(value).any() for of in optimizer.state.values() for value in of.values())
+
+
 @pytest.mark.parametrize("shard", [1, 2])
-def test_an_update_that_is_not_finite_in_one_process_is_applied_in_none(worker_pools, shard):
-    assert worker_pools(2).call(survives_nan, shard) == [True, True]
+def test_an_update_that_is_not_finite_on_one_rank_is_applied_on_none(worker_pools, shard):
+    worker_pools(2).call(update_with_nan, shard)

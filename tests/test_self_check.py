@@ -4,31 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    BertConfig,
-    BertLMHeadModel,
-    BloomConfig,
-    BloomForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 from compute import attention
 from compute.layers import compiled_graphs
@@ -44,65 +20,32 @@ from train import make_optimizer, train_step
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 259,
-    "pad_token_id": 0,
-}
-GEMMA = SMALL | {"head_dim": 8, "sliding_window": 64, "layer_types": ["full_attention"] * 2}
-PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
-BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259, "is_decoder": True}
-BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL), "packed", ""),
-    "a head with a bias": (Phi3ForCausalLM, Phi3Config(**SMALL), "packed", ""),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL), "packed", ""),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL), "packed", ""),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2), "packed", ""),
-    "sliding window": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=64), "padded", "sliding_window"),
-    "sliding window in some layers": (
-        Qwen2ForCausalLM,
-        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=64, max_window_layers=1),
-        "padded",
-        "layers of sliding_attention",
-    ),
-    "capped scores": (
-        Gemma2ForCausalLM,
-        Gemma2Config(**GEMMA | PLAIN | {"attn_logit_softcapping": 5.0}),
-        "padded",
-        "softcap",
-    ),
-    "capped logits": (
-        Gemma2ForCausalLM,
-        Gemma2Config(**GEMMA | PLAIN | {"final_logit_softcapping": 30.0}),
-        "own",
-        "more than a matrix",
-    ),
-    "scaled logits": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=4.0), "own", "more than a matrix"),
-    "scaled the other way": (CohereForCausalLM, CohereConfig(**SMALL), "own", "more than a matrix"),
-    "a head of two layers": (BertLMHeadModel, BertConfig(**BERT), "own", "more than a matrix"),
-    "no interface": (
-        BloomForCausalLM,
-        BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259),
-        "padded",
-        "cannot be replaced",
-    ),
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259, "pad_token_id": 0}
+GROUPED = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
+GEMMA = GROUPED | {"head_dim": 8, "sliding_window": 64, "layer_types": ["full_attention"] * 2}
+GEMMA |= {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+MODELS = {  # the kind, its configuration, its layout, and why it is not packed
+    "llama": ("llama", GROUPED, "packed", ""),
+    "a head with a bias": ("phi3", GROUPED, "packed", ""),
+    "qwen2": ("qwen2", GROUPED, "packed", ""),
+    "qwen3": ("qwen3", GROUPED, "packed", ""),
+    "gpt2": ("gpt2", SMALL, "packed", ""),
+    "sliding window": ("mistral", GROUPED | {"sliding_window": 64}, "padded", "sliding_window"),
+    "sliding window in some layers": ("qwen2", GROUPED | SLIDING, "padded", "layers of sliding_attention"),
+    "capped scores": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0}, "padded", "softcap"),
+    "capped logits": ("gemma2", GEMMA | {"final_logit_softcapping": 30.0}, "own", "more than a matrix"),
+    "scaled logits": ("granite", GROUPED | {"logits_scaling": 4.0}, "own", "more than a matrix"),
+    "scaled the other way": ("cohere", GROUPED, "own", "more than a matrix"),
+    "a head of two layers": ("bert", SMALL | {"is_decoder": True}, "own", "more than a matrix"),
+    "no interface": ("bloom", SMALL, "padded", "cannot be replaced"),
 }
 
 
-def made(model, config):
+@pytest.mark.parametrize(("kind", "options", "expected", "why"), MODELS.values(), ids=MODELS.keys())
+def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, kind, options, expected, why):
     torch.manual_seed(0)
-    return model(config).eval()
-
-
-@pytest.mark.parametrize(("model", "config", "expected", "why"), MODELS.values(), ids=MODELS.keys())
-def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, model, config, expected, why):
-    model = made(model, config)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options)).eval()
     own = sum(loss_alone(model, example) for example in ragged_window)
     layout = choose_layout(model, token_loss, Config(), 0, FP32)
     assert ("packed" if layout.packed else "own" if layout.own_logits else "padded") == expected
@@ -125,7 +68,7 @@ def loss_alone(model, example):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_conversations_that_see_each_other_are_noticed(monkeypatch, precision):
+def test_contaminated_conversations_are_detected(monkeypatch, precision):
     def contaminated(*tensors, cu_seqlens=None, **options):
         whole = None if cu_seqlens is None else cu_seqlens[[0, -1]]
         return attention.packed_attention(*tensors, cu_seqlens=whole, **options)
@@ -136,12 +79,12 @@ def test_conversations_that_see_each_other_are_noticed(monkeypatch, precision):
     assert "off by" in layout.why
 
 
-def test_a_layout_can_be_asked_for(tiny_model):
+def test_a_layout_and_its_budget_can_be_set(tiny_model):
     assert not choose_layout(tiny_model, token_loss, Config(layout="padded"), 0, FP32).packed
     assert choose_layout(tiny_model, token_loss, Config(layout="packed", micro_batch_tokens=7), 0, FP32).tokens == 7
 
 
-def test_nothing_of_it_is_saved_and_answers_are_the_same(tiny_model, tiny_tokenizer, tmp_path):
+def test_it_leaves_saved_files_and_answers_as_they_were(tiny_model, tiny_tokenizer, tmp_path):
     before = generate_answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8)
     assert choose_layout(tiny_model, token_loss, Config(), 0, FP32).packed
     assert generate_answers(tiny_model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8) == before
@@ -162,7 +105,7 @@ def test_positions_that_depend_on_the_micro_batch_are_refused(rope):
         choose_layout(model, token_loss, Config(), 0, FP32, longest=65)
 
 
-def compiled_by(monkeypatch, backend):
+def compile_with(monkeypatch, backend):
     """Have another backend compile, as inductor takes its time."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile(module, **how, backend=backend))
@@ -171,7 +114,7 @@ def compiled_by(monkeypatch, backend):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypatch, ragged_window, backend):
-    compiled_by(monkeypatch, backend)
+    compile_with(monkeypatch, backend)
     model = tiny_llama(259).eval()
     expected, gradient = loss_and_gradient(model, token_loss, layout_of(packed=False), FP32)
     layout = choose_layout(model, token_loss, Config(compile=True), 0, FP32)
@@ -184,16 +127,22 @@ def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypat
     assert compiled_graphs() == graphs > 0
 
 
-def test_what_cannot_be_compiled_is_one_line(monkeypatch):
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
     def no_compiler(*_):
         raise RuntimeError("no C++ compiler found")
 
-    compiled_by(monkeypatch, no_compiler)
+    both = Config(compile=True, gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"--compile and --gradient-checkpointing: .* or use --layout padded"):
+        choose_layout(tiny_llama(259), token_loss, both, 0, FP32)
+    compile_with(monkeypatch, "aot_eager")
+    choose_layout(tiny_llama(259), token_loss, replace(both, layout="padded"), 0, FP32)
+    monkeypatch.undo()
+    compile_with(monkeypatch, no_compiler)
     with pytest.raises(UserError, match=r"--compile: .*; leave it out"):
         choose_layout(tiny_llama(259), token_loss, Config(compile=True), 0, FP32)
 
 
-def test_a_mistake_of_our_own_is_not_taken_for_a_model_that_cannot_be_packed(monkeypatch):
+def test_an_unexpected_error_is_not_taken_for_a_mismatch(monkeypatch):
     def mistaken(*_, **__):
         raise TypeError("got an unexpected keyword argument 'enable_gqa'")
 
@@ -203,15 +152,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_a_model_that_cannot_be_packed(mon
         choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
 
 
-def test_what_compiles_to_nothing_is_refused(monkeypatch):
-    both = Config(compile=True, gradient_checkpointing=True)
-    with pytest.raises(UserError, match=r"--compile and --gradient-checkpointing: .* or use --layout padded"):
-        choose_layout(tiny_llama(259), token_loss, both, 0, FP32)
-    compiled_by(monkeypatch, "aot_eager")
-    choose_layout(tiny_llama(259), token_loss, replace(both, layout="padded"), 0, FP32)
-
-
-def test_one_update_reads_two_numbers_from_the_device_when_all_of_it_is_submitted(monkeypatch, ragged_window):
+def test_an_update_reads_two_numbers_from_the_device_at_its_end(monkeypatch, ragged_window):
     """The loss and the gradient's norm; nothing else that the CPU would wait for a GPU for."""
     fake_cuda.varlen_attention(monkeypatch)
     model, precision = tiny_llama(259, hidden_size=64), Precision("bf16", CPU)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compute.sharding import full_tensor
+from compute.distributed import full_tensor
 from conversations.tokenizer import load_tokenizer
 from model import Precision, load_model, load_on_ranks
 from tests.conftest import tiny_llama, tiny_moe
