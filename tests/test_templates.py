@@ -298,7 +298,7 @@ def conversations(draw, name):
     """A conversation of any turns, calls, reasoning and hostile text."""
     # Sorted, as the tokenizer gives them in another order every time.
     special = sorted(token for token in tokenizer_of(name).get_added_vocab() if token != "<tool_call>")
-    others = st.text(st.characters(codec="utf-8", exclude_characters=SENTINEL), max_size=3)
+    others = st.text(st.characters(codec="utf-8", exclude_characters=templates.SENTINEL), max_size=3)
     pieces = st.sampled_from(FRAGMENTS) | st.sampled_from(special) | others
     text = st.lists(pieces, min_size=1, max_size=5).map("".join).filter(str.strip)
     answer = text.filter(lambda text: not re.match(r"\s*<think>", text) and "<tool_call>" not in text)
