@@ -11,6 +11,7 @@ updates wait for that. On a GPU they go on while a thread writes the copy on the
 host memory for each parameter.
 """
 
+import contextlib
 import math
 import pickle
 import re
@@ -32,7 +33,7 @@ from config import UserError
 from evaluation.facts import run_facts
 from model import save_model
 from running.card import model_card
-from storage.durable import atomic_directory, read_manifest, remove_directory, replace_link
+from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link
 
 torch.serialization.set_crc32_options(False)  # slow, and the SHA-256 of the manifest notices more
 
@@ -138,10 +139,13 @@ def link_best(run, best_step):
 
 def prune(run, step, keep):
     """Remove a run's checkpoints up to `step`, but for the newest `keep` and the best model that each of them names."""
-    done = [path for path in list_checkpoints(run) if step_of(path) <= step]
-    best_steps = {read_manifest(path)["best_step"] for path in done[-keep:]}
-    for path in done[:-keep]:
-        if step_of(path) not in best_steps:
+    done, best_steps = [path for path in list_checkpoints(run) if step_of(path) <= step], {}
+    for path in done:
+        with contextlib.suppress(CorruptError):  # one that resuming has skipped
+            best_steps[step_of(path)] = read_manifest(path)["best_step"]
+    kept = list(best_steps)[-keep:]
+    for path in done:
+        if step_of(path) not in {*kept, *(best_steps[each] for each in kept)}:
             remove_directory(path)
 
 

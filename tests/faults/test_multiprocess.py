@@ -14,13 +14,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import running.distributed
 import running.setup
 import running.validation
 from config import UserError
 from running.distributed import run_distributed
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, tiny_moe
 from tests.faults.harness import BOUND, TrainProcess, assert_same, lines, some, steps_saved
 from tests.faults.inject import (
     ask_for_too_much,
@@ -240,6 +242,35 @@ def test_a_shard_that_the_processes_cannot_be_divided_by_is_refused(flags, start
         "error: --shard 2: it takes several processes; start them with torchrun, or use --shard 1\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_only_the_configuration_ties_is_not_sharded(flags, start_group, tiny_model_dir, tmp_path):
+    """Rank 0 alone reads the weights; the others know the configuration."""
+    path = shutil.copytree(tiny_model_dir, tmp_path / "model") / "model.safetensors"
+    weights = load_file(path)
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}
+    save_file(weights | head, path, metadata={"format": "pt"})
+    group = start_group(2, [*flags, "--model", path.parent, "--output-dir", tmp_path / "run", "--shard", 2])
+    assert group.wait() == [1, 1]
+    assert group.stderr.endswith("correct tie_word_embeddings there, or use --shard 1\n")
+    assert len(group.stderr.splitlines()) == 1
+
+
+def test_a_sharded_mixture_of_experts_is_saved_as_transformers_reads_it(flags, start_group, tiny_model_dir, tmp_path):
+    """Its experts are joined in memory and apart in the files."""
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    tiny_moe(259).save_pretrained(directory)
+    flags, run = [*flags, "--model", directory], tmp_path / "run"
+    kill_one = (1, partial(on_call, "train.train_step", 8, kill))
+    assert start_group(2, [*flags, "--output-dir", run, "--shard", 2], kill_one).wait() == [1, 137]
+    group = start_group(2, ["--resume", run])
+    assert group.wait() == [0, 0], group.stderr
+    whole = start_group(2, [*flags, "--output-dir", tmp_path / "whole"])
+    assert whole.wait() == [0, 0], whole.stderr
+    for line, expected in zip(lines(run), lines(tmp_path / "whole"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    _, report = AutoModelForCausalLM.from_pretrained(run / "best", output_loading_info=True)
+    assert not any(report.values())
 
 
 @pytest.mark.parametrize("count", [1, 2])
