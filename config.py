@@ -160,8 +160,6 @@ MAY_CHANGE_ON_RESUME = (
     "device layout micro_batch_tokens shard compile deterministic gradient_checkpointing save_every keep output_dir"
 ).split()
 
-METAVARS = {str: "NAME", int: "N", float: "X"}
-
 
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that raises `UserError`, and that adds flags for the fields of `Config`."""
@@ -186,15 +184,12 @@ class Parser(argparse.ArgumentParser):
             elif options.get("nargs") == "+":
                 options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
             elif "choices" not in options:
-                options |= {"type": types[each.name], "metavar": METAVARS[types[each.name]]}
+                kind = types[each.name]
+                options |= {"type": kind, "metavar": {str: "NAME", int: "N", float: "X"}[kind]}
             group.add_argument(flag_name(each.name), **options)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
-        """Parse a command line into two dicts: the fields of `Config` that it names, and the command's other options.
-
-        Raises:
-            UserError: a flag is unknown or its value is not valid.
-        """
+        """Parse a command line into two dicts: the fields of `Config` that it names, and the other options."""
         options = vars(self.parse_args(argv))
         for name, value in options.items():
             if value == "" or (isinstance(value, list) and "" in value):
@@ -221,12 +216,12 @@ def help_text(each):
 
 
 def resolve(overrides: dict, preset: str) -> Config:
-    """Merge the settings that a user named over those of a preset, and these over the defaults.
+    """Merge the settings that a user named, in tuples or lists, over those of a preset, and these over the defaults.
 
     Raises:
         UserError: a value breaks the rule of its setting.
     """
-    settings = PRESETS[preset]
+    overrides, settings = lists_to_tuples(overrides), PRESETS[preset]
     if overrides.get("dataset", settings.get("dataset")) != settings.get("dataset"):
         settings = {name: value for name, value in settings.items() if name == "model"}
     config = Config(**{**settings, **overrides, "preset": preset})
@@ -281,7 +276,7 @@ def protect_output():
         stream = getattr(sys, name)  # None where it was closed
         number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
         writer = io.BufferedWriter(DetachableFile(number, "w", closefd=False))
-        encoding = stream.encoding if stream else None
+        encoding = getattr(stream, "encoding", None)
         # a log file shows a line when it is printed, not at the end
         setattr(sys, name, io.TextIOWrapper(writer, encoding, "backslashreplace", line_buffering=True))
 
@@ -289,8 +284,7 @@ def protect_output():
 def run_command(main: Callable[[list[str]], int], single_process: bool = False) -> NoReturn:
     """Run `main(argv)` as a program and exit with the status it returns, or with that of `report_error`.
 
-    Args:
-        single_process: refuse torchrun, each of whose processes would do all of the work.
+    One that works in a single process refuses torchrun, each of whose processes would do all of the work.
     """
     protect_output()
     try:

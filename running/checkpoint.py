@@ -21,12 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
 from compute.distributed import all_gather, is_rank0, is_sharded, rank, world_size
 from config import UserError
@@ -80,14 +75,15 @@ def save(run):
 
 def take_snapshot(run):
     """The `Snapshot` of a run on rank 0; what it returns on other ranks is not used. All ranks call this."""
-    device = run.precision.device
     weights, moments = gather_state(run.model, run.optimizer)
     run.log.sync()
+    device = run.precision.device
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     state = {name: getattr(run, name) for name in PROGRESS} | {
         "optimizer": moments,
         "scaler": run.scaler.state_dict(),
         "log": run.log.state(),
-        "random": all_gather(get_random_state(device)),
+        "random": all_gather((torch.get_rng_state(), on_gpu)),  # which dropout draws from
     }
     card = model_card(run_facts(run.directory)) if run.best_step == run.step and is_rank0() else ""
     about = {"step": run.step, "best_step": run.best_step, **run.describe()}
@@ -96,16 +92,11 @@ def take_snapshot(run):
 
 def gather_state(model, optimizer):
     """All weights and all moments by name, on rank 0's CPU (on a CPU perhaps the live ones); other ranks get none."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = state_dict.get_model_state_dict(model, options=options)
     named_once = dict(model.named_parameters()) | dict(model.named_buffers())
-    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    moments = state_dict.get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     return {name: tensor for name, tensor in weights.items() if name in named_once}, moments
-
-
-def get_random_state(device):
-    """The states of this process' random generators, which dropout draws from: of the CPU, and of its GPU or None."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def write_checkpoint(model, tokenizer, snapshot):
@@ -218,20 +209,15 @@ def restore(run, start):
     run.log_state = state["log"]
     run.saver.started = run.saver.saved = run.step
     # The optimizer's settings are the run's own: the user may have changed them.
-    settings = get_optimizer_state_dict(run.model, run.optimizer)
-    full = {**settings, "state": state["optimizer"]}
-    set_optimizer_state_dict(run.model, run.optimizer, full, options=StateDictOptions(full_state_dict=True))
+    optimizer = state_dict.get_optimizer_state_dict(run.model, run.optimizer) | {"state": state["optimizer"]}
+    options = state_dict.StateDictOptions(full_state_dict=True)
+    state_dict.set_optimizer_state_dict(run.model, run.optimizer, optimizer, options=options)
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
-    set_random_state(run, state["random"])
-
-
-def set_random_state(run, states):
-    """Set the random generators to the states that `get_random_state` gave on each rank."""
-    if len(states) != world_size():  # another number of ranks draws other numbers anyway: new ones
+    if len(state["random"]) != world_size():  # another number of ranks draws other numbers anyway: new ones
         torch.manual_seed(hash((run.config.seed, run.step, rank())))
         return
-    on_cpu, on_gpu = states[rank()]
+    on_cpu, on_gpu = state["random"][rank()]
     torch.set_rng_state(on_cpu)
     if on_gpu is not None and run.precision.device.type == "cuda":
         torch.cuda.set_rng_state(on_gpu, run.precision.device)

@@ -22,7 +22,7 @@ def explain_failed_update(run):
         with explain_out_of_memory(run, lambda: [examples[index] for index in window_indices(*window)]):
             yield
     except FloatingPointError as error:
-        losses = "\n".join(highest_losses(run, examples, window_indices(*window)))
+        losses = highest_losses(run, examples, window_indices(*window))
         raise UserError(f"update {run.step + 1}: {error}; {resume_hint(run)}; its window:\n{losses}") from error
 
 
@@ -43,20 +43,21 @@ def check_finite(run, split, loss):
     """Raise `UserError` where the loss over a split is not finite; it names the split's worst conversations."""
     if not math.isfinite(loss):
         examples = getattr(run.data, split).examples
-        losses = "\n".join(highest_losses(run, examples, range(len(examples))))
+        losses = highest_losses(run, examples, range(len(examples)))
         raise UserError(f"after update {run.step}: {split} loss {loss}; {resume_hint(run)}; of these:\n{losses}")
 
 
 def highest_losses(run, examples, indices, most=10):
-    """Lines with the losses of some examples: those whose loss is not finite, then the highest."""
+    """The losses of some examples, one a line: those that are not finite, then the highest."""
     losses = []
     for index in indices:
         result = evaluate(run.model, [examples[index]], run.layout, run.precision)
         losses.append((result.loss, examples.location(index)))
     losses.sort(key=lambda loss: (math.isfinite(loss[0]), -loss[0]))
-    yield from (f"loss {loss:.4f}   {location}" for loss, location in losses[:most])
+    lines = [f"loss {loss:.4f}   {location}" for loss, location in losses[:most]]
     if losses[most:]:
-        yield f"and {len(losses) - most} more, with losses up to {losses[most][0]:.4f}"
+        lines.append(f"and {len(losses) - most} more, with losses up to {losses[most][0]:.4f}")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

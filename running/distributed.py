@@ -22,14 +22,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def run_distributed(work):
-    """Call `work()`, which returns an exit status, on this rank; only rank 0 keeps its output.
-
-    Returns:
-        The status. Where one of several ranks fails, its process exits at once instead.
-
-    Raises:
-        UserError: the environment is not one that torchrun sets, or the ranks cannot reach each other.
-    """
+    """Return the exit status of `work()` on this rank; one of several that fails exits at once. Only rank 0 prints."""
     if "RANK" in os.environ:
         die_with_parent()  # a killed torchrun leaves no process behind
     if os.environ.get("WORLD_SIZE", "1") == "1":

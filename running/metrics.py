@@ -23,9 +23,6 @@ class Log:
         """Open the log of a new run, or continue one after `step` updates, given its `state` at that step.
 
         Lines that an interrupted run logged beyond that are discarded.
-
-        Raises:
-            UserError: one of the lines to keep is damaged.
         """
         self.run, self.path = run, run / "metrics.jsonl"
         kept = records.read_metrics(run, lines)

@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compute.distributed import all_gather, broadcast_from_rank0
-from config import (
-    MAY_CHANGE_ON_RESUME,
-    UserError,
-    flag_name,
-    format_value,
-    lists_to_tuples,
-    resolve,
-    with_absolute_paths,
-)
+from config import MAY_CHANGE_ON_RESUME, UserError, flag_name, format_value, resolve, with_absolute_paths
 from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
 from running.directory import read_owner
 from storage.durable import CorruptError, verify
@@ -36,11 +28,7 @@ class ResumePoint:
 
 
 def find_resume_point(run, recorded):
-    """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped.
-
-    Raises:
-        UserError: none of its checkpoints is valid, or they are missing.
-    """
+    """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped."""
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             manifest = verify(checkpoint)
@@ -54,9 +42,8 @@ def find_resume_point(run, recorded):
     logged = max((line["step"] for line in read_metrics(run)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
     if is_finished(run) or logged > 2 * recorded["config"]["save_every"]:
-        raise UserError(
-            f"--resume {run}: it logged update {logged} but has no checkpoint; restore them, or start a new run"
-        )
+        lost = f"it logged update {logged} but has no checkpoint"
+        raise UserError(f"--resume {run}: {lost}; restore them, or start a new run")
     print(f"resuming {run} from its beginning: it has no checkpoint")
     return ResumePoint(None, recorded)
 
@@ -90,7 +77,7 @@ def load_resumed_config(directory, named):
         raise UserError(f"--output-dir {named['output_dir']}: a resumed run stays in its own directory; leave that out")
     recorded = read_record(directory)
     named = with_absolute_paths(named) | {"output_dir": str(directory)}
-    settings = lists_to_tuples({**recorded["config"], **named})
+    settings = {**recorded["config"], **named}
     return resolve(settings, settings["preset"]), recorded
 
 

@@ -27,11 +27,7 @@ def choose_config(named):
 
 
 def load_run(config, start=None, allow_changes=False):
-    """A `Run` without an optimizer, at step 0, with the model of a `ResumePoint` if there is one; nothing is written.
-
-    Raises:
-        UserError: something cannot be loaded, or it would be a different run and changes are not allowed.
-    """
+    """A `Run` at step 0, without an optimizer, with the model of a `ResumePoint` if there is one; writes nothing."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     check_sources(config)  # before a model is downloaded for data that is not there

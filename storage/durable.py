@@ -146,11 +146,7 @@ def read_manifest(directory):
 
 
 def verify(directory):
-    """Read every file that the manifest of a directory names; returns the manifest.
-
-    Raises:
-        CorruptError: the manifest or a file that it names is missing, or is not what was written.
-    """
+    """The manifest of a directory; raises `CorruptError` where it, or a file it names, is not what was written."""
     content = read_manifest(directory)
     paths = [Path(directory) / name for name in content["files"]]
     with ThreadPoolExecutor() as threads:  # hashlib releases the GIL

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
-from config import RUN_FORMAT, Config, UserError, lists_to_tuples, resolve
+from config import RUN_FORMAT, Config, UserError, resolve
 from storage.durable import replace_file
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -34,11 +34,7 @@ def write_record(run, record, changes):
 
 
 def read_record(run):
-    """The record in a run's config.json, as `describe` made it; the settings are under "config".
-
-    Raises:
-        UserError: it is damaged, or was written by another version of this program.
-    """
+    """The record in a run's config.json; `UserError` where it is damaged, or another version's of this program."""
     path = Path(run) / "config.json"
     try:
         record = json.loads(path.read_bytes())
@@ -49,7 +45,7 @@ def read_record(run):
             raise UserError(
                 f"{path}: this run was made by another version of this program; use that one, or start a new run"
             )
-        resolve(lists_to_tuples(settings), settings["preset"])
+        resolve(settings, settings["preset"])
         if not {"precision", "data", "versions"} <= record.keys():
             raise ValueError("entries are missing")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -72,11 +68,7 @@ def append_metrics(run, line):
 
 
 def read_metrics(run, count=None):
-    """The first `count` lines of a run's metrics, or all of them, as dicts; a truncated last line is ignored.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """The first `count` lines of a run's metrics, or all of them, as dicts; a truncated last line is ignored."""
     path, metrics = Path(run) / "metrics.jsonl", []
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1][:count], 1):
