@@ -123,7 +123,7 @@ def shard(model, count, device, dtype):
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     layers = list(get_layers(model))
     if not layers:
-        raise UserError("--shard: it is not known what this model's layers are; use --shard 1")
+        raise UserError("--shard: cannot identify this model's layers; use --shard 1")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

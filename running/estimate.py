@@ -17,7 +17,7 @@ def estimate(run, train_step):
     """What a run that has not begun takes, for reading; of memory the rank that takes the most. Nothing is written."""
     seconds = run.total_steps * measure_seconds(run, train_step)
     peak, memory = all_reduce_max(peak_memory(run.precision.device)), device_memory(run.precision.device)
-    fits = "" if peak < 0.9 * memory else ": hardly fits, use a lower --micro-batch-tokens"
+    fits = "" if peak < 0.9 * memory else ": may not fit, use a lower --micro-batch-tokens"
     # Weights and moments; besides those kept, the best one, and a new one before an old one is removed.
     disk = (run.config.keep + 2) * 12 * sum(weights.numel() for weights in run.model.parameters())
     free = broadcast_from_rank0(lambda: shutil.disk_usage(run.directory).free)

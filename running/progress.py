@@ -1,4 +1,4 @@
-"""The progress of a run's updates, for whoever waits."""
+"""The progress of a run's updates: a bar on a terminal, lines elsewhere."""
 
 import time
 
