@@ -97,23 +97,16 @@ class Data:
 
 
 def load_data(config, tokenizer):
-    """Read, check, encode and split the dataset of a `Config`.
-
-    Raises:
-        UserError: there is no such dataset, one of its rows is not a conversation, or a split would be empty.
-    """
+    """Read, check, encode and split the dataset of a `Config`; no split may be empty."""
     sources = [parse_source(text) for text in config.dataset]
     corpus = load_corpus(sources, config, tokenizer)
     digests, source_of = corpus.digests, corpus.source_of  # a split, a quantity and a weight are of conversations
     rows = choose_rows(source_of, sources, config.seed)
     notes = [*notes_on_directories(sources), *corpus.notes, *notes_on_quantities(rows, source_of, sources)]
-    eval_fraction, held_out = config.eval_fraction, None
+    eval_fraction, evaluated = config.eval_fraction, None
     if config.eval_dataset:
-        with rewrite_errors("--dataset", "--eval-dataset"):
-            all_of_it = dataclasses.replace(config, max_examples=0)  # which is of --dataset
-            held_out, evaluated = load_once([config.eval_dataset], all_of_it, tokenizer)
-        notes += [f"--eval-dataset: {note}" for note in held_out.notes]
-        known = {held_out.digests[row] for row in evaluated}
+        evaluated, known, eval_notes = load_eval_dataset(config, tokenizer)
+        notes += eval_notes
         eval_fraction, chosen, rows = 0.0, rows, [row for row in rows if digests[row] not in known]
         if not rows:
             raise UserError(f"--dataset {format_value(config.dataset)}: all of its conversations are in --eval-dataset")
@@ -125,7 +118,7 @@ def load_data(config, tokenizer):
         notes.append(f"{duplicates:,} are duplicates of another, always in the same split as it")
     splits = {
         "train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)),
-        "eval": make_split(held_out, evaluated) if held_out else make_split(corpus, shared),
+        "eval": evaluated or make_split(corpus, shared),
         "test": make_split(corpus, test),
     }
     for name in ("train", "eval"):
@@ -134,26 +127,27 @@ def load_data(config, tokenizer):
             if not splits[name].dropped:
                 why = f"the {name} split is empty, as all of its conversations are duplicates; use --eval-dataset"
             raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
-    warnings = warnings_about(splits["train"])
-    longest, context_length = max(split.longest for split in splits.values()), tokenizer.model_max_length
-    if longest > context_length:
-        there = f"there are conversations of {longest:,} tokens"
-        warnings.append(f"--max-length: {there}; the context length is {context_length:,}")
+    warnings = warnings_about(splits, tokenizer.model_max_length)
     if config.split != Config().split and all(find_files(source.name) for source in sources):
         warnings.append(f"--split {config.split} has no effect: files have no splits")
     return Data(**splits, notes=notes, warnings=warnings)
 
 
 def load_split(config, tokenizer):
-    """The dataset of a `Config`, as far as it is used, as one `Split`.
-
-    Raises:
-        UserError: there is no such dataset, one of its rows is not a conversation, or nothing in it is supervised.
-    """
+    """The dataset of a `Config`, as far as it is used, as one `Split`; it may not be empty."""
     split = make_split(*load_once(config.dataset, config, tokenizer))
     if not split.examples:
         raise UserError(f"--dataset {format_value(config.dataset)}: nothing in it is supervised; see --max-length")
     return split
+
+
+def load_eval_dataset(config, tokenizer):
+    """The `Split` of `--eval-dataset`, the digests of its conversations, and notes about it."""
+    with rewrite_errors("--dataset", "--eval-dataset"):
+        all_of_it = dataclasses.replace(config, max_examples=0)  # which is of --dataset
+        corpus, rows = load_once([config.eval_dataset], all_of_it, tokenizer)
+    notes = [f"--eval-dataset: {note}" for note in corpus.notes]
+    return make_split(corpus, rows), {corpus.digests[row] for row in rows}, notes
 
 
 def load_once(dataset, config, tokenizer):
@@ -195,25 +189,25 @@ def make_split(corpus, conversations):
     )
 
 
-def warnings_about(train):
-    """A list of lines: everything that is implausible about the training split."""
-    rows, supervised = len(train.examples) + train.dropped, train.supervised / train.tokens
+def warnings_about(splits, context_length):
+    """A list of lines: everything that is implausible about the splits, mostly about that of training."""
+    train, longest = splits["train"], max(split.longest for split in splits.values())
+    rows, share = len(train.examples) + train.dropped, train.supervised / train.tokens
     lost = train.supervised_lost / (train.supervised_lost + train.supervised)
     warnings = []
-    if not 0.01 <= supervised <= 0.95:
-        warnings.append(
-            f"{supervised:.1%} of the training tokens are supervised; look at them: python data.py --show 3"
-        )
+    if not 0.01 <= share <= 0.95:
+        warnings.append(f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3")
     if not train.has_stop:
         warnings.append("no answer ends within --max-length, so the model will not learn to stop")
     if lost > 0.25:
         warnings.append(f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them")
-    for count, problem in (
-        (train.truncated, "truncated by --max-length"),
-        (train.dropped, "left out: nothing in them is supervised"),
-    ):
+    problems = {"truncated by --max-length": train.truncated, "left out: nothing in them is supervised": train.dropped}
+    for problem, count in problems.items():
         if count > rows / 2:
             warnings.append(f"{count:,} of {rows:,} training conversations are {problem}")
+    if longest > context_length:
+        there = f"there are conversations of {longest:,} tokens"
+        warnings.append(f"--max-length: {there}; the context length is {context_length:,}")
     return warnings
 
 
@@ -221,14 +215,7 @@ def warnings_about(train):
 
 
 def choose_rows(source_of, sources, seed):
-    """The rows that are used: all of a source, or a random part of it where it asks for a share or a count.
-
-    Args:
-        source_of: for each row the number of its source.
-
-    Raises:
-        UserError: a source has fewer rows than it asks for.
-    """
+    """The rows that are used: all of a source, or a random part of it where it asks for a share or a count."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for number, source in enumerate(sources):
@@ -270,9 +257,6 @@ def split_rows(n, eval_fraction, test_fraction, seed):
 
     `datasets.train_test_split` holds out eval and test together and then separates the two, as in the reference
     experiment, whose 2,000 rows become the same 1,800 / 100 / 100.
-
-    Raises:
-        UserError: a split that should have rows would have none.
     """
     n_eval, n_test = (math.ceil(round(share * n, 9)) for share in (eval_fraction, test_fraction))
     n_train = n - n_eval - n_test

@@ -28,10 +28,9 @@ from storage.durable import sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
-COUNTS = "source part tokens supervised_before supervised".split()
 SCHEMA = pyarrow.schema(
     [("location", pyarrow.string()), ("digest", pyarrow.string()), ("has_stop", pyarrow.bool_())]
-    + [(name, pyarrow.int32()) for name in COUNTS]
+    + [(name, pyarrow.int32()) for name in "source part tokens supervised_before supervised".split()]
     + [("input_ids", IDS), ("labels", IDS)]
 )
 BATCH = 100  # conversations that are encoded at once
@@ -74,11 +73,7 @@ class Corpus:
 
 
 def load_corpus(sources, config, tokenizer):
-    """The `Corpus` of some sources under the settings of a `Config`: from the cache, or made and put there.
-
-    Raises:
-        UserError: a source is missing, or has rows that are not conversations.
-    """
+    """The `Corpus` of some sources under the settings of a `Config`: from the cache, or made and put there."""
     max_length = config.max_length or tokenizer.model_max_length
     reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
     reading["plain"] = config.chat_template == "chatml"
@@ -97,8 +92,7 @@ def cache_key(sources, tokenizer, options):
     """SHA-256 over everything that a corpus depends on."""
     contents = []
     for source in sources:
-        files = find_files(source.name)
-        if files:
+        if files := find_files(source.name):
             contents += [(str(file), sha256(file)) for file in files]
         else:
             contents.append(hub.load_hub_dataset(source.name, source.config, options["split"])._fingerprint)
@@ -109,11 +103,7 @@ def cache_key(sources, tokenizer, options):
 
 
 def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
-    """Read and check all rows, then read them again and encode them, into `directory`.
-
-    Raises:
-        UserError: rows are invalid, or cannot be written by the template, and are more than may be skipped.
-    """
+    """Read and check all rows, then read them again and encode them, into `directory`."""
     report, conversations, examples = ReadReport(), 0, 0
     progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
     for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
@@ -141,11 +131,7 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
 def encode_rows(rows, tokenizer, supervise, skip, report):
     """Yield `(location, source, examples)` for each `(location, source, messages)`.
 
-    Args:
-        skip: whether a conversation that the template cannot write is added to the report, and left out.
-
-    Raises:
-        UserError: the template cannot write a conversation; the message begins with its location.
+    With `skip`, a conversation that the template cannot write is added to the report, and left out.
     """
     # ChatML takes every conversation, so its tokenizer encodes many at once; a template renders them one by one.
     groups = [rows] if tokenizer.chat_template == CHATML else [[row] for row in rows]

@@ -81,10 +81,7 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
         max_examples: stop after so many rows; 0: all.
         skip_bad_rows: the share of rows that may be left out; 0: none.
         plain: refuse tools and reasoning, for which ChatML has no place.
-        report: a `ReadReport` to fill.
-
-    Raises:
-        UserError: no such source, nothing in it, or (once all rows have been read) rows that are not conversations.
+        report: a `ReadReport` to fill; it is checked once all rows have been read.
     """
     report = ReadReport() if report is None else report
     for number, source in enumerate(sources):

