@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -79,21 +80,18 @@ def evaluate(
         before_each: called before each micro-batch, equally often on every rank; it may raise.
     """
     examples, scores = list(examples), []
-    micro_batches = layout.partition(examples)[rank()]
+    partition = layout.partition(examples)
     with in_eval_mode(model):
-        for micro_batch in micro_batches:
+        for micro_batch in partition[rank()]:
             before_each()
             batch = layout.collate(micro_batch).to(precision.device)
             with precision.autocast():
                 scores.append(loss_and_correct(model, batch))  # (2, N), read at the end: no sync with a GPU
-    # The scores of each example, from the micro-batches of all ranks.
-    index = {id(example): number for number, example in enumerate(examples)}
-    local = [example for micro_batch in micro_batches for example in micro_batch]
-    parts = torch.cat(scores, 1).cpu().split([example.supervised_tokens for example in local], 1)
-    # a clone, as a view would send its storage
-    numbered = [(index[id(example)], part.clone()) for example, part in zip(local, parts, strict=True)]
-    by_example = dict(pair for share in all_gather(numbered) for pair in share)
-    ordered = [by_example[number] for number in range(len(examples))]
+    of_all_ranks = torch.cat(all_gather(torch.cat(scores, 1).cpu()), 1)
+    scored = list(chain.from_iterable(chain.from_iterable(partition)))  # the examples, by rank and micro-batch
+    parts = of_all_ranks.split([example.supervised_tokens for example in scored], 1)
+    by_example = dict(zip(map(id, scored), parts, strict=True))
+    ordered = [by_example[id(example)] for example in examples]
     losses, correct = torch.cat(ordered, 1)
     return Evaluation(losses.sum().item(), len(losses), int(correct.sum()), tuple(part[0] for part in ordered))
 
@@ -232,11 +230,7 @@ class ModelReport(NamedTuple):
 
 
 def evaluate_model(model_name, config, options):
-    """The `ModelReport` on a model: its losses on the splits and on a plain text, and its answers.
-
-    Raises:
-        UserError: something cannot be loaded, or a prompt is too long.
-    """
+    """The `ModelReport` on a model: its losses on the splits and on a plain text, and its answers."""
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)

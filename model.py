@@ -50,11 +50,7 @@ class Precision:
 
 
 def choose_precision(device="auto", dtype="auto"):
-    """The `Precision` that flags ask for; `auto` is bf16 where it is native, else fp16 on a GPU and fp32 on a CPU.
-
-    Raises:
-        UserError: as `choose_device`.
-    """
+    """The `Precision` that flags ask for; `auto` is bf16 where it is native, else fp16 on a GPU and fp32 on a CPU."""
     device = choose_device(device)
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -65,11 +61,7 @@ def choose_precision(device="auto", dtype="auto"):
 
 
 def choose_device(name):
-    """The device of a name; `auto` is the GPU if there is one. Each of several processes gets a GPU of its own.
-
-    Raises:
-        UserError: the device is unknown or not in this machine, or there are fewer GPUs than processes.
-    """
+    """The device of a name; `auto` is the GPU if there is one. Each of several processes gets a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
@@ -95,9 +87,6 @@ def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=Fals
     """The model of `load_model` on every rank, or sharded over `shard_count` ranks each, where that is more than one.
 
     To shard it, rank 0 reads it into its host memory, in fp32, and broadcasts the weights.
-
-    Raises:
-        UserError: as `load_model`, and where the model cannot be sharded.
     """
     if shard_count == 1:
         return load_model(path, tokenizer, precision.device, local_files_only)
@@ -137,11 +126,8 @@ def load_model(path, tokenizer, device, local_files_only=False):
     try:
         options = {"dtype": torch.float32, "local_files_only": local_files_only, "trust_remote_code": False}
         model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            **options,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
+            path, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )  # mismatched sizes are refused below, by name
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
     check_loaded_weights(path, report)

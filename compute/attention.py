@@ -22,20 +22,13 @@ CAUSAL_WINDOW = (-1, 0)  # every token before the query, none after it
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seqlens=None, max_seqlen=None, **options
 ):
-    """Attention for transformers' `AttentionInterface`.
+    """Attention for transformers' `AttentionInterface`: (1, T, H, D), and None in the place of the weights.
 
     Args:
         query: (1, H, T, D).
         key, value: (1, H_kv, T, D); H is a multiple of H_kv.
         cu_seqlens: (conversations + 1,) int32, the first token of each conversation, then T; None in generation, where
             the row is one conversation.
-        max_seqlen: tokens of the longest conversation.
-
-    Returns:
-        (1, T, H, D), and None in the place of the attention weights.
-
-    Raises:
-        NotImplementedError: the model needs more than plain causal attention.
     """
     needed = [name for name in UNSUPPORTED if options.get(name) is not None]
     if needed or not getattr(module, "is_causal", True):

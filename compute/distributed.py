@@ -111,12 +111,8 @@ def check_shard(count):
 def shard(model, count, device, dtype):
     """Shard the weights of a model on "meta", its gradients and AdamW's moments over each `count` ranks.
 
-    Args:
-        dtype: in which layers' weights are sent and multiplied; None: fp32, as the embeddings, the output head, the
-            last norm and the sums of gradients always are.
-
-    Raises:
-        UserError: the model's layers cannot be identified.
+    Layers' weights are sent and multiplied in `dtype`; None: fp32, as the embeddings, the output head, the last norm
+    and the sums of gradients always are.
     """
     copies = world_size() // count
     shape, names = ((copies, count), ("copy", "part")) if copies > 1 else ((count,), ("part",))

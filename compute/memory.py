@@ -44,14 +44,8 @@ def measure_micro_batch_budget(model, token_loss, layout, precision, longest, tr
     """The number of tokens that a micro-batch may have on a GPU, padding counted.
 
     Measured is the peak memory of passes over two micro-batches of conversations of unequal lengths, with the
-    gradients in memory and room for AdamW's two moments. The longest row counts quadratic attention.
-
-    Args:
-        longest: tokens of the run's longest conversation.
-        training: False to measure the forward pass alone, for an evaluation.
-
-    Raises:
-        UserError: the longest conversation does not fit by itself.
+    gradients in memory and room for AdamW's two moments. The longest row counts quadratic attention. For an evaluation
+    the forward pass is measured alone.
     """
     device, was_training = precision.device, model.training
     lengths = [longest, max(1, longest // 2), max(1, longest // 4), max(1, longest // 4)]

@@ -63,11 +63,7 @@ def find_best(run):
 
 
 def push(name, repository):
-    """Upload a run's best model to a repository on the Hub; returns the exit status.
-
-    Raises:
-        UserError: there is no such run, its best model is corrupt, or the upload failed.
-    """
+    """Upload a run's best model to a repository on the Hub; returns the exit status."""
     run = Path(name).expanduser()
     if not is_run(run):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")

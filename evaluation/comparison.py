@@ -18,14 +18,10 @@ BLOCK = 64  # tokens of a text that the bootstrap draws together, because neighb
 
 
 def difference(before, after, tokens):
-    """The difference of two losses per token over the same conversations, with its 95 % interval.
+    """The difference of two losses per token over the same conversations (below 0 is better), with its 95 % interval.
 
     Args:
         before, after, tokens: (n,) each: both loss sums of each conversation, and its number of tokens.
-
-    Returns:
-        A dict of "before", "after", "difference" (after - before: below 0 is better), "interval" ([low, high], or None
-        for fewer than MIN_CONVERSATIONS), "conversations", "tokens".
     """
     before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (before, after, tokens))
     n, change, interval = len(tokens), after - before, None
@@ -90,13 +86,7 @@ def by_turn(before, after, examples):
 
 
 def by_group(sums, tokens, names):
-    """The `difference` of each group of conversations, with its "name", sorted by it.
-
-    Args:
-        sums: loss sums before and after, (2, n).
-        tokens: (n,).
-        names: the name of each conversation's group.
-    """
+    """The `difference` of each group, by "name": of loss sums before and after, (2, n), and n tokens and names."""
     names = np.array(names)
     return [
         {"name": name, **difference(*sums[:, names == name], tokens[names == name])}
@@ -112,11 +102,9 @@ def turn_numbers(example):
 
 
 def compare_models(before, after):
-    """The differences of two `ModelReport`s, as parts of a report.
+    """Parts of a report on two `ModelReport`s: the "comparison" of each split, and "forgetting", if both have a text.
 
-    Returns:
-        A dict of "comparison", the `compare` of each split, and of "forgetting", if both were evaluated on a text. A
-        split that the models read differently is left out with a warning: its losses are over different tokens.
+    A split that the models read differently is left out with a warning: its losses are over different tokens.
     """
     found = {"comparison": {}}
     for name in [name for name in before.evaluations if name in after.evaluations]:
@@ -137,11 +125,7 @@ def compare_models(before, after):
 
 
 def compare_texts(before, after):
-    """The `difference` of two models on a text, over blocks of BLOCK tokens instead of conversations.
-
-    Args:
-        before, after: the token losses of its slices, as in `Evaluation.token_losses`.
-    """
+    """The `difference` of two models on a text, by their losses of its slices: over blocks, not conversations."""
     blocks = [torch.cat(losses).double().split(BLOCK) for losses in (before, after)]
     sums = [[block.sum().item() for block in model] for model in blocks]
     found = difference(*sums, [len(block) for block in blocks[0]])

@@ -18,9 +18,6 @@ def run_facts(run):
     """The facts about a run, finished or not, as a dict of plain values.
 
     Its lines of metrics may be lost: what depends on a lost line is None.
-
-    Raises:
-        UserError: a file of the run is damaged.
     """
     record, metrics, losses = read_record(run), read_metrics(run), read_losses(run)
     config, updates = record["config"], max((line["step"] for line in metrics), default=0)
@@ -57,9 +54,9 @@ def compare_losses(kind, metrics, best_step, losses):
     if not (before and after):
         return {"before": before, "after": after, "difference": None}
     text = f"{after['loss'] - before['loss']:+.4f}"
-    found = {"before": [], "after": []} | losses.get(kind, {})
-    if found["before"] and found["after"]:
-        rows = [(old, new, tokens) for (old, _), (new, tokens) in zip(found["before"], found["after"], strict=False)]
+    found = losses.get(kind, {})
+    pairs = zip(found.get("before", []), found.get("after", []), strict=False)
+    if rows := [(old, new, tokens) for (old, _), (new, tokens) in pairs]:
         paired = difference(*zip(*rows, strict=True))
         if math.isclose(paired["after"], after["loss"], rel_tol=1e-6):  # else they are of another evaluation
             text = verdict(paired)

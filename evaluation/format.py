@@ -1,6 +1,7 @@
 """A report of `eval.py` as text."""
 
 import textwrap
+from itertools import zip_longest
 
 from config import format_value
 from evaluation.comparison import verdict
@@ -81,6 +82,4 @@ def format_runs(reports, means):
 def side_by_side(left, right, width=54):
     """The lines of two texts wrapped into columns."""
     columns = [[line for part in text.splitlines() for line in textwrap.wrap(part, width)] for text in (left, right)]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return [f"  {row[0]:<{width}} | {row[1]}".rstrip() for row in rows]
+    return [f"  {one:<{width}} | {other}".rstrip() for one, other in zip_longest(*columns, fillvalue="")]

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -95,12 +97,10 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None)
         prompts: ids, (T,) each; they are padded on the left to the longest.
         streamer: a `BaseStreamer` of transformers; receives the ids of a single prompt's answer as they are generated.
     """
-    length, stops = max(map(len, prompts)), stop_ids(tokenizer)
-    ids = torch.full((len(prompts), length), tokenizer.pad_token_id)  # (B, T)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad(prompts, padding_value=tokenizer.pad_token_id)  # (B, T)
+    mask = pad([torch.ones_like(prompt) for prompt in prompts])
+    length, stops = ids.shape[1], stop_ids(tokenizer)
     settings = GenerationConfig(
         do_sample=False,  # `GumbelNoise` samples, with a generator for each prompt
         max_new_tokens=min(max_new_tokens, tokenizer.model_max_length - length),

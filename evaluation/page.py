@@ -20,12 +20,7 @@ CHARTS = {  # title: its lines, (kind, name) of the metrics
 
 
 def page(facts, examples, tokenizer):
-    """The page about a run, as HTML.
-
-    Args:
-        facts: the run's `run_facts`.
-        examples: some of its training conversations, whose masks are shown.
-    """
+    """The page about a run, as HTML, from its `run_facts` and some training conversations, whose masks it shows."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=format_duration, bytes=format_bytes, flag=flag_name, value=format_value)
     template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))

@@ -38,11 +38,7 @@ def read_prompts(texts):
 
 
 def load_text(path, tokenizer, max_length=0):
-    """A text file as overlapping slices of at most `max_length` tokens (0: MAX_SLICE), without a chat template.
-
-    Raises:
-        UserError: the file cannot be read, or has fewer than two tokens.
-    """
+    """A text file as overlapping slices of at most `max_length` tokens (0: MAX_SLICE), without a chat template."""
     (ids,) = encode_texts([read_file("--text", path)], tokenizer)
     if len(ids) < 2:
         raise UserError(f"--text {path}: there is no text in it")
