@@ -181,7 +181,7 @@ FAILURES = {
     ),
     "a full disk": (
         partial(on_call, "train.train_step", 5, full_disk),
-        "error: .*, after update 4: No space left on device; --resume .* continues after update 3\n",
+        "error: .*, after update 4: No space left on device; --resume .* continues after update 4\n",
     ),
 }
 
