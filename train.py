@@ -251,7 +251,7 @@ def train(run, signals, resumed):
                 evaluate_untrained(run, signals)
             fit(run, signals)
             evaluate_best(run, signals)
-            report.write_report(run)
+            summary = report.write_report(run)
             signals.check()
     except Stopped as stop:
         with explain_failed_write(run):
@@ -265,7 +265,7 @@ def train(run, signals, resumed):
     finally:
         run.saver.close()
     seconds = f"{time.perf_counter() - began:.0f} s, {run.saver.seconds:.0f} s of it for checkpoints"
-    print(f"\n{run.step} updates, {seconds}\n\n{report.summary(run.directory)}")
+    print(f"\n{run.step} updates, {seconds}\n\n{summary}")
     return 0
 
 

@@ -61,8 +61,12 @@ def plan(run):
 
 
 def summary(directory):
-    """The summary of a run: losses and answers before and after side by side, and what to do next."""
-    facts = run_facts(directory)
+    """The summary of a run in a directory, for reading."""
+    return format_summary(run_facts(directory))
+
+
+def format_summary(facts):
+    """Losses and answers before and after side by side, and what to do next."""
     best = f"best, update {facts['best_step'] or 0}"
     lines = [f"  {'':<18}{'before':>10}{best:>22}"]
     for kind, loss in facts["losses"].items():
@@ -86,8 +90,10 @@ def summary(directory):
 
 
 def write_report(run):
-    """Close a finished run's log with its facts, and write its page; on rank 0."""
-    if is_rank0():
-        facts = run_facts(run.directory)
-        run.log.close(facts)
-        replace_file(run.directory / REPORT, page(facts, run.data.train.examples[:3], run.tokenizer))
+    """Close a finished run's log and write its page, of one set of facts; returns its summary. Only rank 0 does it."""
+    if not is_rank0():
+        return ""
+    facts = run_facts(run.directory)
+    run.log.close(facts)
+    replace_file(run.directory / REPORT, page(facts, run.data.train.examples[:3], run.tokenizer))
+    return format_summary(facts)
