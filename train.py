@@ -201,7 +201,6 @@ def fit(run, signals):
 def evaluate_and_save(run, signals):
     """Evaluate and save where that is due after `run.step` updates; the best model is saved at once."""
     config, is_best = run.config, False
-    signals.check()
     if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= run.total_steps):
         is_best = evaluate_and_log(run, signals)
     run.saver.check()
