@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from config import DATASET_SETTINGS, Config, UserError, flag_name, lists_to_tuples, resolve
+from config import DATASET_SETTINGS, Config, UserError, flag_name, resolve
 from storage import hub
 from storage.durable import MANIFEST, CorruptError, verify
 from storage.records import read_record
@@ -23,7 +23,7 @@ def find_candidate(name, overrides):
     model, run = find_model(name)
     if run is None:
         return Candidate(model, None, resolve({**overrides, "model": model}, hub.choose_preset(overrides)[0]))
-    settings = lists_to_tuples(read_record(run)["config"])
+    settings = read_record(run)["config"]
     if settings["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
         settings |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
     if "dataset" in overrides:
