@@ -139,7 +139,7 @@ PRESETS = {
         "skip_bad_rows": 0.01,  # users cannot correct this dataset; the plan prints how many rows are skipped
     },
     # 188 training conversations: small windows, so that two epochs are 48 updates and not 12, and larger fractions
-    # held out, so that their losses mean something. A checkpoint is 1.6 GB and a run takes minutes: one is enough.
+    # held out, so that their losses mean something. A checkpoint is 1.6 GB: few, and where an evaluation is due.
     "quickstart": {
         "model": QUICKSTART_MODEL,
         "dataset": (str(Path(__file__).parent / "examples" / "quickstart.jsonl"),),

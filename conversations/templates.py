@@ -241,7 +241,7 @@ class Template:
         return Turn(number, text[:end], len(prompt))
 
     def find_answer(self, prompt, text, answer, question):
-        """The position of an answer in a text that does not begin with its prompt; None where it cannot be said.
+        """The position of an answer in a text that does not begin with its prompt; None where it cannot be determined.
 
         Two kinds of prompts are not written again as the conversation goes on: those that differ before the question,
         as Mistral's, whose system message is part of the last question; and those that end with empty reasoning, as
