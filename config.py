@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import io
+import math
 import os
 import re
 import signal
@@ -48,6 +49,19 @@ GROUPS = {
     "device": "memory and speed",
     "output_dir": "run directory",
 }
+
+
+def parse_number(text: str) -> int | float:
+    """A number of updates as the command line has it: an integer, or a fraction of all."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}") from error
+
+
+def count_updates(amount: int | float, total: int) -> int:
+    """A number of updates; an amount below 1 is a fraction of all, rounded up, as in transformers 5."""
+    return math.ceil(total * amount) if amount < 1 else int(amount)
 
 
 def flag_name(name: str) -> str:
@@ -94,7 +108,17 @@ class Config:
     max_steps: int = setting(0, "stop after N updates, and fit the schedule to them; 0: all epochs", NOT_NEGATIVE)
     batch_size: int = setting(32, "conversations an update sees: its window", AT_LEAST_ONE)
     lr: float = setting(2e-4, "peak learning rate", NOT_NEGATIVE)
-    warmup_steps: int = setting(12, "updates until the peak learning rate; a cosine to 0 follows", NOT_NEGATIVE)
+    schedule: str = setting(
+        "cosine",
+        "decay of the learning rate after the warm-up; wsd: constant, and a half cosine at the end",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    warmup_steps: int | float = setting(
+        12, "updates until the peak learning rate; below 1: a fraction of all", NOT_NEGATIVE
+    )
+    min_lr: float = setting(0.0, "learning rate at the end, as a fraction of the peak", FRACTION)
+    decay_fraction: float = setting(0.1, "fraction of the updates in which wsd decays", POSITIVE_FRACTION)
+    adam_beta2: float = setting(0.999, "AdamW's beta2, the decay of its mean squared gradient", FRACTION)
     weight_decay: float = setting(0.1, "AdamW's weight decay; biases and norms have none", NOT_NEGATIVE)
     max_grad_norm: float = setting(1.0, "gradient norm above which the gradient is clipped; 0: never", NOT_NEGATIVE)
     seed: int = setting(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)
@@ -185,7 +209,8 @@ class Parser(argparse.ArgumentParser):
                 options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
             elif "choices" not in options:
                 kind = types[each.name]
-                options |= {"type": kind, "metavar": {str: "NAME", int: "N", float: "X"}[kind]}
+                metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[kind]
+                options |= {"type": parse_number if kind == int | float else kind, "metavar": metavar}
             group.add_argument(flag_name(each.name), **options)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
@@ -231,6 +256,11 @@ def resolve(overrides: dict, preset: str) -> Config:
             raise UserError(f"{flag_name(each.name)} must be {rule[0]}, not {value}")
         if rule and value >= MAX_NUMBER:
             raise UserError(f"{flag_name(each.name)} must be below 2**62, not {value}")
+    if config.warmup_steps > 1 and config.warmup_steps % 1:
+        raise UserError(f"--warmup-steps must be a whole number, or a fraction below 1, not {config.warmup_steps}")
+    for name, schedules in (("min_lr", "cosine linear wsd"), ("decay_fraction", "wsd")):
+        if config.schedule not in schedules and getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"{flag_name(name)} has no effect on --schedule {config.schedule}; leave it out")
     if config.eval_fraction + config.test_fraction >= 1:
         fractions = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
         raise UserError(f"{fractions} leave nothing to train on")

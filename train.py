@@ -27,7 +27,7 @@ from compute.distributed import all_reduce_sum, all_reduce_tensor, broadcast_fro
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import compiled_graphs, deterministic_algorithms
 from compute.layout import Batch, PrefetchedWindows
-from config import Parser, UserError, run_command
+from config import Parser, UserError, count_updates, run_command
 from model import Precision, token_loss
 from running import checkpoint, directory, report, resume, setup
 from running.diagnostics import explain_failed_update, explain_failed_write
@@ -119,24 +119,33 @@ def apply_if_finite(optimizer, scaler, grad_norm):
         optimizer.step()
 
 
-def learning_rate(step, peak, warmup_steps, total_steps):
-    """The learning rate of update `step` (from 0): linear from 0 to the peak, then half a cosine to 0.
+def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_lr=0.0, decay_fraction=0.1):
+    """The learning rate of update `step` (from 0): a linear warm-up to the peak, then a decay to `min_lr` · peak.
 
-    The scheduler is transformers' `get_cosine_schedule_with_warmup`: with a warm-up, the first update has rate 0.
+    The schedules are transformers' of the same names; "wsd" keeps the peak until the last `decay_fraction` of the
+    updates, "constant" to the end. With a warm-up, the first update has rate 0 (in "wsd" `min_lr` · peak).
     """
-    if step < warmup_steps:
-        return peak * (step / warmup_steps)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (0.5 * (1 + math.cos(math.pi * progress)))
+    warmup = count_updates(warmup_steps, total_steps)
+    decay = count_updates(decay_fraction, total_steps) if schedule == "wsd" else max(1, total_steps - warmup)
+    decayed = step - (total_steps - decay)  # updates of the decay so far
+    if step < warmup:
+        share, lowest = step / warmup, min_lr if schedule == "wsd" else 0.0
+    elif schedule == "constant" or decayed < 0:
+        share, lowest = 1.0, 0.0
+    else:
+        share, lowest = (decay - decayed) / decay, min_lr
+        if schedule != "linear":
+            share = 0.5 * (1 + math.cos(math.pi * (decayed / decay)))
+    return peak * (share * (1 - lowest) + lowest)
 
 
-def make_optimizer(model, weight_decay):
+def make_optimizer(model, weight_decay, adam_beta2=0.999):
     """Fused AdamW that decays matrices and embeddings, but not biases and norms (parameters of one dimension)."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
 
 # --- the loop
@@ -155,6 +164,7 @@ def updates(run):
     while run.step < run.total_steps:
         began = time.perf_counter()
         run.model.train()
+        schedule = (config.warmup_steps, run.total_steps, config.schedule, config.min_lr, config.decay_fraction)
         with explain_failed_update(run), deterministic_algorithms(config.deterministic):
             window = windows.get(run.step)
             seconds_data = time.perf_counter() - began
@@ -162,7 +172,7 @@ def updates(run):
                 run.model,
                 run.optimizer,
                 window,
-                learning_rate(run.step, config.lr, config.warmup_steps, run.total_steps),
+                learning_rate(run.step, config.lr, *schedule),
                 precision=run.precision,
                 scaler=run.scaler,
                 max_grad_norm=config.max_grad_norm,
@@ -232,7 +242,7 @@ def evaluate_and_log(run, signals):
 def build_run(config, start=None, allow_changes=False):
     """A `Run` ready to train, from the `ResumePoint` of an interrupted one if there is one; nothing is written yet."""
     run = setup.load_run(config, start, allow_changes)
-    run.optimizer = make_optimizer(run.model, config.weight_decay)
+    run.optimizer = make_optimizer(run.model, config.weight_decay, config.adam_beta2)
     if start and start.path:
         checkpoint.restore(run, start)
     return run

@@ -11,7 +11,10 @@ from config import format_value
 from evaluation.comparison import difference, verdict
 from storage.records import read_answers, read_losses, read_metrics, read_record
 
-RECIPE = "epochs max_steps batch_size lr warmup_steps weight_decay max_grad_norm max_length supervise seed".split()
+RECIPE = (
+    "epochs max_steps batch_size lr schedule warmup_steps min_lr weight_decay adam_beta2 max_grad_norm max_length "
+    "supervise seed"
+).split()
 
 
 def run_facts(run):

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from compute.distributed import is_rank0, world_size
-from config import PRESETS, format_value
+from config import PRESETS, count_updates, format_value
 from data import window_at
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
@@ -36,7 +36,6 @@ def plan(run):
     lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
     more_examples = train.conversations not in (0, len(train.examples) + train.dropped)
     unit = "examples" if more_examples else "conversations"
-    never = " that is never reached" if config.warmup_steps >= run.total_steps else ""
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     parameters = sum(p.numel() for p in run.model.parameters())
     lines = {
@@ -51,13 +50,26 @@ def plan(run):
         "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
         f"{min(config.batch_size, len(train.examples))} {unit} in {micro_batches:.1f} micro-batches "
         f"(gradient accumulation){'' if ranks == 1 else ' of each process'}",
-        "schedule": f"{config.warmup_steps} updates of warm-up to a learning rate of {config.lr:g}"
-        f"{never}, then a cosine to 0",
+        "schedule": describe_schedule(config, run.total_steps),
     }
     if config.shard > 1:
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
+
+
+def describe_schedule(config, total_steps):
+    """The learning rates of a run, for reading."""
+    warmup = count_updates(config.warmup_steps, total_steps)
+    never = " that is never reached" if warmup >= total_steps else ""
+    decay = {
+        "cosine": "then a cosine",
+        "linear": "then linearly",
+        "constant": "then constant",
+        "wsd": f"then constant, and in the last {count_updates(config.decay_fraction, total_steps):,} a cosine",
+    }[config.schedule]
+    end = "" if config.schedule == "constant" else f" to {config.lr * config.min_lr:g}"
+    return f"{warmup:,} updates of warm-up to a learning rate of {config.lr:g}{never}, {decay}{end}"
 
 
 def summary(directory):

@@ -28,7 +28,7 @@ def train(model, examples, eval_examples, tokenizer, config):
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     data = Data(Split(examples, 0, 0), Split(eval_examples, 0, 0), Split([], 0, 0))
-    optimizer = make_optimizer(model, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay, config.adam_beta2)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     for step, metrics in enumerate(updates(run)):
         window = window_at(step, examples, config.batch_size, config.seed)

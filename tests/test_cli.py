@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --template-option --supervise --eval-fraction --test-fraction --epochs --max-steps
---batch-size --lr --warmup-steps --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
+--batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2 --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
 --shard --compile --deterministic --gradient-checkpointing
 --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
 """

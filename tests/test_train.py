@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup
+from transformers import (
+    TrainingArguments,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from compute.layers import checkpoint_activations
 from compute.self_check import use_layout
@@ -119,14 +127,58 @@ def test_decay_is_for_matrices_and_embeddings(tiny_model):
         assert (id(weights) in decayed) == (not name.endswith(("norm.weight", "bias"))), name
 
 
-@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (5, 54), (12, 114), (5, 3), (1, 1)])
-def test_the_schedule_is_that_of_transformers(warmup, total):
+SCHEDULES = {  # by transformers, of an optimizer, updates of warm-up, updates in all, and of the decay of wsd
+    "cosine": lambda opt, warmup, total, _decay: get_cosine_schedule_with_warmup(opt, warmup, total),
+    "linear": lambda opt, warmup, total, _decay: get_linear_schedule_with_warmup(opt, warmup, total),
+    "constant": lambda opt, warmup, _total, _decay: get_constant_schedule_with_warmup(opt, warmup),
+    "wsd": lambda opt, warmup, total, decay: get_wsd_schedule(opt, warmup, decay, num_training_steps=total),
+}
+WITH_MIN_LR = {
+    "cosine": lambda opt, warmup, total, _decay: get_cosine_with_min_lr_schedule_with_warmup(
+        opt, warmup, total, min_lr_rate=0.1
+    ),
+    "linear": lambda opt, warmup, total, _decay: get_polynomial_decay_schedule_with_warmup(
+        opt, warmup, total, lr_end=2e-5
+    ),
+    "wsd": lambda opt, warmup, total, decay: get_wsd_schedule(
+        opt, warmup, decay, num_training_steps=total, min_lr_ratio=0.1
+    ),
+}
+
+
+def rates_of(make_scheduler, warmup, total, decay):
+    """The learning rates of a transformers' scheduler, update by update."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    for step in range(total):
-        assert learning_rate(step, 2e-4, warmup, total) == scheduler.get_last_lr()[0]
+    scheduler = make_scheduler(optimizer, warmup, total, decay)
+    for _ in range(total):
+        yield scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (5, 54), (12, 114), (5, 3), (1, 1)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedules_are_those_of_transformers(schedule, warmup, total):
+    if schedule == "wsd" and warmup + 1 > total:
+        pytest.skip("transformers' has no room for a decay")
+    expected = list(rates_of(SCHEDULES[schedule], warmup, total, math.ceil(0.1 * total)))
+    assert [learning_rate(step, 2e-4, warmup, total, schedule) for step in range(total)] == expected
+
+
+@pytest.mark.parametrize("schedule", WITH_MIN_LR)
+def test_the_schedules_end_above_zero_as_those_of_transformers(schedule):
+    expected = list(rates_of(WITH_MIN_LR[schedule], 5, 54, 11))
+    found = [learning_rate(step, 2e-4, 5, 54, schedule, min_lr=0.1, decay_fraction=0.2) for step in range(54)]
+    assert found == pytest.approx(expected, rel=1e-15 if schedule != "linear" else 1e-12)
+
+
+def test_a_warm_up_below_one_is_the_share_of_the_updates_that_trainer_takes(tmp_path):
+    for total in (1, 7, 100, 1234):
+        for share in (0.03, 0.07, 0.1, 0.5):
+            steps = TrainingArguments(str(tmp_path), warmup_steps=share).get_warmup_steps(total)
+            assert [learning_rate(step, 1.0, share, total) for step in range(total)] == [
+                learning_rate(step, 1.0, steps, total) for step in range(total)
+            ]
 
 
 def test_the_schedules_end_points():

@@ -31,8 +31,9 @@ from storage import hub
 from tests import parity, reference
 from tests.conftest import layout_of, one_batch, tiny_llama
 
-OUR_NAMES = {"num_train_epochs": "epochs", "learning_rate": "lr"} | {
-    name: name for name in "max_steps warmup_steps weight_decay max_grad_norm gradient_checkpointing seed".split()
+OUR_NAMES = {"num_train_epochs": "epochs", "learning_rate": "lr", "lr_scheduler_type": "schedule"} | {
+    name: name
+    for name in "max_steps warmup_steps weight_decay adam_beta2 max_grad_norm gradient_checkpointing seed".split()
 }
 # Windows of 8 in micro-batches of 2; the 21 conversations leave a last window of 5 and in it a last micro-batch of 1.
 USUAL = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "warmup_steps": 2}
@@ -51,6 +52,8 @@ CASES = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "another seed": {"seed": 7},
     "ten times the learning rate": {"learning_rate": 2e-3},
+    "linear, after a share of the updates": {"lr_scheduler_type": "linear", "warmup_steps": 0.2},
+    "beta2 of 0.95": {"adam_beta2": 0.95},
 }
 # Relative; for weights to the learning rates in fp32 and absolute in fp64. Learning rate and order are exact.
 TOLERANCES = {
