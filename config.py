@@ -101,7 +101,9 @@ class Config:
     supervise: str = setting("all", "assistant messages that are supervised", choices=("all", "last"))
 
     eval_dataset: str = setting("", "conversations to evaluate on, instead of a fraction of --dataset")
-    eval_fraction: float = setting(0.05, "fraction of them that selects the best checkpoint", POSITIVE_FRACTION)
+    eval_fraction: float = setting(
+        0.05, "fraction of them that selects the best checkpoint; 0: no evaluation, the last is the best", FRACTION
+    )
     test_fraction: float = setting(0.05, "fraction of them held out for the final loss; 0: none", FRACTION)
 
     epochs: int = setting(2, "passes over the training conversations", AT_LEAST_ONE)
@@ -144,8 +146,12 @@ class Config:
 
     output_dir: str = setting("", "run directory; default: runs/<preset or dataset>-<time>")
     log_every: int = setting(1, "updates between two lines of training metrics", AT_LEAST_ONE)
-    eval_every: int = setting(10, "updates between two evaluations", AT_LEAST_ONE)
-    save_every: int = setting(10, "updates between two checkpoints", AT_LEAST_ONE)
+    eval_every: int | float = setting(
+        0, "updates between two evaluations; below 1: a fraction of all; 0: at most a 20th of the time", NOT_NEGATIVE
+    )
+    save_every: int | float = setting(
+        0, "updates between two checkpoints; below 1: a fraction of all; 0: at most a 20th of the time", NOT_NEGATIVE
+    )
     keep: int = setting(2, "newest checkpoints that are kept, besides the best model", AT_LEAST_ONE)
 
 
@@ -160,6 +166,8 @@ PRESETS = {
         "dataset": ("HuggingFaceH4/ultrachat_200k",),
         "split": "test_sft",
         "max_examples": 2000,
+        "eval_every": 10,
+        "save_every": 10,
         "skip_bad_rows": 0.01,  # users cannot correct this dataset; the plan prints how many rows are skipped
     },
     # 188 training conversations: small windows, so that two epochs are 48 updates and not 12, and larger fractions
@@ -256,8 +264,9 @@ def resolve(overrides: dict, preset: str) -> Config:
             raise UserError(f"{flag_name(each.name)} must be {rule[0]}, not {value}")
         if rule and value >= MAX_NUMBER:
             raise UserError(f"{flag_name(each.name)} must be below 2**62, not {value}")
-    if config.warmup_steps > 1 and config.warmup_steps % 1:
-        raise UserError(f"--warmup-steps must be a whole number, or a fraction below 1, not {config.warmup_steps}")
+    for name in ("warmup_steps", "eval_every", "save_every"):
+        if (amount := getattr(config, name)) > 1 and amount % 1:
+            raise UserError(f"{flag_name(name)} must be a whole number, or a fraction below 1, not {amount}")
     for name, schedules in (("min_lr", "cosine linear wsd"), ("decay_fraction", "wsd")):
         if config.schedule not in schedules and getattr(config, name) != getattr(Config(), name):
             raise UserError(f"{flag_name(name)} has no effect on --schedule {config.schedule}; leave it out")

@@ -121,7 +121,7 @@ def load_data(config, tokenizer):
         "eval": evaluated or make_split(corpus, shared),
         "test": make_split(corpus, test),
     }
-    for name in ("train", "eval"):
+    for name in ("train", "eval") if config.eval_fraction or config.eval_dataset else ("train",):
         if not splits[name].examples:
             why = f"nothing is supervised in the {name} split; see --max-length"
             if not splits[name].dropped:

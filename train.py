@@ -27,7 +27,7 @@ from compute.distributed import all_reduce_sum, all_reduce_tensor, broadcast_fro
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import compiled_graphs, deterministic_algorithms
 from compute.layout import Batch, PrefetchedWindows
-from config import Parser, UserError, count_updates, run_command
+from config import Parser, UserError, run_command
 from model import Precision, token_loss
 from running import checkpoint, directory, report, resume, setup
 from running.diagnostics import explain_failed_update, explain_failed_write
@@ -119,23 +119,22 @@ def apply_if_finite(optimizer, scaler, grad_norm):
         optimizer.step()
 
 
-def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_lr=0.0, decay_fraction=0.1):
+def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_lr=0.0, decay_steps=0):
     """The learning rate of update `step` (from 0): a linear warm-up to the peak, then a decay to `min_lr` · peak.
 
-    The schedules are transformers' of the same names; "wsd" keeps the peak until the last `decay_fraction` of the
+    The schedules are transformers' of the same names; "wsd" keeps the peak until the last `decay_steps`
     updates, "constant" to the end. With a warm-up, the first update has rate 0 (in "wsd" `min_lr` · peak).
     """
-    warmup = count_updates(warmup_steps, total_steps)
-    decay = count_updates(decay_fraction, total_steps) if schedule == "wsd" else max(1, total_steps - warmup)
-    decayed = step - (total_steps - decay)  # updates of the decay so far
-    if step < warmup:
-        share, lowest = step / warmup, min_lr if schedule == "wsd" else 0.0
+    decay_steps = decay_steps if schedule == "wsd" else max(1, total_steps - warmup_steps)
+    decayed = step - (total_steps - decay_steps)  # updates of the decay so far
+    if step < warmup_steps:
+        share, lowest = step / warmup_steps, min_lr if schedule == "wsd" else 0.0
     elif schedule == "constant" or decayed < 0:
         share, lowest = 1.0, 0.0
     else:
-        share, lowest = (decay - decayed) / decay, min_lr
+        share, lowest = (decay_steps - decayed) / decay_steps, min_lr
         if schedule != "linear":
-            share = 0.5 * (1 + math.cos(math.pi * (decayed / decay)))
+            share = 0.5 * (1 + math.cos(math.pi * (decayed / decay_steps)))
     return peak * (share * (1 - lowest) + lowest)
 
 
@@ -164,7 +163,7 @@ def updates(run):
     while run.step < run.total_steps:
         began = time.perf_counter()
         run.model.train()
-        schedule = (config.warmup_steps, run.total_steps, config.schedule, config.min_lr, config.decay_fraction)
+        schedule = (run.warmup_steps, run.total_steps, config.schedule, config.min_lr, run.decay_steps)
         with explain_failed_update(run), deterministic_algorithms(config.deterministic):
             window = windows.get(run.step)
             seconds_data = time.perf_counter() - began
@@ -210,11 +209,13 @@ def fit(run, signals):
 
 def evaluate_and_save(run, signals):
     """Evaluate and save where that is due after `run.step` updates; the best model is saved at once."""
-    config, is_best = run.config, False
-    if run.evaluated < run.step and (run.step % config.eval_every == 0 or run.step >= run.total_steps):
+    is_best, is_last = False, run.step >= run.total_steps
+    if not run.data.eval.examples:
+        is_best = is_last  # without an evaluation, each saved model counts as the best so far
+    elif run.evaluated < run.step and (run.step % run.eval_every == 0 or is_last):
         is_best = evaluate_and_log(run, signals)
     run.saver.check()
-    if is_best or (run.saver.started < run.step and run.step % config.save_every == 0):
+    if is_best or checkpoint.is_due(run):
         checkpoint.save(run)
     signals.check()
 

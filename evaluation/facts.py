@@ -26,6 +26,8 @@ def run_facts(run):
     config, updates = record["config"], max((line["step"] for line in metrics), default=0)
     evaluated = [line for line in metrics if line["kind"] == "eval" and line["step"]]
     best_step = min(evaluated, key=lambda line: line["loss"])["step"] if evaluated else None
+    if not record["data"]["eval"]:  # the last model is the best
+        best_step = updates
     # A Hub id is shown as it is, of a path only its last part.
     model, *datasets = (name if is_hub_id(name) else Path(name).name for name in (config["model"], *config["dataset"]))
     return {

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import state_dict
 
-from compute.distributed import all_gather, is_rank0, is_sharded, rank, world_size
+from compute.distributed import all_gather, broadcast_from_rank0, is_rank0, is_sharded, rank, world_size
 from config import UserError
 from evaluation.facts import run_facts
 from model import save_model
@@ -59,6 +59,8 @@ def save(run):
     """
     began = time.perf_counter()
     run.saver.wait()
+    if not run.data.eval.examples:
+        run.best_step = run.step
     if run.saver.saved == run.step:  # by a signal that interrupted the evaluation which found it to be the best
         if is_rank0():
             link_best(run.directory, run.best_step)
@@ -71,6 +73,13 @@ def save(run):
     seconds = time.perf_counter() - began
     run.saver.seconds += seconds
     run.log.add_points(run.step, {"time/checkpoint": seconds})
+
+
+def is_due(run):
+    """True if a multiple of `save_every` has come since the last checkpoint, and none is being written now."""
+    if run.step // run.save_every <= run.saver.started // run.save_every:
+        return False
+    return not broadcast_from_rank0(lambda: run.saver.writing is not None)
 
 
 def take_snapshot(run):

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from compute.distributed import is_rank0, world_size
-from config import PRESETS, count_updates, format_value
+from config import PRESETS, format_value
 from data import window_at
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
@@ -50,7 +50,8 @@ def plan(run):
         "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
         f"{min(config.batch_size, len(train.examples))} {unit} in {micro_batches:.1f} micro-batches "
         f"(gradient accumulation){'' if ranks == 1 else ' of each process'}",
-        "schedule": describe_schedule(config, run.total_steps),
+        "schedule": describe_schedule(run),
+        "cadence": describe_cadence(run),
     }
     if config.shard > 1:
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
@@ -58,18 +59,26 @@ def plan(run):
     return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
 
 
-def describe_schedule(config, total_steps):
+def describe_schedule(run):
     """The learning rates of a run, for reading."""
-    warmup = count_updates(config.warmup_steps, total_steps)
-    never = " that is never reached" if warmup >= total_steps else ""
+    config, never = run.config, " that is never reached" if run.warmup_steps >= run.total_steps else ""
     decay = {
         "cosine": "then a cosine",
         "linear": "then linearly",
         "constant": "then constant",
-        "wsd": f"then constant, and in the last {count_updates(config.decay_fraction, total_steps):,} a cosine",
+        "wsd": f"then constant, and in the last {run.decay_steps:,} a cosine",
     }[config.schedule]
     end = "" if config.schedule == "constant" else f" to {config.lr * config.min_lr:g}"
-    return f"{warmup:,} updates of warm-up to a learning rate of {config.lr:g}{never}, {decay}{end}"
+    return f"{run.warmup_steps:,} updates of warm-up to a learning rate of {config.lr:g}{never}, {decay}{end}"
+
+
+def describe_cadence(run):
+    """How often a run evaluates and saves, and the share of its time that an evaluation costs, for reading."""
+    saving = f"a checkpoint every {run.save_every:,}"
+    if not run.data.eval.examples:
+        return f"{saving} updates; no evaluation: the last model is the best"
+    cost = run.data.eval.tokens / (3 * run.data.train.tokens / run.steps_per_epoch * run.eval_every)
+    return f"an evaluation every {run.eval_every:,} updates ({cost:.0%} of the time of training), {saving}"
 
 
 def summary(directory):

@@ -41,7 +41,7 @@ def find_resume_point(run, recorded):
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     logged = max((line["step"] for line in read_metrics(run)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
-    if is_finished(run) or logged > 2 * recorded["config"]["save_every"]:
+    if is_finished(run) or logged > 2 * recorded["save_every"]:
         lost = f"it logged update {logged} but has no checkpoint"
         raise UserError(f"--resume {run}: {lost}; restore them, or start a new run")
     print(f"resuming {run} from its beginning: it has no checkpoint")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compute.distributed import is_rank0
 from compute.layout import Layout
-from config import Config
+from config import Config, count_updates
 from data import Data, windows_per_epoch
 from model import Precision
 from running.checkpoint import Saver, link_best
@@ -30,6 +30,8 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     log: Log | None = None
+    eval_every: int = 1  # updates between two evaluations
+    save_every: int = 1  # and between two checkpoints
     step: int = 0  # updates done; epoch, window and learning rate are arithmetic on it
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
@@ -54,6 +56,15 @@ class Run:
     def total_steps(self):
         return self.config.max_steps or self.config.epochs * self.steps_per_epoch
 
+    @property
+    def warmup_steps(self):
+        return count_updates(self.config.warmup_steps, self.total_steps)
+
+    @property
+    def decay_steps(self):
+        """The updates in which the schedule "wsd" decays."""
+        return count_updates(self.config.decay_fraction, self.total_steps)
+
     def open(self, resumed):
         """Begin to write in the run's directory: rank 0 records what the run is, and opens its log."""
         self.log = NullLog()
@@ -64,5 +75,6 @@ class Run:
 
     def describe(self):
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
-        device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
-        return describe(self.config, self.precision, self.data) | device
+        decided = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
+        decided |= {"eval_every": self.eval_every, "save_every": self.save_every}
+        return describe(self.config, self.precision, self.data) | decided

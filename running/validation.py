@@ -26,9 +26,10 @@ def evaluate_split(run, split, signals):
 
 def evaluate_untrained(run, signals):
     """Before the first update: log the untrained model's losses and answers."""
-    evaluation = evaluate_split(run, "eval", signals)
-    run.log.write("eval", 0, evaluation.report())
-    run.log.write_losses("eval", "before", evaluation)
+    if run.data.eval.examples:
+        evaluation = evaluate_split(run, "eval", signals)
+        run.log.write("eval", 0, evaluation.report())
+        run.log.write_losses("eval", "before", evaluation)
     log_test_and_answers(run, "before", 0, signals)
 
 

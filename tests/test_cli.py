@@ -35,7 +35,8 @@ ROOT = Path(__file__).parent.parent
 TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --template-option --supervise --eval-fraction --test-fraction --epochs --max-steps
---batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2 --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
+--batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2
+--weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
 --shard --compile --deterministic --gradient-checkpointing
 --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
 """
@@ -147,10 +148,11 @@ BAD_VALUES = {
     "--weight-decay": ["-0.1"],
     "--max-grad-norm": ["-1"],
     "--warmup-steps": ["-1"],
-    "--eval-fraction": ["0", "1", "-0.5", "nan"],
+    "--eval-fraction": ["1", "-0.5", "nan"],
     "--test-fraction": ["1", "-0.1"],
     "--keep": ["0"],
-    "--eval-every": ["0"],
+    "--eval-every": ["-1", "1.5", "x"],
+    "--save-every": ["2.5"],
     "--dtype": ["int8"],
     "--preset": ["llama"],
     "--device": ["cuda:7", "abacus"],

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as eval_command
 import train as train_command
 from compute import self_check
-from config import UserError
+from config import Config, UserError
+from data import Data, Split
 from eval import Evaluation
-from running import checkpoint, validation
+from model import Precision
+from running import checkpoint, setup, validation
+from running.run import Run
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "peak_memory"}
@@ -265,6 +269,63 @@ def test_without_a_test_split_the_run_ends_well(flags, tmp_path):
     assert train_command.main([*flags, *arguments]) == 0
     assert lines(tmp_path / "run", "test") == []
     assert [line["step"] for line in lines(tmp_path / "run", "train")] == [2]
+
+
+def test_without_an_eval_split_the_last_model_is_the_best(flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*flags, "--eval-fraction", "0", "--save-every", "5", "--output-dir", str(run)]
+    real, kill = train_command.train_step, [None] * 7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_command, "train_step", lambda *a, **o: (kill.pop(), real(*a, **o))[1])
+        with pytest.raises(IndexError):
+            train_command.main(flags)
+    assert (run / "best").resolve() == run / "checkpoints" / "step-5" / "model"  # so far
+    assert train_command.main(["--resume", str(run)]) == 0
+    assert "a checkpoint every 5 updates; no evaluation: the last model is the best" in capsys.readouterr().out
+    assert (run / "best").resolve() == run / "checkpoints" / "step-16" / "model"
+    assert lines(run, "eval") == []
+    assert [line["step"] for line in lines(run, "test")] == [0, 16]
+    assert "and not evaluated" in (run / "best" / "README.md").read_text()
+    assert "the last one" in (run / "report.html").read_text()
+
+
+def test_cadences_below_one_are_shares_of_the_run(flags, tmp_path):
+    run = tmp_path / "run"
+    flags = [*flags, "--eval-every", "0.25", "--save-every", "0.3", "--keep", "9", "--output-dir", str(run)]
+    assert train_command.main(flags) == 0
+    assert [line["step"] for line in lines(run, "eval")] == [0, 3, 6, 9, 12]
+    assert {4, 8, 12} <= set(map(checkpoint.step_of, checkpoint.list_checkpoints(run)))
+    assert train_command.main([*flags, "--resume", "auto"]) == 0  # as torchrun starts it again: the same run
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("evaluated", [10, 500, 100_000])
+@pytest.mark.parametrize(("rows", "row_tokens"), [(40, 1000), (20_000, 60), (300_000, 800)])
+def test_by_default_evaluations_and_checkpoints_take_a_tenth_of_the_time(device, evaluated, rows, row_tokens):
+    train = Split([None] * rows, tokens=rows * row_tokens)
+    splits = Data(train, Split([None] * evaluated, tokens=evaluated * row_tokens), Split([]))
+    run = Run(Config(), Precision("fp32", torch.device(device)), None, None, splits, None)
+    eval_every, save_every = setup.choose_cadence(run)
+    update = 3 * row_tokens * min(32, rows / run.steps_per_epoch)
+    assert evaluated * row_tokens <= eval_every * update / 20
+    assert setup.CHECKPOINT_TOKENS[device] <= save_every * update / 20
+    # A best model that is saved at an evaluation takes no more, but where a short run would have no evaluations.
+    assert eval_every >= min(save_every, run.total_steps / 5)
+    again = Run(Config(), run.precision, None, None, splits, None)
+    start = SimpleNamespace(described={"config": vars(Config()), "eval_every": 7, "save_every": 8})
+    assert setup.choose_cadence(again, start) == (7, 8)
+
+
+def test_a_due_checkpoint_waits_while_one_is_being_written():
+    saver = SimpleNamespace(started=0, writing=None)
+    run = SimpleNamespace(step=9, save_every=10, saver=saver)
+    due = []
+    for run.step in range(1, 45):
+        saver.writing = "busy" if 0 < run.step - saver.started < 14 and saver.started else None
+        if checkpoint.is_due(run):
+            due.append(run.step)
+            saver.started = run.step
+    assert due == [10, 24, 38]
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_run_can_resume(flags, tmp_path):
