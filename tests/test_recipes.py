@@ -20,7 +20,8 @@ import eval as eval_command
 import train as train_command
 from compute import distributed
 from config import Config, Parser, UserError, count_updates, flag_name, read_recipe, resolve, with_absolute_paths
-from conversations.tokenizer import CHATML
+from conversations.masking import encode
+from conversations.tokenizer import CHATML, load_tokenizer
 from running import report, setup
 from storage import hub
 from tests.conftest import CONTROL, byte_tokenizer
@@ -416,6 +417,38 @@ def test_a_recipe_states_its_source_and_every_number(recipe):
 def test_the_recipe_of_the_experiment_is_the_preset():
     recipe = next(path for path in RECIPES if path.stem.startswith("ultrachat"))
     assert resolve(read_recipe(str(recipe)), "none") == dataclasses.replace(resolve({}, "ultrachat"), preset="none")
+
+
+MESSAGES = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "2+2?"), ("assistant", "4")]
+RENDERED = {  # as the published templates write the messages; </s> stands for the end-of-text token
+    "tulu": "<|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\n[Hello.</s>]\n<|user|>\n2+2?\n<|assistant|>\n[4</s>]",
+    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n[Hello.</s>]\n"
+    "<|user|>\n2+2?</s>\n<|assistant|>\n[4</s>]\n",
+    "smollm2": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    "<|im_start|>assistant\n[Hello.<|im_end|>]\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[4<|im_end|>]\n",
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_template_writes_and_supervises_what_the_published_one_does(name, tiny_model_dir):
+    tokenizer = load_tokenizer(str(tiny_model_dir), True, str(RECIPES[0].with_name(f"{name}.jinja")))
+    messages = [{"role": role, "content": content, "train": True} for role, content in MESSAGES]
+    (example,) = encode([messages], tokenizer)
+    shown, inside = "", False
+    for token, label in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
+        if (label != -100) != inside:
+            shown, inside = shown + "]["[not inside], not inside
+        shown += tokenizer.decode([token])
+    shown = (shown + "]" * inside).replace("<|endoftext|>", "</s>")
+    expected = RENDERED[name]
+    assert shown in (expected, expected.rstrip("\n"))  # what follows the last answer's end is cut off
+    alone = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    start = {"tulu": "<|user|>\nHi\n", "zephyr": "<|user|>\nHi<|endoftext|>\n"}
+    start = start.get(name, f"{system}<|im_start|>user\nHi<|im_end|>\n")
+    assert alone == start + ("<|im_start|>assistant\n" if name == "smollm2" else "<|assistant|>\n")
 
 
 def rates_of_transformers(config, total):
