@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Olmo3Config, SmolLM3Config, get_scheduler
 from transformers.models.auto import AutoModelForCausalLM
@@ -91,6 +91,14 @@ def resolve_named(named):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(named=CONFIGS)
+@example(
+    named={
+        "model": "a\x00\x1f\x7f\x85\"'\\\n\r\t\u2028\U0001f600",
+        "dataset": ("\x7f", "#"),
+        "lr": 1e-300,
+        "min_lr": 5e-324,
+    }
+)
 def test_a_config_that_is_written_and_read_is_the_same(named, tmp_path):
     try:
         config = resolve_named(named)
@@ -199,6 +207,11 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
     assert refusal(parse, "--config", missing) == f"--config {missing}: No such file or directory"
     assert refusal(parse, "--config", tmp_path) == f"--config {tmp_path}: Is a directory"
     assert refusal(parse, "--config", "") == "--config is empty; leave it out, or name something"
+
+
+def test_an_integer_is_a_number(tmp_path):
+    named = parse("--config", write(tmp_path / "recipe.toml", "lr = 1\nwarmup-steps = 2\n"))
+    assert list(map(repr, named.values())) == ["1.0", "2"]  # as the flags' values, which config.json records
 
 
 def test_an_empty_recipe_names_nothing(tmp_path):
