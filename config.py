@@ -7,12 +7,15 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import io
+import json
 import math
 import os
 import re
 import signal
 import sys
+import tomllib
 import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -36,6 +39,7 @@ def rewrite_errors(old: str, new: str) -> Iterator[None]:
 
 # The rule of a setting: its text and its predicate.
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
+WHOLE_OR_SHARE = ("a whole number, or a fraction below 1", lambda value: value >= 0 and (value < 1 or value % 1 == 0))
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 POSITIVE_FRACTION = ("above 0 and below 1", lambda value: 0 < value < 1)
@@ -116,7 +120,7 @@ class Config:
         choices=("cosine", "linear", "constant", "wsd"),
     )
     warmup_steps: int | float = setting(
-        12, "updates until the peak learning rate; below 1: a fraction of all", NOT_NEGATIVE
+        12, "updates until the peak learning rate; below 1: a fraction of all", WHOLE_OR_SHARE
     )
     min_lr: float = setting(0.0, "learning rate at the end, as a fraction of the peak", FRACTION)
     decay_fraction: float = setting(0.1, "fraction of the updates in which wsd decays", POSITIVE_FRACTION)
@@ -147,10 +151,10 @@ class Config:
     output_dir: str = setting("", "run directory; default: runs/<preset or dataset>-<time>")
     log_every: int = setting(1, "updates between two lines of training metrics", AT_LEAST_ONE)
     eval_every: int | float = setting(
-        0, "updates between two evaluations; below 1: a fraction of all; 0: at most a 20th of the time", NOT_NEGATIVE
+        0, "updates between two evaluations; below 1: a fraction of all; 0: at most a 20th of the time", WHOLE_OR_SHARE
     )
     save_every: int | float = setting(
-        0, "updates between two checkpoints; below 1: a fraction of all; 0: at most a 20th of the time", NOT_NEGATIVE
+        0, "updates between two checkpoints; below 1: a fraction of all; 0: at most a 20th of the time", WHOLE_OR_SHARE
     )
     keep: int = setting(2, "newest checkpoints that are kept, besides the best model", AT_LEAST_ONE)
 
@@ -205,6 +209,9 @@ class Parser(argparse.ArgumentParser):
     def add_config_flags(self, names: Collection[str] | None = None) -> None:
         """Add flags for the named fields of `Config`, all by default. A flag that is not given is not in the result."""
         types = typing.get_type_hints(Config)
+        help = "recipe: a TOML file of settings, by the names of these flags, which override it"
+        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
+        self.settings = types.keys() if names is None else names
         for each in dataclasses.fields(Config):
             if each.name in GROUPS:
                 group = self.add_argument_group(GROUPS[each.name])
@@ -224,11 +231,15 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
         """Parse a command line into two dicts: the fields of `Config` that it names, and the other options."""
         options = vars(self.parse_args(argv))
+        if options.get("config"):  # what a flag names comes before what the recipe has
+            recipe = read_recipe(options["config"])
+            options = {name: value for name, value in recipe.items() if name in self.settings} | options
         for name, value in options.items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
-            if name in ("output_dir", "resume", "html") and value:
+            if name in ("output_dir", "resume", "html", "write_config") and value:
                 options[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
+        options.pop("config", None)
         overrides = {each.name: options.pop(each.name) for each in dataclasses.fields(Config) if each.name in options}
         return lists_to_tuples(overrides), options
 
@@ -259,14 +270,7 @@ def resolve(overrides: dict, preset: str) -> Config:
         settings = {name: value for name, value in settings.items() if name == "model"}
     config = Config(**{**settings, **overrides, "preset": preset})
     for each in dataclasses.fields(Config):
-        value, rule = getattr(config, each.name), each.metadata["rule"]
-        if rule and not rule[1](value):
-            raise UserError(f"{flag_name(each.name)} must be {rule[0]}, not {value}")
-        if rule and value >= MAX_NUMBER:
-            raise UserError(f"{flag_name(each.name)} must be below 2**62, not {value}")
-    for name in ("warmup_steps", "eval_every", "save_every"):
-        if (amount := getattr(config, name)) > 1 and amount % 1:
-            raise UserError(f"{flag_name(name)} must be a whole number, or a fraction below 1, not {amount}")
+        check_rule(getattr(config, each.name), each, flag_name(each.name))
     for name, schedules in (("min_lr", "cosine linear wsd"), ("decay_fraction", "wsd")):
         if config.schedule not in schedules and getattr(config, name) != getattr(Config(), name):
             raise UserError(f"{flag_name(name)} has no effect on --schedule {config.schedule}; leave it out")
@@ -276,19 +280,29 @@ def resolve(overrides: dict, preset: str) -> Config:
     return config
 
 
+def check_rule(value, each, name):
+    """Raise `UserError` where a value breaks the rule of its field of `Config`; `name` is what the user calls it."""
+    rule = each.metadata["rule"]
+    if rule and not rule[1](value):
+        raise UserError(f"{name} must be {rule[0]}, not {value}")
+    if rule and value >= MAX_NUMBER:
+        raise UserError(f"{name} must be below 2**62, not {value}")
+
+
 def lists_to_tuples(settings: dict) -> dict:
     """Settings with the tuples of `Config` instead of the lists of a parser or of JSON."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-def with_absolute_paths(overrides: dict) -> dict:
-    """Settings with absolute paths of existing files and directories, so that a run can be resumed from anywhere."""
+def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
+    """Settings with absolute paths of what exists in `base`, so that a run can be resumed from anywhere."""
 
     def absolute(name):
         amount = re.search(r"[:#][^:#/]*$", name)
         for end in (len(name), amount.start() if amount else 0):
-            if name[:end] and Path(name[:end]).expanduser().exists():
-                return str(Path(name[:end]).expanduser().absolute()) + name[end:]
+            path = base / Path(name[:end]).expanduser()
+            if name[:end] and path.exists():
+                return str(path.absolute()) + name[end:]
         return name
 
     paths = {name: absolute(overrides[name]) for name in ("model", "eval_dataset") if name in overrides}
@@ -297,6 +311,77 @@ def with_absolute_paths(overrides: dict) -> dict:
     if "dataset" in overrides:
         paths["dataset"] = tuple(map(absolute, overrides["dataset"]))
     return {**overrides, **paths}
+
+
+# --- recipes: flat TOML files of settings, by the names of their flags
+
+TOML_TYPES = {  # of the types of Config: the types of TOML that are read as them
+    str: ((str,), "a string"),
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    int | float: ((int, float), "a number"),
+    tuple[str, ...]: ((list,), "a list of strings"),
+}
+
+
+def read_recipe(path: str) -> dict:
+    """The settings in a recipe; the files that it names are found beside it, or else as those of flags are.
+
+    Raises:
+        UserError: it is not such a file, or a setting in it is unknown, or has a wrong type or value.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        recipe = tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    fields = {flag_name(each.name).removeprefix("--"): each for each in dataclasses.fields(Config)}
+    settings = {}
+    for key, value in recipe.items():
+        line = re.search(rf"""^[ \t[]*["']?{re.escape(key)}["']?[ \t]*[]=.]""", text, re.MULTILINE)
+        place = f"{path}:{text.count(chr(10), 0, line.start()) + 1}" if line else path
+        if isinstance(value, dict):
+            raise UserError(f"{place}: {key!r} is a table; a recipe has none, only lines like epochs = 2")
+        if key not in fields:
+            texts = {text: name for name, each in fields.items() for text in (name, each.metadata["help"])}
+            (nearest,) = difflib.get_close_matches(key.replace("_", "-"), texts, n=1, cutoff=0)
+            raise UserError(f"{place}: there is no setting {key!r}; the nearest is {texts[nearest]} (--help lists all)")
+        settings[fields[key].name] = check_value(value, fields[key], f"{place}: {key}")
+    return with_absolute_paths(settings, Path(path).expanduser().parent.resolve())
+
+
+def check_value(value, each, name):
+    """A recipe's value of a field of `Config`, in the type of the field; raises `UserError` where it cannot be that."""
+    kind = typing.get_type_hints(Config)[each.name]
+    types, expected = TOML_TYPES[kind]
+    parts = value if isinstance(value, list) else [value]
+    if type(value) not in types or (parts is value and any(not isinstance(part, str) for part in parts)):
+        raise UserError(f"{name} must be {expected}, not {json.dumps(value, default=str)}")
+    if not parts or "" in parts:
+        raise UserError(f"{name} is empty; leave it out, or name something")
+    choices = each.metadata["parsing"].get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    check_rule(value, each, name)
+    return float(value) if kind is float else value
+
+
+def write_recipe(config: Config, path: str) -> None:
+    """Write the settings of a `Config`, all that can be named, to a new file: as a recipe that makes the same again."""
+    blocks = []
+    for each in dataclasses.fields(Config):
+        value = getattr(config, each.name)
+        if value not in ("", ()) and (each.name, value) != ("preset", "none"):
+            toml = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # all that JSON and TOML differ in
+            blocks.append(f"# {each.metadata['help']}\n{flag_name(each.name).removeprefix('--')} = {toml}\n")
+    try:
+        content = "\n".join(blocks).encode()
+        with open(path, "xb") as file:
+            file.write(content)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--write-config {path}: cannot write it ({reason}); name a new file") from error
 
 
 class DetachableFile(io.FileIO):

@@ -326,6 +326,7 @@ def command(argv, signals):
     parser.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
     parser.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and what a new run takes, and stop")
+    parser.add_argument("--write-config", metavar="FILE", help="write all settings to a new recipe, and stop")
     parser.add_config_flags()
     named, options = parser.parse(argv)
     if options["allow_changes"] and not options["resume"]:
@@ -333,6 +334,8 @@ def command(argv, signals):
     hub.quiet_libraries()
     try:
         path = resume.find_run_to_resume(options["resume"], named)
+        if options["write_config"]:
+            return setup.write_config(path, named, options["write_config"])
         if path:
             return resume_run(path, named, options["allow_changes"], options["dry_run"], signals)
         return start_run(named, options["dry_run"], signals)

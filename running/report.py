@@ -12,6 +12,18 @@ from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
 from storage.durable import replace_file
 
+# The lowest and highest peak rates of published full fine-tuning, by size of the model, and whose they are; a row holds
+# up to that many billion parameters.
+PUBLISHED_RATES = (
+    (0.05, "", 0.0, math.inf),  # none is known to us
+    (0.7, "135 to 360 million", 5e-5, 1e-3),  # smol-course 1_instruction_tuning; alignment-handbook smollm2/config_smol
+    (2.2, "1.5 to 1.7 billion", 1e-5, 3e-4),  # open-r1 Qwen2.5-1.5B-Instruct; alignment-handbook smollm2
+    (5, "3 billion", 2e-5, 5e-5),  # alignment-handbook smollm3; smol-course unit 1 (SmolLM3-3B-Base)
+    (10, "7 to 8 billion", 5e-6, 8e-5),  # open-instruct tulu3 8B; olmo3 7B instruct
+    (20, "13 to 15 billion", 5e-6, 2e-5),  # open-instruct olmo2 13B; alignment-handbook starchat2-15b
+    (45, "32 billion", 4e-6, 1e-4),  # open-instruct olmo2 32B; olmo3 32B think
+    (150, "70 billion", 2e-6, 1e-5),  # open-instruct tulu3 70B; tulu2 70B
+)
 SAMPLED = 50  # windows whose micro-batches are counted for the plan: reading all of them can take long
 
 
@@ -56,7 +68,17 @@ def plan(run):
     if config.shard > 1:
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
-    return "\n".join(shown + [f"  warning   {warning}" for warning in data.warnings])
+    warnings = data.warnings + warn_of_rate(config.lr, parameters)
+    return "\n".join(shown + [f"  warning   {warning}" for warning in warnings])
+
+
+def warn_of_rate(lr, parameters):
+    """A list of one warning where a learning rate is outside what was published for models of that size, else empty."""
+    for most, sizes, lowest, highest in PUBLISHED_RATES:
+        if parameters <= most * 1e9:
+            published = f"published runs of models of {sizes} parameters used {lowest:g} to {highest:g}"
+            return [] if lowest <= lr <= highest else [f"--lr {lr:g}: {published}"]
+    return []
 
 
 def describe_schedule(run):

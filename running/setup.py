@@ -10,12 +10,12 @@ from compute.distributed import all_gather, broadcast_from_rank0, rank
 from compute.layers import checkpoint_activations
 from compute.memory import check_model_fits, keep_freed_memory
 from compute.self_check import choose_layout
-from config import TEMPLATE_SETTINGS, count_updates, resolve, with_absolute_paths
+from config import TEMPLATE_SETTINGS, count_updates, resolve, with_absolute_paths, write_recipe
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import load_data
 from model import choose_precision, load_on_ranks, token_loss
-from running.resume import check_same_run, get_recorded_budget
+from running.resume import check_same_run, get_recorded_budget, load_resumed_config
 from running.run import Run
 from storage import hub
 from storage.records import describe
@@ -29,6 +29,17 @@ def choose_config(named):
     """The `Config` of a new run, of the settings that the user named and a preset's; and why it is that preset."""
     preset, why = broadcast_from_rank0(hub.choose_preset, named)
     return resolve(with_absolute_paths(named), preset), why
+
+
+def write_config(directory, named, file):
+    """Write the settings of a new run, or of the one in a directory, to a recipe. Returns the exit status."""
+    if directory:  # for another run, which will have a directory of its own
+        config = dataclasses.replace(load_resumed_config(directory, named)[0], output_dir="")
+    else:
+        config, _ = choose_config(named)
+    broadcast_from_rank0(write_recipe, config, file)
+    print(f"written to {file}")
+    return 0
 
 
 def load_run(config, start=None, allow_changes=False):

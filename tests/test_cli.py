@@ -38,17 +38,17 @@ TRAIN_FLAGS = """
 --batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2
 --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
 --shard --compile --deterministic --gradient-checkpointing
---output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run
+--output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run --config --write-config
 """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
---template-option --supervise --eval-fraction --test-fraction --seed --show --json --html
+--template-option --supervise --eval-fraction --test-fraction --seed --show --json --html --config
 """
 EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
 --supervise --eval-fraction --test-fraction --seed --device --dtype
 --layout --micro-batch-tokens --against --prompts --greedy --max-new-tokens --html --json
---chat --system --temperature --top-p --repetition-penalty --text --push-to-hub
+--chat --system --temperature --top-p --repetition-penalty --text --push-to-hub --config
 """
 
 
