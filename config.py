@@ -100,6 +100,7 @@ class Config:
     skip_bad_rows: float = setting(
         0.0, "fraction of rows that may be invalid; 0: none; without a value: 0.1", FRACTION, nargs="?", const=0.1
     )
+    drop_columns: tuple[str, ...] = setting((), "columns of a dataset that are left out before it is read", nargs="+")
     chat_template: str = setting("chatml", "chat template: chatml, model (the model's own), or a .jinja file")
     template_option: tuple[str, ...] = setting((), "arguments of the template: enable_thinking=false", nargs="+")
     supervise: str = setting("all", "assistant messages that are supervised", choices=("all", "last"))
@@ -187,7 +188,7 @@ PRESETS = {
         "save_every": 24,
     },
 }
-DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows")  # not applied to another dataset than a run's own
+DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows", "drop_columns")  # not applied to another dataset
 TEMPLATE_SETTINGS = ("chat_template", "template_option")
 RUN_FORMAT = 3  # of a run directory
 

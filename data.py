@@ -31,8 +31,8 @@ from storage import hub
 from storage.durable import replace_file
 
 DATA_FLAGS = (
-    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows chat_template "
-    "template_option supervise eval_fraction test_fraction seed"
+    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows drop_columns "
+    "chat_template template_option supervise eval_fraction test_fraction seed"
 ).split()
 
 
@@ -145,18 +145,18 @@ def load_eval_dataset(config, tokenizer):
     """The `Split` of `--eval-dataset`, the digests of its conversations, and notes about it."""
     with rewrite_errors("--dataset", "--eval-dataset"):
         all_of_it = dataclasses.replace(config, max_examples=0)  # which is of --dataset
-        corpus, rows = load_once([config.eval_dataset], all_of_it, tokenizer)
+        corpus, rows = load_once([config.eval_dataset], all_of_it, tokenizer, may_lack_columns=True)
     notes = [f"--eval-dataset: {note}" for note in corpus.notes]
     return make_split(corpus, rows), {corpus.digests[row] for row in rows}, notes
 
 
-def load_once(dataset, config, tokenizer):
+def load_once(dataset, config, tokenizer, may_lack_columns=False):
     """A corpus for an evaluation, and the numbers of the conversations that are used, each of them once."""
     sources = [parse_source(text) for text in dataset]
     for source in sources:
         if source.weight > 1:
             raise UserError(f"--dataset {source.name}:{source.weight:g}: an evaluation uses each conversation once")
-    corpus = load_corpus(sources, config, tokenizer)
+    corpus = load_corpus(sources, config, tokenizer, may_lack_columns)
     return corpus, choose_rows(corpus.source_of, sources, config.seed)
 
 

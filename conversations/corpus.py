@@ -72,18 +72,20 @@ class Corpus:
         return [self.columns["source"][rows[0]] for rows in self.conversations]
 
 
-def load_corpus(sources, config, tokenizer):
+def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     """The `Corpus` of some sources under the settings of a `Config`: from the cache, or made and put there."""
     max_length = config.max_length or tokenizer.model_max_length
     reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
-    reading["plain"] = config.chat_template == "chatml"
+    reading |= {"plain": config.chat_template == "chatml", "drop": config.drop_columns}
     key = cache_key(sources, tokenizer, {**reading, "supervise": config.supervise, "max_length": max_length})
 
     def write(directory):
         make_corpus(directory, sources, reading, tokenizer, config.supervise, max_length)
 
     directory = cached(f"corpora/{key[:16]}", {"key": key}, write, "the cached corpus")
-    notes = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
+    notes, absent = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
+    if absent and not may_lack_columns:
+        raise UserError(f"--drop-columns {' '.join(absent)}: no row has such a column")
     rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(directory / "rows.arrow"))).read_all()
     return Corpus(rows, notes, max_length)
 
@@ -125,7 +127,8 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     if conversations < examples:
         why = "the template writes an earlier answer differently from the last"
         notes.append(f"{conversations:,} conversations, {examples:,} examples: {why}")
-    (directory / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+    absent = [name for name in reading["drop"] if name not in report.dropped]
+    (directory / "notes.json").write_text(json.dumps([notes, absent]), encoding="utf-8")
 
 
 def encode_rows(rows, tokenizer, supervise, skip, report):

@@ -3,12 +3,14 @@
 A conversation is a list of messages `{"role", "content", "train"}`; `train` says whether an assistant's message may be
 supervised. An assistant's message may have `tool_calls`, as OpenAI writes them with arguments as an object, and its
 reasoning as `thinking`; a tool's result the `name` of the tool and its `tool_call_id`; the first message the `tools` on
-offer, as JSON schemas. Every row is checked before anything is tokenised, and an invalid one is named by file and line.
+offer, as JSON schemas, and the row's own arguments of the chat template, `template_options`. Every row is checked
+before anything is tokenised, and an invalid one is named by file and line.
 """
 
 import functools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -30,6 +32,7 @@ class ReadReport:
     rows: int = 0
     formats: Counter = field(default_factory=Counter)
     ignored: Counter = field(default_factory=Counter)  # columns and keys that no format uses
+    dropped: Counter = field(default_factory=Counter)  # columns that rows had, and that were to be dropped
     bad: Counter = field(default_factory=Counter)  # invalid rows, by reason
     locations: dict = field(default_factory=dict)  # of each reason the first few: (file:line, where in the row)
 
@@ -71,16 +74,18 @@ class ReadReport:
         summary = f"{count:,} of {self.rows:,} rows are invalid{limit}; correct them{advice}"
         more = sum(list(self.bad.values())[SHOWN_PROBLEMS:])
         rest = [f"… and {more:,} more"] if more else []
-        raise UserError("\n  ".join([summary, *problems[:SHOWN_PROBLEMS], *rest]))
+        separator = ": " if len(problems) == 1 and count == self.rows else "\n  "
+        raise UserError(separator.join([summary, *problems[:SHOWN_PROBLEMS], *rest]))
 
 
-def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, report=None):
+def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, drop=(), report=None):
     """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked.
 
     Args:
         max_examples: stop after so many rows; 0: all.
         skip_bad_rows: the share of rows that may be left out; 0: none.
-        plain: refuse tools and reasoning, for which ChatML has no place.
+        plain: refuse tools, reasoning and arguments of a template, for which ChatML has no place.
+        drop: the columns without which the rows are read.
         report: a `ReadReport` to fill; it is checked once all rows have been read.
     """
     report = ReadReport() if report is None else report
@@ -89,10 +94,11 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
             if max_examples and report.rows == max_examples:
                 break
             report.rows += 1
+            if isinstance(row, dict):
+                report.dropped.update(row.keys() & set(drop))
+                row = {name: value for name, value in row.items() if name not in drop}
             try:
-                messages = parse_row(row, report)
-                if plain:
-                    check_plain(messages)
+                messages = parse_row(row, report, plain)
             except InvalidRow as problem:
                 report.add_bad_row(problem, location)
             else:
@@ -111,7 +117,7 @@ def read_file(path, **options):
 # --- a row
 
 
-def parse_row(row, report):
+def parse_row(row, report, plain=False):
     """The messages of a row in any known format; `InvalidRow` if it has none, or nothing that can be supervised."""
     if isinstance(row, InvalidRow):
         raise row
@@ -122,44 +128,109 @@ def parse_row(row, report):
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
     matching = [entry for entry in FORMATS if row.keys() >= set(entry[1])]
     if not matching:
-        known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
-        raise InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
+        raise explain_format(row)
     name, keys, optional, parse = matching[0]
-    unused = row.keys() - {*keys, *optional, *SYSTEM_KEYS, "tools"}
-    check_supported(unused, row)
+    used = {*keys, *optional, *SYSTEM_KEYS, "tools", "chat_template_kwargs"}
+    unused = {key: value for key, value in row.items() if key not in used}
+    check_columns(row, unused)
     messages, tools = parse(row, report), parse_tools(row.get("tools"))
+    options = parse_template_options(row.get("chat_template_kwargs"))
     match_results_to_calls(messages, tools)
-    for key in [key for key in SYSTEM_KEYS if row.get(key) not in EMPTY][:1]:
-        if any(message["role"] == "system" for message in messages):
-            raise InvalidRow('a "system" beside the messages, and a system message among them')
-        messages = [make_message("system", row[key], "system"), *messages]
+    if plain:
+        check_plain(messages, tools, options)
+    messages = place_system_text(messages, row)
     replies = [message for message in messages if message["role"] == "assistant"]
     if not replies:
         raise InvalidRow("no message is the assistant's: nothing would be supervised")
     if not any(message["train"] for message in replies):
         raise InvalidRow("every message of the assistant's is excluded from training")
-    if tools:
-        messages[0]["tools"] = tools
+    messages[0] |= {key: value for key, value in (("tools", tools), ("template_options", options)) if value}
     report.formats[name] += 1
-    report.ignored.update(unused)
+    report.ignored.update(unused.keys())
     return messages
 
 
-def check_supported(names, values, where=""):
+def explain_format(row):
+    """An `InvalidRow` for a row in no format, with what to do if its shape is a known one."""
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    question, answer = (next((key for key in keys if key in texts), "") for keys in (QUESTION_KEYS, ANSWER_KEYS))
+    if question and answer:
+        names = {question: "instruction", "context": "input", answer: "output"}  # Alpaca's
+        advice = ", ".join(f'"{old}" to "{new}"' for old, new in names.items() if old in row and old != new)
+        return InvalidRow(f'no known format: it has "{question}" and "{answer}"; rename {advice}')
+    for key, advice in SHAPES.items():
+        if key in row:
+            return InvalidRow(f'no known format: it has "{key}"; {advice}')
+    known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
+    return InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
+
+
+def check_columns(row, unused):
+    """Raise `InvalidRow` for a column that cannot be read, or without which the row would mean something else."""
+    for name, value in row.items():
+        if isinstance(value, InvalidRow):
+            raise InvalidRow(f"{value.reason}; correct it, or --drop-columns {name}", f'"{name}"')
+    check_supported(unused)
+    for name, value in unused.items():
+        if not parse_train({name: value}) or (name in ("label", "kto_tag") and value is False):  # for KTO
+            problem = f'"{name}": {str(value).lower()}, which says that the completion is not wanted'
+            raise InvalidRow(f"{problem}; remove the row, or --drop-columns {name}")
+
+
+def check_supported(unused, where=""):
     """Raise `InvalidRow` for a key without which a row or message would mean something else, unless it is empty."""
     for name in UNSUPPORTED:
-        if name in names and values[name] not in EMPTY:
-            raise InvalidRow(f'"{name}" is not supported; write it into the content, or remove it', where)
+        value = unused.get(name)
+        is_switch = name in REASONING_KEYS and str(value).lower() in SWITCHES  # of a dataset, and not the reasoning
+        if value not in EMPTY and not is_switch:
+            advice = "write it into the content, or remove it" + f" (--drop-columns {name})" * (not where)
+            raise InvalidRow(f'"{name}" is not supported; {advice}', where)
 
 
-def check_plain(messages):
+def check_plain(messages, tools, options):
     """Raise `InvalidRow` for what ChatML has no place for."""
     advice = "use --chat-template model, or a file, with a template that has it, or write it into the content"
+    found = [(name, "") for name, value in (("tools", tools), ("chat_template_kwargs", options)) if value]
     for number, message in enumerate(messages, 1):
-        for key, what in (("tools", "tools"), ("tool_calls", "tools"), ("thinking", "reasoning")):
-            if key in message:
-                where = "" if key == "tools" else f"message {number}"
-                raise InvalidRow(f"--chat-template chatml has no {what}; {advice}", where)
+        for key, what in (("tool_calls", "tools"), ("thinking", "reasoning")):
+            found += [(what, f"message {number}")] * (key in message)
+    for what, where in found:
+        also = "" if where else f", or --drop-columns {what}"
+        raise InvalidRow(f"--chat-template chatml has no {what}; {advice}{also}", where)
+
+
+def parse_train(given, where=""):
+    """Whether the flags of a message, a part of one or a row let it be supervised; `InvalidRow` if they are unclear."""
+    flags = {}
+    for name, value in given.items():
+        is_known = name in TRAIN_IF_TRUE or name in TRAIN_IF_FALSE
+        if is_known and value in (0, 1):  # False and True are these too
+            flags[name] = bool(value) == (name in TRAIN_IF_TRUE)
+        elif is_known or (FLAG_NAME.search(name) and (not isinstance(value, str) or value.lower() in FLAG_TEXTS)):
+            advice = 'write "train": true or false, or remove it' + f" (--drop-columns {name})" * (not where)
+            raise InvalidRow(f'"{name}" does not tell clearly whether to train on it; {advice}', where)
+    if len(set(flags.values())) > 1:
+        raise InvalidRow(f"{' and '.join(flags)} contradict each other", where)
+    return all(flags.values())
+
+
+def place_system_text(messages, row):
+    """The messages, without empty system messages, after the system text beside them, if that is not among them."""
+    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    given = [parse_text(row[key], f'"{key}"', may_be_empty=True) for key in SYSTEM_KEYS if row.get(key) not in EMPTY]
+    texts = {text.strip(): text for text in given if text.strip()}
+    among = {message["content"].strip() for message in messages if message["role"] == "system"}
+    if len(texts) > 1 or (among and texts.keys() - among):
+        raise InvalidRow("different system texts beside the messages, or beside and among them")
+    return messages if among else [*(make_message("system", text, "system") for text in texts.values()), *messages]
+
+
+def parse_template_options(value):
+    """A row's own arguments of the chat template; in a table null, "" and [] stand for those that are not given."""
+    options = {} if value in EMPTY else parse_json_value(value, '"chat_template_kwargs"', "")
+    if not isinstance(options, dict):
+        raise InvalidRow('"chat_template_kwargs" is not a JSON object')
+    return {name: item for name, item in options.items() if item not in (None, "", [], {})}
 
 
 def make_message(role, content, key):
@@ -196,17 +267,16 @@ def parse_message(given, where):
         raise InvalidRow(f"an unknown role (known: {', '.join(ROLES)})", f"{where}, {given['role']!r:.40}")
     if given["role"] == "function_call":  # ShareGPT's: a call in place of a content
         given = {**given, "content": "", "tool_calls": given.get("content")}
-    unused = given.keys() - {"role", "content", "train", "weight", *MORE_KEYS.get(role, ())}
-    check_supported(unused, given, where)
-    more = parse_more({key: given[key] for key in given.keys() - unused if given[key] not in EMPTY}, role, where)
-    if "content" not in given and not more:
+    train = parse_train(given, where)
+    used = {"role", "content", *TRAIN_IF_TRUE, *TRAIN_IF_FALSE, *MORE_KEYS.get(role, ())}
+    unused = {key: value for key, value in given.items() if key not in used}
+    check_supported(unused, where)
+    more = parse_more({key: given[key] for key in given.keys() & used if given[key] not in EMPTY}, role, where)
+    if "content" not in given and not more and role != "system":
         raise InvalidRow("no content", where)
-    may_be_empty = bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
+    may_be_empty = role == "system" or bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
     content = parse_text(given.get("content", ""), where, may_be_empty=may_be_empty)
-    train = given.get("train", given.get("weight", True))
-    if train not in (0, 1):  # False and True are these too
-        raise InvalidRow('"train" must be true or false, "weight" 0 or 1', where)
-    return {"role": role, "content": content, "train": bool(train), **more}, unused
+    return {"role": role, "content": content, "train": train, **more}, unused
 
 
 def parse_more(given, role, where):
@@ -233,6 +303,8 @@ def parse_text(content, where, what="its content", may_be_empty=False):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
             raise InvalidRow(f'{what} has parts that are not {{"type": "text", "text": …}}', where)
+        if not all(parse_train(part, where) for part in content):
+            raise InvalidRow(f"{what} has a part that is not to be trained on, which only a message can be", where)
         content = "".join(texts)
     if not isinstance(content, str):
         raise InvalidRow(f"{what} is not a string", where)
@@ -253,8 +325,9 @@ def parse_json_value(value, what, where):
     try:
         value = json.loads(value) if isinstance(value, str) else value
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InvalidRow(f"{what} is not valid JSON", where) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        detail = f": {error}" if isinstance(error, TypeError) else ""  # of a date or the like, from a table
+        raise InvalidRow(f"{what} is not valid JSON{detail}", where) from error
     return value
 
 
@@ -313,8 +386,6 @@ def match_results_to_calls(messages, tools):
 
 def parse_prompt_and_completion(row, report):
     """A prompt and its completion, as strings or as messages; only the completion is supervised."""
-    if row.get("label") is False:
-        raise InvalidRow('"label": false, which says that the completion is not wanted; remove the row')
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         return [
             make_message("user", row["prompt"], "prompt"),
@@ -352,3 +423,25 @@ UNSUPPORTED = (
     "functions function_call tool_calls reasoning_content reasoning thinking history images videos audios".split()
 )
 EMPTY = (None, False, "", "[]", "{}", [], {})
+SWITCHES = "on off true false yes no enabled disabled auto none low medium high".split()
+# The flags of axolotl, LLaMA-Factory, mistral-finetune, ms-swift, OpenAI, tinker, torchtune, verl and xtuner.
+TRAIN_IF_TRUE = "train training trainable is_trainable weight loss loss_weight learn supervise supervised".split()
+TRAIN_IF_FALSE = "masked is_masked ignore ignored no_loss".split()
+FLAG_TEXTS = {"true", "false", "0", "1", *ROLE_NAMES}
+FLAG_NAME = re.compile(  # of others, which may mean either, as `mask` does, or a part, as axolotl's `train_detail` does
+    r"(^|_|(?<=[a-z])(?=[A-Z]))(?i:(no|un)?(train(able|ed|ing)?|loss|mask(ed|ing)?|weight(s|ed)?|learn(able)?|"
+    r"supervis(ed|ion)|grad|backprop))(?=_|$|[A-Z])|^(is_)?((skip|exclude|ignore|include|keep)d?|context_only)$"
+)
+# The keys of shapes that are not read, and what to do.
+QUESTION_KEYS = "prompt question query problem instruction input inputs user human".split()
+ANSWER_KEYS = "completion response answer output outputs target targets solution assistant gpt".split()
+SHAPES = {
+    **dict.fromkeys(
+        "conversation dialog dialogue chat turns items".split(),
+        'rename it to "messages", a list of objects with "role" and "content"',
+    ),
+    "rejected": 'these are preferences; to train on the chosen answers alone, rename "chosen" to "messages" if it is a '
+    'list of them, or to "completion" if it is the answer to a "prompt"',
+    "input_ids": "name the conversations that the tokens were made of",
+    "text": 'write what the user and the assistant say as "messages", or as "prompt" and "completion"',
+}

@@ -1,6 +1,7 @@
 """Where conversations come from: files, directories and datasets on the Hub, read row by row with their locations."""
 
 import io
+import itertools
 import json
 import re
 import textwrap
@@ -124,8 +125,9 @@ def read_rows(source, split):
     """
     files = find_files(source.name)
     if not files:
-        rows = hub.load_hub_dataset(source.name, source.config, split)
-        yield from ((f"{source.name} ({split}) row {number}", drop_nulls(row)) for number, row in enumerate(rows))
+        # As Arrow has it: what `datasets` makes of a value no longer tells the nulls of JSON from those of a table.
+        dataset = hub.load_hub_dataset(source.name, source.config, split).with_format("arrow")
+        yield from read_table(f"{source.name} ({split})", dataset.iter(batch_size=1000))
     for path in files:
         try:
             if hub.is_lfs_pointer(path):
@@ -140,16 +142,44 @@ def read_parquet(path, stream):
     """Yield `(location, row)` of a Parquet file."""
     # Parquet is read from its end: compressed, all of it is needed.
     file = pyarrow.BufferReader(stream.read()) if path.suffix.lower() in COMPRESSED else path
-    batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from ((f"{path} row {number}", drop_nulls(row)) for number, row in enumerate(rows))
+    yield from read_table(path, pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000))
 
 
-def drop_nulls(value):
-    """A value from a table without the keys that only other rows have: a table fills them with null."""
-    if isinstance(value, dict):
-        return {name: drop_nulls(item) for name, item in value.items() if item is not None}
-    return list(map(drop_nulls, value)) if isinstance(value, list) else value
+def read_table(name, batches):
+    """Yield `(location, row)` of the Arrow batches of a table; a value that Python cannot have is an `InvalidRow`."""
+    numbers = itertools.count()
+    for batch in batches:
+        for values in zip(*map(read_column, batch.columns), strict=True):
+            yield f"{name} row {next(numbers)}", dict(zip(batch.schema.names, values, strict=True))
+
+
+def read_column(column):
+    """Yield the values of a column as JSON has them, or else an `InvalidRow`."""
+    decode = make_decoder(column.type)
+    for value in column:
+        try:
+            yield decode(value.as_py())
+        except Exception as error:  # not UTF-8, not JSON, a year above 9999: whatever Python has against it
+            yield InvalidRow(f"a value that cannot be read ({type(error).__name__})")
+
+
+def make_decoder(kind):
+    """A function from the values of an Arrow type to those of JSON; what JSON has no place for stays what it is.
+
+    The keys that only other rows have are left out, as a table fills them with null. `arrow.json` is JSON text.
+    """
+    if isinstance(kind, pyarrow.JsonType):
+        return lambda value: None if value is None else json.loads(value)
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: make_decoder(field.type) for field in kind}
+        return lambda value: value and {key: fields[key](item) for key, item in value.items() if item is not None}
+    if pyarrow.types.is_map(kind):
+        decode = make_decoder(kind.item_type)
+        return lambda value: None if value is None else {key: decode(item) for key, item in value}
+    if pyarrow.types.is_nested(kind) and hasattr(kind, "value_type"):  # a list
+        decode = make_decoder(kind.value_type)
+        return lambda value: value and [decode(item) for item in value]
+    return lambda value: value
 
 
 def read_json(path, stream):

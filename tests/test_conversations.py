@@ -366,7 +366,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "two_systems.jsonl": (
         lines(GOOD, {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"}),
-        ':2: a "system" beside the messages, and a system message among them',
+        ":2: different system texts beside the messages, or beside and among them",
     ),
     "history.jsonl": (lines({"instruction": "a", "output": "b", "history": [["q"]]}), ':1: "history" is not supported'),
     "cut_short.jsonl": (lines(GOOD) + lines(GOOD)[:30], ":2: the file ends within this row: it is truncated"),
@@ -374,7 +374,10 @@ BROKEN = {  # file name: content, the line it must give after the path
     "latin1.jsonl": (lines(GOOD) + '{"messages": "é"}\n'.encode("latin-1"), ":2: byte 15: not UTF-8"),
     "binary.jsonl": (b"\x00\x01\x02\n", ":1: column 1, "),
     "deep.jsonl": (DEEP + b"\n", ":1: not valid JSON: maximum recursion depth"),
-    "other_keys.jsonl": (lines(GOOD, {"text": "Hi"}), f":2: keys text: {NO_FORMAT}"),
+    "other_keys.jsonl": (
+        lines(GOOD, {"text": "Hi"}),
+        ':2: no known format: it has "text"; write what the user and the assistant say as "messages", or as "prompt"',
+    ),
     "no_messages.jsonl": (lines(GOOD, {"messages": []}), ':2: "messages" is not a list of messages'),
     "messages_text.jsonl": (
         lines(GOOD, {"messages": "Hi"}),
@@ -412,7 +415,7 @@ BROKEN = {  # file name: content, the line it must give after the path
     ),
     "half_weight.jsonl": (
         chat(user("Hi"), assistant("x", weight=0.5)),
-        ':2: message 2: "train" must be true or false, "weight" 0 or 1',
+        ':2: message 2: "weight" does not tell clearly whether to train on it; write "train"',
     ),
     "tool_calls.jsonl": (
         chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])),
@@ -600,5 +603,5 @@ def test_a_dataset_without_valid_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"instruction\+output; correct that row$"):
         read_file(path)
     path.write_bytes(lines({}, {}))
-    with pytest.raises(UserError, match=r"^2 of 2 rows are invalid; correct them\n"):
+    with pytest.raises(UserError, match=r"^2 of 2 rows are invalid; correct them: 2 × no known format.*jsonl:2$"):
         read_file(path)

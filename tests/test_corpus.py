@@ -10,12 +10,15 @@ import torch
 from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
 
 import data as data_command
+import eval as eval_command
+import train as train_command
 from config import UserError, resolve
 from conversations import corpus
 from conversations.masking import encode
 from conversations.tokenizer import load_tokenizer
 from data import keep_duplicates_together, load_data, load_split
 from storage.cache import cache_directory
+from storage.records import read_record
 
 
 def a_chat(text, answer="Yes."):
@@ -79,6 +82,40 @@ def test_another_option_has_another_cache_entry(tiny_tokenizer, write, change):
     known = set(before.glob("[!.]*"))
     prepared(tiny_tokenizer, path, **change)
     assert len(set(before.glob("[!.]*")) - known) == 1
+
+
+def test_columns_are_dropped_before_the_rows_are_read(tiny_tokenizer, write):
+    chats = [a_chat(f"{number}") for number in range(20)]
+    plain = write("plain.jsonl", chats)
+    path = write("a.jsonl", [{**chat, "images": ["a.png"], "system": "s", "id": 1} for chat in chats])
+    with pytest.raises(UserError, match=r'"images" is not supported; .*, or remove it \(--drop-columns images\)'):
+        prepared(tiny_tokenizer, path)
+    dropped = prepared(tiny_tokenizer, path, drop_columns=["images", "system"])
+    assert dropped.fingerprint == prepared(tiny_tokenizer, plain).fingerprint
+    assert dropped.fingerprint != prepared(tiny_tokenizer, path, drop_columns=["images"]).fingerprint
+    own = prepared(tiny_tokenizer, path, drop_columns=["images", "system"], eval_dataset=plain + "#4")
+    assert len(own.eval.examples) == 4  # whose rows have neither
+    for _ in range(2):  # read, and then from the cache
+        for load in (load_data, load_split):
+            config = resolve({"dataset": [path], "drop_columns": ["images", "imagse"]}, "none")
+            with pytest.raises(UserError, match=r"^--drop-columns imagse: no row has such a column$"):
+                load(config, tiny_tokenizer)
+
+
+def test_dropped_columns_are_a_setting_of_a_run(chats, tiny_model_dir, tmp_path, capsys):
+    rows = [{**json.loads(line), "history": ["x"], "note": 1} for line in Path(chats).read_text().splitlines()]
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", str(tiny_model_dir), "--dataset", str(path), "--drop-columns", "history", "note"]
+    assert data_command.main([*flags, "--show", "1"]) == 0
+    assert "not used" not in capsys.readouterr().out
+    run = tmp_path / "run"
+    assert train_command.main([*flags, "--max-steps", "1", "--device", "cpu", "--output-dir", str(run)]) == 0
+    assert read_record(run)["config"]["drop_columns"] == ["history", "note"]
+    assert eval_command.main([str(run)]) == 0
+    assert eval_command.main([str(run), "--dataset", str(chats)]) == 0  # which has no such columns
+    with pytest.raises(UserError, match="--drop-columns"):
+        train_command.main(["--resume", str(run), "--drop-columns", "history"])
 
 
 def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_model_dir, write, monkeypatch):
