@@ -481,7 +481,8 @@ def rates_of_transformers(config, total):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_schedule_of_a_recipe_is_that_of_transformers(recipe, total):
     config = resolve(read_recipe(str(recipe)), "none")
-    schedule = (config.warmup_steps, total, config.schedule, config.min_lr, config.decay_fraction)
+    warmup_steps, decay_steps = (count_updates(each, total) for each in (config.warmup_steps, config.decay_fraction))
+    schedule = (warmup_steps, total, config.schedule, config.min_lr, decay_steps)
     found = [learning_rate(step, config.lr, *schedule) for step in range(total)]
     assert found == pytest.approx(list(rates_of_transformers(config, total)), rel=1e-14, abs=0)
 
