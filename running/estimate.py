@@ -12,11 +12,13 @@ from evaluation.facts import format_bytes, format_duration
 from running.diagnostics import explain_failed_update
 from running.metrics import peak_memory
 
+ENOUGH = 4  # seconds
+
 
 def estimate(run, train_step):
     """What a run that has not begun takes, for reading; of memory the rank that takes the most. Nothing is written."""
-    seconds = run.total_steps * measure_seconds(run, train_step)
-    peak, memory = all_reduce_max(peak_memory(run.precision.device)), device_memory(run.precision.device)
+    update_seconds, peak = measure_update(run, train_step)
+    seconds, memory = run.total_steps * update_seconds, device_memory(run.precision.device)
     fits = "" if peak < 0.9 * memory else ": may not fit, use a lower --micro-batch-tokens"
     # Weights and moments; besides those kept, the best one, and a new one before an old one is removed.
     disk = (run.config.keep + 2) * 12 * sum(weights.numel() for weights in run.model.parameters())
@@ -31,18 +33,35 @@ def estimate(run, train_step):
     return "\n".join(lines)
 
 
-def measure_seconds(run, train_step):
-    """The seconds of an average update: those of the first one, scaled by its tokens."""
+def measure_update(run, train_step):
+    """The seconds of an average update, and the peak memory of a full micro-batch in bytes, about.
+
+    Measured are updates over the shortest conversations of the first window, twice as many each time, until one takes
+    `ENOUGH` seconds; from the last two it is told what more tokens take.
+    """
     config, train = run.config, run.data.train
     settings = {"precision": run.precision, "scaler": run.precision.grad_scaler()}
     settings["max_grad_norm"] = config.max_grad_norm
+    window = sorted(window_at(0, train.examples, config.batch_size, config.seed), key=lambda one: len(one.input_ids))
+
+    def measure(count):
+        """The tokens, seconds and peak bytes of an update over the first `count` conversations."""
+        micro_batches = list(run.layout.local_micro_batches(window[:count]))
+        began = time.perf_counter()
+        tokens = train_step(run.model, run.optimizer, micro_batches, 0.0, **settings)["tokens"]
+        return tokens, all_reduce_max(time.perf_counter() - began), all_reduce_max(peak_memory(run.precision.device))
+
     run.model.train()
     with explain_failed_update(run):
-        window = list(run.layout.local_micro_batches(window_at(0, train.examples, config.batch_size, config.seed)))
-        train_step(run.model, run.optimizer, window[:1], 0.0, **settings)  # compiles, and allocates what stays
-        start = time.perf_counter()
-        tokens = train_step(run.model, run.optimizer, window, 0.0, **settings)["tokens"]
-        return (time.perf_counter() - start) / tokens * train.tokens / run.steps_per_epoch
+        measure(1)  # compiles, and allocates what stays
+        count, before, last = 1, measure(1), measure(min(2, len(window)))
+        while last[1] < ENOUGH and count < len(window):
+            count *= 2
+            before, last = last, measure(min(count, len(window)))
+    seconds, bytes_ = ((max(0, last[of] - before[of]) / max(1, last[0] - before[0])) for of in (1, 2))
+    per_update = train.tokens / run.steps_per_epoch
+    full = min(run.layout.tokens * world_size(), per_update)
+    return last[1] + seconds * (per_update - last[0]), round(last[2] + bytes_ * max(0, full - last[0]))
 
 
 def device_memory(device):
