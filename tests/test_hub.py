@@ -337,7 +337,7 @@ def test_the_hub_gives_models_and_datasets(with_hub, tiny_model_dir):
 
 
 def test_the_hub_is_asked_for_what_was_named_and_told_nothing_else(with_hub, tiny_model_dir):
-    """By themselves the libraries count downloads, describe the process, and have pickled weights converted elsewhere."""
+    """By themselves the libraries count downloads, describe the process, and have pickled weights converted."""
     assert with_hub["model of pickled weights"] == ["acme/pickled", False, "Hi there", first_embedding(tiny_model_dir)]
     asked = [urlsplit(path).path for path, _ in REQUESTS]
     assert [path for path in asked if path != "/" and not Hub.ADDRESS.fullmatch(path)] == []
