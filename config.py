@@ -46,13 +46,7 @@ POSITIVE_FRACTION = ("above 0 and below 1", lambda value: 0 < value < 1)
 MAX_NUMBER = 2**62  # above every setting: seeds, and their sum with an epoch, are 64-bit integers
 
 # The groups of --help, each by its first setting.
-GROUPS = {
-    "preset": "model and data",
-    "eval_dataset": "splits",
-    "epochs": "optimization",
-    "device": "memory and speed",
-    "output_dir": "run directory",
-}
+GROUPS = {"preset": "data", "epochs": "what is learned", "device": "memory and speed", "output_dir": "the run"}
 
 
 def parse_number(text: str) -> int | float:
@@ -207,8 +201,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def add_config_flags(self, names: Collection[str] | None = None) -> None:
-        """Add flags for the named fields of `Config`, all by default. A flag that is not given is not in the result."""
+    def add_config_flags(self, names: Collection[str] | None = None) -> argparse._ArgumentGroup:
+        """Add flags for the named fields of `Config`, all by default. A flag that is not given is not in the result.
+
+        Returns the last group of flags, that of the run.
+        """
         types = typing.get_type_hints(Config)
         help = "recipe: a TOML file of settings, by the names of these flags, which override it"
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
@@ -228,6 +225,7 @@ class Parser(argparse.ArgumentParser):
                 metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[kind]
                 options |= {"type": parse_number if kind == int | float else kind, "metavar": metavar}
             group.add_argument(flag_name(each.name), **options)
+        return group
 
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
         """Parse a command line into two dicts: the fields of `Config` that it names, and the other options."""

@@ -323,11 +323,11 @@ def main(argv):
 def command(argv, signals):
     """The command, as each rank runs it. Returns the exit status."""
     parser = Parser(prog="train.py", description="Fine-tune a causal language model on conversations.")
-    parser.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
-    parser.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, and what a new run takes, and stop")
-    parser.add_argument("--write-config", metavar="FILE", help="write all settings to a new recipe, and stop")
-    parser.add_config_flags()
+    group = parser.add_config_flags()
+    group.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
+    group.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")
+    group.add_argument("--dry-run", action="store_true", help="print the plan, and what a new run takes, and stop")
+    group.add_argument("--write-config", metavar="FILE", help="write all settings to a new recipe, and stop")
     named, options = parser.parse(argv)
     if options["allow_changes"] and not options["resume"]:
         raise UserError("--allow-changes needs --resume")

@@ -121,13 +121,13 @@ def format_summary(facts):
     for answer in facts["answers"]:
         sampled = " (sampled)" if answer["decoding"] == "sampled" else ""
         lines += ["", f"  > {answer['prompt']}{sampled}", *side_by_side(answer["before"], answer["after"])]
-    run = facts["directory"]
+    run = shlex.quote(facts["directory"])
     lines += [
         "",
-        f"  the best model   {run}/best",
-        f"  the report       {run}/{REPORT}",
-        f"  ask it           python eval.py {shlex.quote(run)} --prompts 'Your question'",
-        f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(run).parent))}",
+        f"  chat with it     python eval.py {run} --chat",
+        f"  serve it         transformers serve {run}/best   (needs: pip install 'transformers[serving]')",
+        f"  read its report  {facts['directory']}/{REPORT}",
+        f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(facts['directory']).parent))}",
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ The libraries retry an unreachable Hub for about a minute before they fail; here
 import contextlib
 import functools
 import json
+import os
 import textwrap
 import threading
 from pathlib import Path
@@ -182,7 +183,11 @@ def choose_preset(named):
 
 
 def quiet_libraries():
-    """Turn off the progress bars and warnings of the libraries; errors stay."""
+    """Turn off the progress bars, warnings and telemetry of the libraries; errors stay."""
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    # A Hub model with only pickled weights would be named, with the user's token, to a service that converts it.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     for library in (datasets.logging, transformers.utils.logging):

@@ -65,6 +65,29 @@ def test_the_command_line_is_frozen(command, flags, capsys):
     assert shown - {"--help", "--no-compile", "--no-deterministic", "--no-gradient-checkpointing"} == set(flags.split())
 
 
+GROUPS = {
+    "data": "--preset --model --dataset --eval-dataset --supervise --test-fraction",
+    "what is learned": "--epochs --batch-size --lr --adam-beta2 --seed",
+    "memory and speed": "--device --dtype --micro-batch-tokens --shard --compile",
+    "the run": "--output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run",
+}
+
+
+@pytest.mark.parametrize("command", [train_command, data_command, eval_command])
+def test_the_help_has_its_flags_in_four_groups(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    groups = dict(re.findall(r"^(\w[\w ]*):\n((?:(?:  .*)?\n)+)", capsys.readouterr().out, re.M))
+    groups.pop("positional arguments", None)
+    placed = {flag: name for name, text in groups.items() for flag in re.findall(r"^  (--[\w-]+)", text, re.M)}
+    for name, flags in GROUPS.items():
+        assert {placed.get(flag, name) for flag in flags.split()} == {name}
+    named = [name for name in groups if name != "options"]  # those are the command's own
+    assert named == [name for name in GROUPS if name in placed.values()]
+    if command is train_command:
+        assert "options" not in placed.values()
+
+
 def test_every_flag_has_a_help_text_and_its_default(capsys):
     with pytest.raises(SystemExit):
         train_command.main(["--help"])

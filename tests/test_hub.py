@@ -48,6 +48,8 @@ CHATS = {"train": [chat(f"train {n}") for n in range(6)], "test_sft": [chat(f"te
 
 # --- the Hub
 
+REQUESTS = []  # of all that were answered: path and user agent
+
 
 class Hub(BaseHTTPRequestHandler):
     """The requests of the libraries that look up and download a repository.
@@ -83,6 +85,7 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def answer(self, status, body=b"", error=None):
+        REQUESTS.append((self.path, self.headers.get("User-Agent", "")))
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Repo-Commit", COMMIT)
@@ -177,6 +180,7 @@ def online():
     gave["unknown model"] = attempt(hub.find_model, "acme/unknown")
     gave["unknown dataset"] = attempt(rows, "acme/unknown", "train")
     gave["model"] = attempt(load, "acme/tiny")
+    gave["model of pickled weights"] = attempt(load, "acme/pickled")
     gave["rows"] = attempt(rows, "acme/chats", "test_sft")
     gave["scripted"] = attempt(rows, "acme/scripted", "train")
     with mock.patch("time.sleep"):  # the libraries wait 23 s in all between their attempts
@@ -201,6 +205,7 @@ def online():
     gave["another configuration"] = attempt(rows, "acme/configured", "train")
     gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
     gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
+    gave["contacted"] = list(CONTACTED)
     return gave
 
 
@@ -261,6 +266,8 @@ def repositories(tmp_path_factory, tiny_model_dir):
     shutil.copytree(tiny_model_dir, root / "sharded")
     (root / "sharded" / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(root / "sharded", max_shard_size="50KB")
+    shutil.copytree(root / "sharded", root / "pickled", ignore=shutil.ignore_patterns("model*"))
+    torch.save(AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict(), root / "pickled/pytorch_model.bin")
     data = root / "chats" / "data"
     data.mkdir(parents=True)
     for split, conversations in CHATS.items():
@@ -274,6 +281,7 @@ def repositories(tmp_path_factory, tiny_model_dir):
         '- {config_name: other, data_files: [{split: train, path: "data/test_sft-*"}]}\n---\n'
     )
     models = {"acme/tiny": tiny_model_dir, "acme/severed": tiny_model_dir, "acme/sharded": root / "sharded"}
+    models["acme/pickled"] = root / "pickled"
     chats = dict.fromkeys(("chats", "killed", "partly", "severed"), root / "chats")
     others = {name: root / name for name in ("scripted", "configured")}
     return {
@@ -326,6 +334,16 @@ def first_embedding(directory):
 def test_the_hub_gives_models_and_datasets(with_hub, tiny_model_dir):
     assert with_hub["model"] == ["acme/tiny", False, "Hi there", first_embedding(tiny_model_dir)]
     assert with_hub["rows"] == CHATS["test_sft"]
+
+
+def test_the_hub_is_asked_for_what_was_named_and_told_nothing_else(with_hub, tiny_model_dir):
+    """By themselves the libraries count downloads, describe the process, and have pickled weights converted."""
+    assert with_hub["model of pickled weights"] == ["acme/pickled", False, "Hi there", first_embedding(tiny_model_dir)]
+    asked = [urlsplit(path).path for path, _ in REQUESTS]
+    assert [path for path in asked if path != "/" and not Hub.ADDRESS.fullmatch(path)] == []
+    assert {*with_hub["contacted"]} <= {"127.0.0.1", "datasets-server.127.0.0.1"}  # the Hub's list of Parquet files
+    about_the_run = "agent/|file_type|from_auto_class|is_ci"
+    assert [agent for _, agent in REQUESTS if re.search(about_the_run, agent)] == []
 
 
 def test_the_cache_serves_them_after_one_request(without_hub, tiny_model_dir):

@@ -104,12 +104,21 @@ def test_losses_of_another_evaluation_give_no_interval(run):
         assert loss["difference"] == f"{loss['after']['loss'] - loss['before']['loss']:+.4f}"
 
 
+def test_a_run_ends_by_naming_what_to_do_next(run, tmp_path):
+    moved = run.rename(tmp_path / "my run")
+    chat, serve, report, _ = summary(moved).splitlines()[-4:]
+    assert chat.endswith(f"  python eval.py '{moved}' --chat")
+    assert f"  transformers serve '{moved}'/best " in serve
+    assert (moved / "best" / "config.json").exists()
+    assert report.endswith(f"  {moved}/report.html")
+
+
 def test_lost_lines_of_the_log_lose_only_their_part(run, tiny_tokenizer):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     for kept in ([], lines[:1], lines[1:], lines[3:4]):
         (run / "metrics.jsonl").write_text("".join(kept))
         assert page(run_facts(run), [], tiny_tokenizer).startswith(PAGE)
-        assert "the best model" in summary(run)
+        assert f"{run}/best" in summary(run)
     first, *_, last = [line for line in map(json.loads, lines) if line["kind"] == "train"]  # as --log-every 2 leaves
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, last)))
     assert run_facts(run)["cost"]["tokens"] == round(3 / 2 * (first["tokens"] + last["tokens"]))
