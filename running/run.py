@@ -65,4 +65,5 @@ class Run:
     def describe(self):
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
+        device["layout"] = self.layout.record()
         return describe(self.config, self.precision, self.data) | device
