@@ -239,7 +239,7 @@ def evaluate_model(model_name, config, options):
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
     examples = {name: split.examples for name, split in splits.items()} | {"text": text}
-    longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=1024)
+    longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=256)
     model = load_model(path, tokenizer, precision.device, local_files_only)
     pad_id = tokenizer.pad_token_id
     layout = choose_layout(model, loss_and_correct, config, pad_id, precision, longest=longest, training=False)

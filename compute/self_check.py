@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from compute.attention import PACKED, compiles
 from compute.distributed import full_tensor, is_sharded
-from compute.layers import compile_layers, in_eval_mode
+from compute.layers import compile_layers, in_eval_mode, without_router_loss
 from compute.layout import Layout, random_examples
 from compute.memory import CPU_TOKENS, is_out_of_memory, measure_micro_batch_budget
 from config import UserError, first_line
@@ -30,9 +30,7 @@ class Mismatch(Exception):
     """A layout is not exact for a model."""
 
 
-def choose_layout(
-    model, loss_function, config, pad_id, precision, longest=1024, budget=0, recorded=None, training=True
-):
+def choose_layout(model, loss_function, config, pad_id, precision, longest=256, budget=0, recorded=None, training=True):
     """The fastest exact `Layout` for a model; the model's attention is set to it, and with `--compile` compiled.
 
     Args:
@@ -139,7 +137,7 @@ def check_causal(model, config, precision):
     ids = random_examples([8], vocabulary)[0].input_ids.to(precision.device)
     changed = torch.cat([ids[:4], (ids[4:] + 1) % vocabulary])
     with in_eval_mode(model), precision.autocast():
-        first, second = model(input_ids=torch.stack([ids, changed]), use_cache=False).logits[:, :4].float()
+        first, second = logits_of(model, torch.stack([ids, changed]))[:, :4].float()
     if relative_difference([first], [second]) > TOLERANCES[precision.name]:
         reason = "not a causal language model, as earlier tokens' logits depend on later tokens"
         raise UserError(f"--model {config.model}: {reason}")
@@ -208,7 +206,7 @@ def check_head(model, precision):
             hooks.enter_context(module.register_forward_hook(use_random_states))
         for largest_logit in (1.0, 1e3):
             hidden = random * (largest_logit / F.linear(random, weight).abs().max())
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = logits_of(model, ids)
             if not relative_difference([logits], [F.linear(hidden, weight, bias)]) <= TOLERANCES["fp32"]:
                 raise Mismatch("its output head is more than a matrix product")
 
@@ -271,6 +269,11 @@ def relative_difference(tensors, expected):
     differences = [ours - own for ours, own in zip(tensors, expected, strict=True)]
     norm, of_expected = (torch.stack([each.norm() for each in all_of]).norm() for all_of in (differences, expected))
     return (norm / of_expected).item()
+
+
+def logits_of(model, ids):
+    """A model's own logits, (B, T, V), of ids, (B, T)."""
+    return model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits
 
 
 def vocabulary_size(model):
