@@ -86,10 +86,10 @@ def get_recorded_measurements(start, config, precision):
 
     Its layout holds unless a setting that decides it has changed; its budget of tokens also needs the same device.
     """
-    before = start.described if start else None
-    if before is None or any(
+    before = start.described if start else {}
+    if before.get("precision") != precision.name or any(
         before["config"][name] != getattr(config, name)
-        for name in ("layout", "device", "dtype", "compile", "gradient_checkpointing")
+        for name in ("layout", "device", "compile", "gradient_checkpointing")
     ):
         return {}
     same = before.get("device") == precision.describe()
