@@ -58,6 +58,7 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
     if config.compile and training:
         layout = replace(layout, compiled=True)
         compile_and_check(model, loss_function, layout, {precision: expected[precision]}, config)
+    del expected  # gradients, before the free memory is measured
     tokens = config.micro_batch_tokens or budget or (CPU_TOKENS if precision.device.type == "cpu" else 0)
     tokens = tokens or measure_micro_batch_budget(model, loss_function, layout, precision, longest, training)
     return replace(layout, tokens=tokens)
