@@ -73,7 +73,12 @@ def find_layout(model, loss_function, config, own, recorded, expected):
     for layout in [replace(own, **recorded)] if recorded else allowed[config.layout]:
         try:
             with failures_as_mismatches():
-                check_layout(model, loss_function, layout, expected)
+                if not layout.own_logits:
+                    check_head(model, next(iter(expected)))
+                if layout.packed:
+                    check_attention(model)
+                use_layout(model, layout)
+                compare(model, loss_function, layout, expected)
             return replace(layout, why=whys[0]) if whys else layout
         except Mismatch as why:
             whys.append(str(why))
@@ -98,16 +103,6 @@ def failures_as_mismatches():
             raise
         kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "  # of `packed_attention`
         raise Mismatch(f"{kind}{first_line(error)}") from error
-
-
-def check_layout(model, loss_function, layout, expected):
-    """Raise `Mismatch` unless a layout gives the expected results; the model's attention is set to it."""
-    if not layout.own_logits:
-        check_head(model, next(iter(expected)))
-    if layout.packed:
-        check_attention(model)
-    use_layout(model, layout)
-    compare(model, loss_function, layout, expected)
 
 
 def use_layout(model, layout):
@@ -137,8 +132,9 @@ def check_causal(model, config, precision):
     vocabulary = vocabulary_size(model)
     ids = random_examples([8], vocabulary)[0].input_ids.to(precision.device)
     changed = torch.cat([ids[:4], (ids[4:] + 1) % vocabulary])
+    options = {"use_cache": False, **without_router_loss(model)}
     with in_eval_mode(model), precision.autocast():
-        first, second = logits_of(model, torch.stack([ids, changed]))[:, :4].float()
+        first, second = model(input_ids=torch.stack([ids, changed]), **options).logits[:, :4].float()
     if relative_difference([first], [second]) > TOLERANCES[precision.name]:
         reason = "not a causal language model, as earlier tokens' logits depend on later tokens"
         raise UserError(f"--model {config.model}: {reason}")
@@ -168,11 +164,7 @@ def check_positions(model, config, longest):
 def count_positions(model, text_config):
     """The length of a model's table of positions, whether learned or computed; infinite for a model without one."""
     named = (*model.named_parameters(), *model.named_buffers())
-    tables = [
-        len(table)
-        for name, table in named
-        if re.search(r"pos|wpe", name) and table.ndim == 2 and table.is_floating_point()
-    ]
+    tables = [len(t) for name, t in named if re.search(r"pos|wpe", name) and t.ndim == 2 and t.is_floating_point()]
     padding = [  # RoBERTa and its kin number the positions from the one after the padding
         module.padding_idx + 1
         for name, module in model.named_modules()
@@ -207,7 +199,7 @@ def check_head(model, precision):
             hooks.enter_context(module.register_forward_hook(use_random_states))
         for largest_logit in (1.0, 1e3):
             hidden = random * (largest_logit / F.linear(random, weight).abs().max())
-            logits = logits_of(model, ids)
+            logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits
             if not relative_difference([logits], [F.linear(hidden, weight, bias)]) <= TOLERANCES["fp32"]:
                 raise Mismatch("its output head is more than a matrix product")
 
@@ -270,11 +262,6 @@ def relative_difference(tensors, expected):
     differences = [ours - own for ours, own in zip(tensors, expected, strict=True)]
     norm, of_expected = (torch.stack([each.norm() for each in all_of]).norm() for all_of in (differences, expected))
     return (norm / of_expected).item()
-
-
-def logits_of(model, ids):
-    """A model's own logits, (B, T, V), of ids, (B, T)."""
-    return model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits
 
 
 def vocabulary_size(model):

@@ -48,6 +48,8 @@ MODELS = {  # the kind, its configuration, its layout, and why it is not packed
 
 def tiny(kind, options):
     """A model of a kind with weights large enough that attention depends on what it attends to."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options)).eval()
     for weights in model.parameters():
