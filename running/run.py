@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compute.distributed import is_rank0
+from compute.layers import list_extra_losses
 from compute.layout import Layout
 from config import Config
 from data import Data, windows_per_epoch
@@ -64,5 +65,6 @@ class Run:
 
     def describe(self):
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
-        device = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
-        return describe(self.config, self.precision, self.data) | device
+        found = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
+        found |= {"layout": self.layout.record(), "losses_left_out": list_extra_losses(self.model)}
+        return describe(self.config, self.precision, self.data) | found
