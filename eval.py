@@ -34,7 +34,7 @@ from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
 from evaluation.texts import load_text, read_prompts
-from model import Precision, choose_precision, load_model, loss_and_correct, token_loss
+from model import Precision, choose_precision, load_model, loss_and_correct
 from storage import hub
 from storage.durable import replace_file
 
@@ -239,10 +239,10 @@ def evaluate_model(model_name, config, options):
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
     examples = {name: split.examples for name, split in splits.items()} | {"text": text}
-    longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=1024)
+    longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=256)
     model = load_model(path, tokenizer, precision.device, local_files_only)
     pad_id = tokenizer.pad_token_id
-    layout = choose_layout(model, token_loss, config, pad_id, precision, longest=longest, training=False)
+    layout = choose_layout(model, loss_and_correct, config, pad_id, precision, longest=longest, training=False)
     held_out = {name: rows for name, rows in examples.items() if rows and name != "train"}
     evaluations = {name: evaluate(model, rows, layout, precision) for name, rows in held_out.items()}
     losses = {name: evaluation.report() for name, evaluation in evaluations.items()}

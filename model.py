@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
 from compute.distributed import broadcast_from_rank0, check_shard, is_rank0, local_world_size, shard, world_size
+from compute.layers import without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
 from storage.hub import LOADING_ERRORS, explain_load_error
@@ -198,13 +199,13 @@ def loss_and_correct(model, batch):
 
 def supervised_states(model, batch):
     """Hidden states where the next token is supervised, (N, H): only these go through the output head."""
-    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, H)
-    return hidden.flatten(0, 1).index_select(0, batch.predicting)
+    output = model.base_model(**batch.inputs, use_cache=False, **without_router_loss(model))
+    return output.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)
 
 
 def full_logits(model, batch):
     """The same positions' logits, (N, V), of all that the model computes, (B, T, V)."""
-    logits = model(**batch.inputs, use_cache=False).logits
+    logits = model(**batch.inputs, use_cache=False, **without_router_loss(model)).logits
     return logits.flatten(0, 1).index_select(0, batch.predicting)
 
 

@@ -1,8 +1,23 @@
-"""Ways to run a model's layers: compiled, with recomputed activations, deterministic, without dropout."""
+"""Ways to run a model: compiled, with recomputed activations, deterministic, without dropout or a router's loss."""
 
 import contextlib
 
 import torch
+
+EXTRA_LOSSES = ("output_router_logits", "z_loss_coefficient")  # settings of models; `Trainer` adds what they ask for
+
+
+def list_extra_losses(model):
+    """The settings by which a model would add another loss to the cross-entropy; none is computed.
+
+    They are means over all tokens of a forward pass, so they depend on how a window is cut into micro-batches.
+    """
+    return [name for name in EXTRA_LOSSES if getattr(model.config.get_text_config(), name, None)]
+
+
+def without_router_loss(model):
+    """The argument of a forward pass with which a mixture does not compute its router's loss."""
+    return {"output_router_logits": False} if "output_router_logits" in list_extra_losses(model) else {}
 
 
 def checkpoint_activations(model):

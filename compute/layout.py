@@ -58,6 +58,10 @@ class Layout:
         why = f" (not packed: {self.why})" if self.why else ""
         return f"{name}{head}, {self.tokens:,} tokens at a time{why}{', compiled' if self.compiled else ''}"
 
+    def record(self):
+        """What was found out about the model, as JSON: a resumed run does not find it out again."""
+        return {"packed": self.packed, "own_logits": self.own_logits, "why": self.why}
+
     def micro_batches(self, examples):
         """Iterate over the micro-batches of some examples, those with the most tokens first."""
         return map(self.collate, self.plan_micro_batches(examples))

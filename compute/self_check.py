@@ -2,9 +2,13 @@
 
 Packed conversations, and the output head applied to supervised tokens alone, are exact for most models. They are wrong
 for a model whose attention has a sliding window or a cap, or that scales its logits. Nothing is assumed about a model:
-a small batch goes through its own forward pass, padded, and through each faster layout.
+each conversation of a small batch goes through its own forward pass alone, then all through each faster layout: in
+fp32, in which rounding hides nothing, and in the run's precision, which may have other kernels.
 """
 
+import contextlib
+import math
+import re
 from dataclasses import replace
 
 import torch
@@ -12,60 +16,93 @@ from torch.nn import functional as F
 
 from compute.attention import PACKED, compiles
 from compute.distributed import full_tensor, is_sharded
-from compute.layers import compile_layers, in_eval_mode
+from compute.layers import compile_layers, in_eval_mode, without_router_loss
 from compute.layout import Layout, random_examples
-from compute.memory import CPU_TOKENS, measure_micro_batch_budget
+from compute.memory import CPU_TOKENS, is_out_of_memory, measure_micro_batch_budget
 from config import UserError, first_line
 
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
 # Relative, of loss and gradient: 16 bits round. Where conversations see each other, the difference is a third or more.
-TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
+TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 
 
 class Mismatch(Exception):
     """A layout is not exact for a model."""
 
 
-def choose_layout(model, token_loss, config, pad_id, precision, longest=1024, budget=0, training=True):
+def choose_layout(model, loss_function, config, pad_id, precision, longest=256, budget=0, recorded=None, training=True):
     """The fastest exact `Layout` for a model; the model's attention is set to it, and with `--compile` compiled.
 
     Args:
-        token_loss: `model.token_loss`, whose result is checked.
+        loss_function: what is checked: `model.token_loss`, or for an evaluation `model.loss_and_correct`.
         longest: tokens of the longest conversation in the data.
         budget: tokens of a micro-batch where `--micro-batch-tokens` does not set it; 0: what the memory allows.
-        training: False for an evaluation, which needs no memory for gradients and is never compiled.
+        recorded: `Layout.record` of the run that is resumed, which keeps its layout; None: find the fastest.
+        training: False for an evaluation, which computes no gradient and is never compiled.
 
     Raises:
-        UserError: no layout is exact, or the requested one is not, or it cannot be compiled.
+        UserError: no layout is exact, or the requested or recorded one is not, or it cannot be compiled.
     """
-    check_causal(model, config, precision)
     check_positions(model, config, longest)
-    attention = model.config._attn_implementation
+    exact = precision if is_sharded(model) else replace(precision, name="fp32")  # sharded layers keep their precision
     own = Layout(False, 2**20, pad_id, own_logits=True, pinned=precision.device.type == "cuda")
-    padded = replace(own, own_logits=False)
-    expected = loss_and_gradient(model, token_loss, own, precision)
-    layout = own
+    alone = replace(own, tokens=1)  # each conversation is a micro-batch by itself
     try:
-        check_head(model, precision)
-        compare(model, token_loss, padded, precision, expected)
-        layout = padded
-        if config.layout != "padded":
-            check_attention(model)
-            packed = replace(padded, packed=True)
-            use_layout(model, packed)
-            compare(model, token_loss, packed, precision, expected)
-            layout = packed
+        with failures_as_mismatches():
+            check_causal(model, config, exact)
+            both = dict.fromkeys((exact, precision))
+            expected = {each: measure(model, loss_function, alone, each, training) for each in both}
     except Mismatch as why:
-        if config.layout == "packed":
-            raise UserError(f"--layout packed: not exact for {config.model}, {why}; use --layout padded") from why
-        model.set_attn_implementation(attention)
-        layout = replace(layout, why=str(why))
+        raise UserError(f"--model {config.model}: its own forward pass fails, {why}") from why
+    layout = find_layout(model, loss_function, config, own, recorded, expected)
     if config.compile and training:
         layout = replace(layout, compiled=True)
-        compile_and_check(model, token_loss, layout, precision, expected, config)
+        compile_and_check(model, loss_function, layout, {precision: expected[precision]}, config)
+    del expected  # gradients, before the free memory is measured
     tokens = config.micro_batch_tokens or budget or (CPU_TOKENS if precision.device.type == "cpu" else 0)
-    tokens = tokens or measure_micro_batch_budget(model, token_loss, layout, precision, longest, training)
+    tokens = tokens or measure_micro_batch_budget(model, loss_function, layout, precision, longest, training)
     return replace(layout, tokens=tokens)
+
+
+def find_layout(model, loss_function, config, own, recorded, expected):
+    """The first layout that is exact: of all of them, of those that `--layout` allows, or of the recorded one alone."""
+    attention, whys = model.config._attn_implementation, []
+    padded = replace(own, own_logits=False)
+    allowed = {"packed": [replace(padded, packed=True)], "padded": [padded, own]}
+    allowed["auto"] = allowed["packed"] + allowed["padded"]
+    for layout in [replace(own, **recorded)] if recorded else allowed[config.layout]:
+        try:
+            with failures_as_mismatches():
+                if not layout.own_logits:
+                    check_head(model, next(iter(expected)))
+                if layout.packed:
+                    check_attention(model)
+                use_layout(model, layout)
+                compare(model, loss_function, layout, expected)
+            return replace(layout, why=whys[0]) if whys else layout
+        except Mismatch as why:
+            whys.append(str(why))
+            if layout.packed:
+                model.set_attn_implementation(attention)
+    if recorded:
+        raise UserError(f"--resume: the run's layout is no longer exact for {config.model}, {whys[0]}; change --layout")
+    if config.layout == "packed":
+        raise UserError(f"--layout packed: not exact for {config.model}, {whys[0]}; use --layout padded")
+    raise UserError(f"--model {config.model}: padding changes its loss, {whys[-1]}; it cannot be trained")
+
+
+@contextlib.contextmanager
+def failures_as_mismatches():
+    """Turn whatever a model's code raises into a `Mismatch`, but for running out of memory."""
+    try:
+        yield
+    except (Mismatch, UserError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "  # of `packed_attention`
+        raise Mismatch(f"{kind}{first_line(error)}") from error
 
 
 def use_layout(model, layout):
@@ -74,16 +111,16 @@ def use_layout(model, layout):
         model.set_attn_implementation(PACKED)
 
 
-def compile_and_check(model, token_loss, layout, precision, expected, config):
+def compile_and_check(model, loss_function, layout, expected, config):
     """Compile a model's layers; raise `UserError` if that fails, or changes the loss or gradient."""
-    if config.gradient_checkpointing and layout.packed and not compiles(precision):
+    if config.gradient_checkpointing and layout.packed and not all(map(compiles, expected)):
         raise UserError(
             "--compile and --gradient-checkpointing: without the GPU's attention kernel, packed layers that are "
             "recomputed are not compiled; leave one of them out, or use --layout padded"
         )
     compile_layers(model)
     try:
-        compare(model, token_loss, layout, precision, expected)
+        compare(model, loss_function, layout, expected)
     except Exception as error:  # a `Mismatch`, or a missing compiler
         why = error if isinstance(error, Mismatch) else f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"--compile: {why}; leave it out") from error
@@ -92,20 +129,22 @@ def compile_and_check(model, token_loss, layout, precision, expected, config):
 @torch.no_grad()
 def check_causal(model, config, precision):
     """Raise `UserError` if the first tokens' logits depend on later tokens: a model like BERT reads both ways."""
-    if not is_sharded(model):  # sharded layers keep their precision
-        precision = replace(precision, name="fp32")  # in an untrained model, 16-bit rounding hides the dependence
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     ids = random_examples([8], vocabulary)[0].input_ids.to(precision.device)
     changed = torch.cat([ids[:4], (ids[4:] + 1) % vocabulary])
+    options = {"use_cache": False, **without_router_loss(model)}
     with in_eval_mode(model), precision.autocast():
-        first, second = model(input_ids=torch.stack([ids, changed]), use_cache=False).logits[:, :4].float()
-    if relative_difference(first, second) > TOLERANCES[precision.name]:
+        first, second = model(input_ids=torch.stack([ids, changed]), **options).logits[:, :4].float()
+    if relative_difference([first], [second]) > TOLERANCES[precision.name]:
         reason = "not a causal language model, as earlier tokens' logits depend on later tokens"
         raise UserError(f"--model {config.model}: {reason}")
 
 
 def check_positions(model, config, longest):
-    """Raise `UserError` if LongRoPE or dynamic RoPE would choose frequencies by a micro-batch's largest position."""
+    """Raise `UserError` if a conversation is longer than a model's positions reach.
+
+    A table of positions ends. LongRoPE and dynamic RoPE choose their frequencies by a micro-batch's largest position.
+    """
     text_config = model.config.get_text_config()
     parameters = getattr(text_config, "rope_parameters", None) or {}
     for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):  # or by kind of layer
@@ -117,6 +156,23 @@ def check_positions(model, config, longest):
                 f"--model {config.model}: beyond {limit:,} tokens its {rope['rope_type']} positions depend on the "
                 f"other conversations of a micro-batch; use --max-length {limit}"
             )
+    limit = math.inf if parameters else count_positions(model, text_config)
+    if longest > limit:
+        raise UserError(f"--model {config.model}: it has {limit:,} positions; use --max-length {limit}")
+
+
+def count_positions(model, text_config):
+    """The length of a model's table of positions, whether learned or computed; infinite for a model without one."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    tables = [len(t) for name, t in named if re.search(r"pos|wpe", name) and t.ndim == 2 and t.is_floating_point()]
+    padding = [  # RoBERTa and its kin number the positions from the one after the padding
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if "position" in name and getattr(module, "padding_idx", None) is not None
+    ]
+    limits = [getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    declared = [limit for limit in limits if limit] if tables or getattr(text_config, "max_seq_len", None) else []
+    return min([*tables, *declared], default=math.inf) - max(padding, default=0)
 
 
 @torch.no_grad()
@@ -126,21 +182,25 @@ def check_head(model, precision):
     A head may also scale its logits, or cap them at c · tanh(x / c), which is x while they are small. So random hidden
     states, with small and with large logits, take the place of the model's own.
     """
-    ids = random_examples([8], model.get_input_embeddings().num_embeddings)[0].input_ids[None].to(precision.device)
+    ids = random_examples([8], vocabulary_size(model))[0].input_ids[None].to(precision.device)
     head = model.get_output_embeddings()
+    if head is None:
+        raise Mismatch("it does not name its output head")
     weight, bias = full_tensor(head.weight), None if head.bias is None else full_tensor(head.bias)
     random = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
 
     def use_random_states(_module, _inputs, output):
-        output.last_hidden_state = hidden
+        if hasattr(output, "last_hidden_state"):
+            output.last_hidden_state = hidden
         return output
 
-    hook = model.base_model.register_forward_hook(use_random_states)
-    with hook, in_eval_mode(model), precision.autocast():
+    with contextlib.ExitStack() as hooks, in_eval_mode(model), precision.autocast():
+        for module in model.base_model.modules():  # the model may call a part of it, such as its decoder
+            hooks.enter_context(module.register_forward_hook(use_random_states))
         for largest_logit in (1.0, 1e3):
             hidden = random * (largest_logit / F.linear(random, weight).abs().max())
-            logits = model(input_ids=ids, use_cache=False).logits
-            if not relative_difference(logits, F.linear(hidden, weight, bias)) <= TOLERANCES["fp32"]:
+            logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits
+            if not relative_difference([logits], [F.linear(hidden, weight, bias)]) <= TOLERANCES["fp32"]:
                 raise Mismatch("its output head is more than a matrix product")
 
 
@@ -153,35 +213,58 @@ def check_attention(model):
         raise Mismatch(f"it has layers of {', '.join(sorted(others))}")
 
 
-def loss_and_gradient(model, token_loss, layout, precision):
-    """The loss of the small batch in a layout, and the gradient of the last matrix that is not an embedding.
+def measure(model, loss_function, layout, precision, training):
+    """The loss of the small batch in a layout and its gradient, or for an evaluation the loss of each of its tokens.
 
-    In 16 bits and on random tokens, the first layers' gradients are mostly rounding; the last one's is not.
+    The gradient is that of all weights in fp32. In 16 bits and on random tokens, the first layers' is mostly rounding;
+    that of the last large matrix is not. Of a sharded model, it is the only one that is gathered.
     """
-    embeddings = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    matrix = [p for p in model.parameters() if p.ndim == 2 and not any(p is other for other in embeddings)][-1]
-    batch = layout.collate(random_examples(LENGTHS, len(embeddings[0]))).to(precision.device)
-    with in_eval_mode(model):
-        with precision.autocast():
-            loss = token_loss(model, batch)
-        loss.backward()
-        gradient = full_tensor(matrix.grad)
-        model.zero_grad()
-    return loss.detach(), gradient
-
-
-def compare(model, token_loss, layout, precision, expected):
-    """Raise `Mismatch` unless a layout gives the expected loss and gradient; any other failure is an error."""
     try:
-        found = loss_and_gradient(model, token_loss, layout, precision)
-    except NotImplementedError as error:  # from `packed_attention`
-        raise Mismatch(first_line(error)) from error
-    for name, ours, own in zip(("loss", "gradient"), found, expected, strict=True):
-        difference = relative_difference(ours, own)
-        if not difference <= TOLERANCES[precision.name]:  # NaN, too
-            raise Mismatch(f"a {name} is off by {difference:.1%}")
+        losses = []
+        with in_eval_mode(model), torch.set_grad_enabled(training):
+            for batch in layout.micro_batches(random_examples(LENGTHS, vocabulary_size(model))):
+                with precision.autocast():
+                    losses.append(loss_function(model, batch.to(precision.device)))
+                if training:
+                    losses[-1].backward()
+        if not training:
+            return {"loss": [torch.cat(losses, 1)[0]]}
+        weights = list(model.parameters())
+        if is_sharded(model) or precision.name != "fp32":
+            weights = [last_large_matrix(model)]
+        gradient = [p.new_zeros(()) if p.grad is None else full_tensor(p.grad) for p in weights]
+        return {"loss": [sum(losses).detach()], "gradient": gradient}
+    finally:
+        model.zero_grad()
 
 
-def relative_difference(tensor, expected):
-    """The norm of a difference between tensors, relative to the norm of the expected one."""
-    return ((tensor - expected).norm() / expected.norm()).item()
+def last_large_matrix(model):
+    """The last matrix with a gradient that is neither an embedding nor small, as a router is."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embeddings = [id(each.weight) for each in ends if each is not None]
+    matrices = [p for p in model.parameters() if p.grad is not None and p.ndim > 1 and id(p) not in embeddings]
+    width = ends[0].weight.shape[1]
+    return ([p for p in matrices if min(p.shape[-2:]) >= width] or matrices)[-1]
+
+
+def compare(model, loss_function, layout, expected):
+    """Raise `Mismatch` unless a layout gives what is expected in each precision."""
+    for precision, own in expected.items():
+        found = measure(model, loss_function, layout, precision, training="gradient" in own)
+        for name in own:
+            difference = relative_difference(found[name], own[name])
+            if not difference <= TOLERANCES[precision.name]:  # NaN, too
+                raise Mismatch(f"a {name} is off by {difference:.1%}")
+
+
+def relative_difference(tensors, expected):
+    """The norm of the differences between two lists of tensors, relative to the norm of the expected ones."""
+    differences = [ours - own for ours, own in zip(tensors, expected, strict=True)]
+    norm, of_expected = (torch.stack([each.norm() for each in all_of]).norm() for all_of in (differences, expected))
+    return (norm / of_expected).item()
+
+
+def vocabulary_size(model):
+    """The number of tokens that a model both reads and predicts."""
+    head = model.get_output_embeddings()
+    return min(model.get_input_embeddings().num_embeddings, math.inf if head is None else len(head.weight))

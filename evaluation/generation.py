@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from compute.attention import PACKED
-from compute.layers import in_eval_mode
+from compute.layers import in_eval_mode, without_router_loss
 from conversations.masking import encode_prompt
 from conversations.templates import stop_ids
 
@@ -126,6 +126,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None)
             generation_config=settings,
             logits_processor=processors,
             streamer=streamer,
+            **without_router_loss(model),
         ).cpu()[:, length:]
     ends = [torch.isin(row, torch.tensor(stops)).nonzero()[:1, 0] for row in out]
     return [row[: end.item() + 1] if len(end) else row for row, end in zip(out, ends, strict=True)]

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from compute.distributed import is_rank0, world_size
+from compute.layers import list_extra_losses
 from config import PRESETS, format_value
 from data import window_at
 from evaluation.facts import format_bytes, run_facts
@@ -65,6 +66,9 @@ def plan(run):
         "schedule": describe_schedule(run),
         "cadence": describe_cadence(run),
     }
+    if others := list_extra_losses(run.model):
+        why = "which the model's configuration asks for, depends on how a window is cut"
+        lines["loss"] = f"cross-entropy alone: {', '.join(others)}, {why}"
     if config.shard > 1:
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]

@@ -81,17 +81,20 @@ def load_resumed_config(directory, named):
     return resolve(settings, settings["preset"]), recorded
 
 
-def get_recorded_budget(start, config, precision):
-    """The tokens of a micro-batch that an interrupted run had, so that it rounds as before.
+def get_recorded_measurements(start, config, precision):
+    """What a resumed run found out when it began, as arguments of `choose_layout`, so that it goes on as before.
 
-    0 where that is not known to fit: on another device, or with other settings that decide what memory is taken.
+    Its layout holds unless a setting that decides it has changed; its budget of tokens also needs the same device.
     """
     before = start.described if start else {}
-    same = before.get("device") == precision.describe() and all(
-        before["config"][name] == getattr(config, name)
-        for name in ("layout", "compile", "gradient_checkpointing", "micro_batch_tokens")
-    )
-    return before["micro_batch_tokens"] if same else 0
+    if before.get("precision") != precision.name or any(
+        before["config"][name] != getattr(config, name)
+        for name in ("layout", "device", "compile", "gradient_checkpointing")
+    ):
+        return {}
+    same = before.get("device") == precision.describe()
+    same &= before["config"]["micro_batch_tokens"] == config.micro_batch_tokens
+    return {"recorded": before.get("layout"), "budget": before["micro_batch_tokens"] if same else 0}
 
 
 def list_changes(before, now):
@@ -99,10 +102,12 @@ def list_changes(before, now):
     changes = []
     for name, value in now["config"].items():
         old, new = format_value(before["config"][name]), format_value(value)
-        if old != new and name not in MAY_CHANGE_ON_RESUME:
+        if old != new and name not in (*MAY_CHANGE_ON_RESUME, "dtype"):  # for which the precision stands, below
             changes.append(f"{flag_name(name)} {old} -> {new}")
     if before["precision"] != now["precision"]:
-        changes.append(f"forward pass in {before['precision']} -> {now['precision']} (--dtype)")
+        changes.append(
+            f"forward pass in {before['precision']} -> {now['precision']} (--dtype {before['precision']} keeps it)"
+        )
     if before["data"] != now["data"]:
         changes.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
     return changes

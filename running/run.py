@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compute.distributed import is_rank0
+from compute.layers import list_extra_losses
 from compute.layout import Layout
 from config import Config, count_updates
 from data import Data, windows_per_epoch
@@ -76,5 +77,6 @@ class Run:
     def describe(self):
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         decided = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
+        decided |= {"layout": self.layout.record(), "losses_left_out": list_extra_losses(self.model)}
         decided |= {"eval_every": self.eval_every, "save_every": self.save_every}
         return describe(self.config, self.precision, self.data) | decided

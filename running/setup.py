@@ -15,7 +15,7 @@ from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import load_data
 from model import choose_precision, load_on_ranks, token_loss
-from running.resume import check_same_run, get_recorded_budget, load_resumed_config
+from running.resume import check_same_run, get_recorded_measurements, load_resumed_config
 from running.run import Run
 from storage import hub
 from storage.records import describe
@@ -70,7 +70,7 @@ def load_run(config, start=None, allow_changes=False):
         tokenizer.pad_token_id,
         precision,
         longest=max(split.longest for split in data.splits.values()),
-        budget=broadcast_from_rank0(get_recorded_budget, start, config, precision),
+        **broadcast_from_rank0(get_recorded_measurements, start, config, precision),
     )
     layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeConfig, GraniteMoeForCausalLM
 
 import eval as eval_command
 import train as train_command
@@ -129,6 +130,38 @@ def test_the_best_model_is_an_ordinary_one_with_the_recorded_loss(finished, tiny
     report = json.loads(capsys.readouterr().out)
     assert report["splits"]["eval"]["loss"] == min(line["loss"] for line in lines(run, "eval")[1:])
     assert report["splits"]["test"]["loss"] == lines(run, "test")[-1]["loss"]
+
+
+@pytest.fixture
+def mixture_dir(tiny_model_dir, tmp_path):
+    """A mixture that scales its logits, and asks for its router's loss."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 259, "logits_scaling": 4.0}
+    directory = tmp_path / "mixture"
+    shutil.copytree(tiny_model_dir, directory)
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(**shape, output_router_logits=True, max_position_embeddings=512, pad_token_id=0)
+    GraniteMoeForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_that_changes_its_logits_and_asks_for_another_loss(flags, mixture_dir, tmp_path, capsys, dtype):
+    """The logged loss is `eval.py`'s; the plan names the loss that is left out."""
+    run = tmp_path / "run"
+    changes = ["--model", str(mixture_dir), "--dtype", dtype, "--output-dir", str(run)]
+    assert train_command.main([*flags, *changes]) == 0
+    plan = capsys.readouterr().out
+    assert "all logits made by the model itself" in plan
+    assert "cross-entropy alone: output_router_logits, which the model's configuration asks for, depends on " in plan
+    record = json.loads((run / "config.json").read_text())
+    assert record["losses_left_out"] == ["output_router_logits"]
+    assert record["layout"]["own_logits"]
+    assert json.loads((run / "best" / "config.json").read_text())["output_router_logits"] is True
+    best = min(lines(run, "eval")[1:], key=lambda line: line["loss"])["loss"]
+    assert eval_command.main([str(run), "--json", "--prompts", "Hi", "--max-new-tokens", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["eval"]["loss"] == pytest.approx(best, rel=1e-6)
 
 
 def test_the_best_model_has_a_card_and_loads_in_a_pipeline(finished):

@@ -1,19 +1,23 @@
 """The check before training: which layout a model gets, and why not the faster one."""
 
+import contextlib
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 from compute import attention
-from compute.layers import compiled_graphs
+from compute.cross_entropy import LinearCrossEntropy
+from compute.layers import compiled_graphs, list_extra_losses
 from compute.memory import CPU_TOKENS
-from compute.self_check import choose_layout, loss_and_gradient
+from compute.self_check import choose_layout, measure, relative_difference
 from config import Config, UserError
 from eval import evaluate
 from evaluation.generation import generate_answers
-from model import Precision, save_model, token_loss
+from model import Precision, loss_and_correct, save_model, token_loss
 from tests import fake_cuda
 from tests.conftest import layout_of, one_batch, tiny_llama
 from train import make_optimizer, train_step
@@ -42,6 +46,19 @@ MODELS = {  # the kind, its configuration, its layout, and why it is not packed
 }
 
 
+def tiny(kind, options):
+    """A model of a kind with weights large enough that attention depends on what it attends to."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options)).eval()
+    for weights in model.parameters():
+        if weights.ndim == 2:
+            torch.nn.init.normal_(weights, std=0.2)
+    model.get_input_embeddings().padding_idx = None  # as `load_model` does
+    return model
+
+
 @pytest.mark.parametrize(("kind", "options", "expected", "why"), MODELS.values(), ids=MODELS.keys())
 def test_a_model_gets_the_fastest_layout_that_is_exact_for_it(ragged_window, kind, options, expected, why):
     torch.manual_seed(0)
@@ -67,13 +84,15 @@ def loss_alone(model, example):
     return torch.nn.functional.cross_entropy(logits, example.labels[1:], reduction="sum").item()
 
 
+def see_each_other(*tensors, cu_seqlens=None, **options):
+    """Attention in which the conversations of a row see each other."""
+    whole = None if cu_seqlens is None else cu_seqlens[[0, -1]]
+    return attention.packed_attention(*tensors, cu_seqlens=whole, **options)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_contaminated_conversations_are_detected(monkeypatch, precision):
-    def contaminated(*tensors, cu_seqlens=None, **options):
-        whole = None if cu_seqlens is None else cu_seqlens[[0, -1]]
-        return attention.packed_attention(*tensors, cu_seqlens=whole, **options)
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, contaminated)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, see_each_other)
     layout = choose_layout(tiny_llama(259), token_loss, Config(), 0, Precision(precision, CPU))
     assert not layout.packed
     assert "off by" in layout.why
@@ -93,16 +112,213 @@ def test_it_leaves_saved_files_and_answers_as_they_were(tiny_model, tiny_tokeniz
     assert not any(weights.grad is not None for weights in tiny_model.parameters())
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_micro_batch_are_refused(rope):
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONG |= {"factor": 4.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+EXPERTS = {"moe_intermediate_size": 16, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4, "dim_model_base": 32}
+ROPES = {  # the kind, and its configuration; 64 tokens is where its frequencies, or the scale of its scores, change
+    "phi3": ("phi3", {"rope_scaling": LONG, "max_position_embeddings": 256, "original_max_position_embeddings": 64}),
+    "its scale": ("phimoe", {"rope_scaling": LONG | {"short_mscale": 1.0, "long_mscale": 1.5}, "num_local_experts": 4}),
+    "llama": ("llama", {"rope_parameters": LONG, "max_position_embeddings": 256}),
+    "minicpm3": ("minicpm3", LATENT | {"rope_scaling": LONG, "max_position_embeddings": 256}),
+    "by kind of layer": ("mellum", EXPERTS | {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}),
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+    "dynamic by kind of layer": (
+        "laguna",
+        EXPERTS
+        | {"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": PLAIN}, "max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), ROPES.values(), ids=ROPES.keys())
+def test_positions_that_depend_on_the_micro_batch_are_refused(ragged_window, kind, options):
     """By the longest conversation; shorter ones have the same positions however a window is cut."""
-    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-    if rope == "longrope":
-        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    model = tiny_llama(259, rope_parameters=parameters)
-    assert choose_layout(model, token_loss, Config(), 0, FP32, longest=64).packed
-    with pytest.raises(UserError, match=rf"beyond 64 tokens its {rope} positions .*; use --max-length 64"):
-        choose_layout(model, token_loss, Config(), 0, FP32, longest=65)
+    model = tiny(kind, {**GROUPED, **options})
+    ids = ragged_window[5].input_ids.repeat(2)[None]  # 128
+    with torch.no_grad():
+        first = [model(ids[:, :length], use_cache=False).logits[0, 9] for length in (63, 64, 65)]
+    torch.testing.assert_close(first[0], first[1])
+    assert not torch.allclose(first[1], first[2], rtol=1e-3)
+    layout = choose_layout(model, token_loss, Config(micro_batch_tokens=150), 0, FP32, longest=64)
+    assert layout.packed
+    own = sum(loss_alone(model, example) for example in ragged_window)
+    losses = [token_loss(model, batch).item() for batch in layout.micro_batches(ragged_window)]
+    assert sum(losses) == pytest.approx(own, rel=1e-6)
+    with pytest.raises(UserError, match=r"beyond 64 tokens its \w+ positions .*; use --max-length 64"):
+        choose_layout(tiny(kind, {**GROUPED, **options}), token_loss, Config(), 0, FP32, longest=65)
+
+
+POSITIONS = {  # the kind, its configuration and the length of its table of positions; None: it has none
+    "learned": ("gpt2", {"n_positions": 64}, 64),
+    "learned, none for the first two": ("opt", {"max_position_embeddings": 64, "ffn_dim": 64}, 64),
+    "learned, after that of the padding": ("roberta", {"max_position_embeddings": 64, "is_decoder": True}, 63),
+    "computed": ("ctrl", {"n_positions": 64, "dff": 64}, 64),
+    "rotary, computed beforehand": ("gptj", {"n_positions": 64, "rotary_dim": 8}, 64),
+    "biases computed beforehand": ("mpt", {"max_seq_len": 64, "d_model": 32, "n_heads": 4, "n_layers": 2}, 64),
+    "rotary": ("llama", {"max_position_embeddings": 64}, None),
+    "biases": ("bloom", {}, None),
+    "none": ("mamba", {"state_size": 8}, None),
+}
+
+
+@pytest.mark.parametrize(("kind", "options", "limit"), POSITIONS.values(), ids=POSITIONS.keys())
+def test_a_conversation_longer_than_a_table_of_positions_is_refused(kind, options, limit):
+    """Before any forward pass: on a GPU, a wrong index ends every use of the device."""
+    model = tiny(kind, {**SMALL, **options})
+    ids = torch.full((1, 65), 7)
+    with torch.no_grad():
+        model(ids[:, :limit], use_cache=False)
+        with pytest.raises((IndexError, RuntimeError)) if limit else contextlib.nullcontext():
+            model(ids[:, : limit + 1 if limit else 65], use_cache=False)
+    choose_layout(model, token_loss, Config(), 0, FP32, longest=limit or 65)
+    if limit:
+        with pytest.raises(UserError, match=rf"--model mine: it has {limit} positions; use --max-length {limit}"):
+            choose_layout(model, token_loss, Config(model="mine"), 0, FP32, longest=limit + 1)
+
+
+# --- what is not as in most models
+
+
+CHANGES = {  # of logits; each is nearly the identity where they are small, or where 16 bits round
+    "cap": lambda logits: 30 * torch.tanh(logits / 30),
+    "clamp": lambda logits: logits.clamp(-30, 30),
+    "scale": lambda logits: logits * 1.001,
+    "shift by token": lambda logits: logits + 0.01 * torch.arange(259),
+    "normalize": lambda logits: logits - logits.mean(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_whatever_changes_logits_after_the_head_is_noticed(change, precision):
+    model = tiny_llama(259)
+    for weights in model.parameters():
+        weights.data *= 0.1 if weights.ndim > 1 else 1.0
+
+    def change_logits(_module, _inputs, output):
+        output.logits = change(output.logits)
+        return output
+
+    model.register_forward_hook(change_logits)
+    layout = choose_layout(model, token_loss, Config(), 0, Precision(precision, CPU))
+    assert layout.own_logits
+    assert layout.why == "its output head is more than a matrix product"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_structure_is_compared_in_fp32(precision):
+    """A mask of the model's own, which packing leaves out, is 0 when training begins: only its gradient is missing."""
+    options = GROUPED | {"keep_window_size": 2048, "hidden_act": "silu"}
+    layout = choose_layout(tiny("doge", options), token_loss, Config(), 0, Precision(precision, CPU))
+    assert not layout.packed
+    assert layout.why.startswith("a gradient is off by ")
+
+
+def test_positions_that_go_on_in_the_next_conversation_are_detected():
+    model = tiny("gpt2", SMALL)
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, options: (args, options | {"position_ids": None}), with_kwargs=True
+    )
+    layout = choose_layout(model, token_loss, Config(), 0, FP32)
+    assert not layout.packed
+    assert "off by" in layout.why
+
+
+@pytest.mark.parametrize("name", ["auto", "padded"])
+def test_whatever_a_faster_layout_raises_becomes_another_layout(monkeypatch, name):
+    jetmoe = tiny("jetmoe", GROUPED | {"kv_channels": 8, "num_local_experts": 4})
+    assert choose_layout(jetmoe, token_loss, Config(layout=name), 0, FP32).describe().startswith("padded: ")
+
+    model = tiny_llama(259)
+    model.base_model.register_forward_hook(lambda *call: call[-1].to_tuple())
+    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **_: logits_of_tuple(self, input_ids))
+    layout = choose_layout(model, token_loss, Config(layout=name), 0, FP32)
+    assert layout.own_logits
+    assert layout.why
+
+
+def logits_of_tuple(model, ids):
+    """The forward pass of a model whose base returns a tuple."""
+    return SimpleNamespace(logits=model.lm_head(model.base_model(input_ids=ids, use_cache=False)[0]))
+
+
+def test_an_error_in_a_kernel_becomes_another_layout_and_too_little_memory_does_not(monkeypatch):
+    def mistaken(*_, **__):
+        raise error
+
+    fake_cuda.varlen_attention(monkeypatch)
+    monkeypatch.setattr(attention, "varlen_attn", mistaken)
+    error = TypeError("got an unexpected keyword argument 'enable_gqa'\nmore")
+    layout = choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
+    assert not layout.packed
+    assert layout.why == "TypeError: got an unexpected keyword argument 'enable_gqa'"
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
+
+
+def test_a_model_whose_own_forward_pass_fails_is_refused_in_one_line(monkeypatch, tiny_model):
+    def forward(*_, **__):
+        raise AssertionError("use\nmodel.train()")
+
+    monkeypatch.setattr(type(tiny_model), "forward", forward)
+    with pytest.raises(UserError, match=r"^--model mine: its own forward pass fails, AssertionError: use$"):
+        choose_layout(tiny_model, token_loss, Config(model="mine"), 0, FP32)
+
+
+def test_a_model_whose_loss_depends_on_padding_is_refused(tiny_model):
+    def add_length(_module, _inputs, output):
+        output.logits = output.logits * (1 + output.logits.shape[1] / 100)
+        return output
+
+    tiny_model.register_forward_hook(add_length)
+    with pytest.raises(UserError, match=r"^--model mine: padding changes its loss, a loss is off by .*; it cannot be"):
+        choose_layout(tiny_model, token_loss, Config(model="mine"), 0, FP32)
+
+
+MIXTURES = {
+    "mixtral": GROUPED | {"num_local_experts": 4},
+    "qwen3_moe": GROUPED | EXPERTS,
+    "olmoe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": GROUPED | {"num_local_experts": 4, "logits_scaling": 4.0},  # own logits
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "padded"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_routers_loss_is_off(ragged_window, tiny_tokenizer, tmp_path, kind, name):
+    """Without it, and without an error, in every layout; `best/` keeps the setting of the base model."""
+    model = tiny(kind, {**MIXTURES[kind], "output_router_logits": True})
+    own = sum(loss_alone(model, example) for example in ragged_window)
+    layout = choose_layout(model, token_loss, Config(layout=name, micro_batch_tokens=60), 0, FP32)
+    losses = [token_loss(model, batch).item() for batch in layout.micro_batches(ragged_window)]
+    assert sum(losses) == pytest.approx(own, rel=1e-5)
+    assert evaluate(model, ragged_window, layout, FP32).loss_sum == pytest.approx(own, rel=1e-5)
+    assert generate_answers(model, tiny_tokenizer, ["Who are you?"], max_new_tokens=3)
+    assert list_extra_losses(model) == ["output_router_logits"]
+    save_model(model, tiny_tokenizer, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["output_router_logits"] is True
+
+
+def test_an_evaluation_computes_no_gradient(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("an evaluation needs no gradient")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    monkeypatch.setattr(LinearCrossEntropy, "forward", fail)
+    model, grad_enabled = tiny_llama(259), []
+    model.base_model.register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
+    assert choose_layout(model, loss_and_correct, Config(), 0, FP32, training=False).packed
+    assert not any(grad_enabled)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, see_each_other)
+    assert not choose_layout(tiny_llama(259), loss_and_correct, Config(), 0, FP32, training=False).packed
+
+
+# --- compiling
 
 
 def compile_with(monkeypatch, backend):
@@ -116,11 +332,11 @@ def compile_with(monkeypatch, backend):
 def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypatch, ragged_window, backend):
     compile_with(monkeypatch, backend)
     model = tiny_llama(259).eval()
-    expected, gradient = loss_and_gradient(model, token_loss, layout_of(packed=False), FP32)
+    expected = measure(model, token_loss, layout_of(packed=False), FP32, training=True)
     layout = choose_layout(model, token_loss, Config(compile=True), 0, FP32)
-    loss, compiled_gradient = loss_and_gradient(model, token_loss, layout, FP32)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert (compiled_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+    compiled = measure(model, token_loss, layout, FP32, training=True)
+    assert relative_difference(compiled["loss"], expected["loss"]) <= 1e-6
+    assert relative_difference(compiled["gradient"], expected["gradient"]) <= 1e-5
     graphs = compiled_graphs()
     for count in range(2, 9):
         token_loss(model, one_batch(ragged_window[:count], packed=True)).backward()
@@ -140,16 +356,6 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
     compile_with(monkeypatch, no_compiler)
     with pytest.raises(UserError, match=r"--compile: .*; leave it out"):
         choose_layout(tiny_llama(259), token_loss, Config(compile=True), 0, FP32)
-
-
-def test_an_unexpected_error_is_not_taken_for_a_mismatch(monkeypatch):
-    def mistaken(*_, **__):
-        raise TypeError("got an unexpected keyword argument 'enable_gqa'")
-
-    fake_cuda.varlen_attention(monkeypatch)
-    monkeypatch.setattr(attention, "varlen_attn", mistaken)
-    with pytest.raises(TypeError, match="enable_gqa"):
-        choose_layout(tiny_llama(259, hidden_size=64), token_loss, Config(), 0, Precision("bf16", CPU))
 
 
 def test_an_update_reads_two_numbers_from_the_device_at_its_end(monkeypatch, ragged_window):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from compute.self_check import Mismatch
+
 
 def on_call(name, number, do, *_, **__):
     """At the `number`th call of a function, named "module.function" or "module.Class.function", `do()` first, with the
@@ -60,6 +62,10 @@ def hang(*_, **__):
 
 def fail(*_, **__):
     raise RuntimeError("a bug")
+
+
+def inexact(*_, **__):
+    raise Mismatch("as a test wants it")
 
 
 def full_disk(*_, **__):

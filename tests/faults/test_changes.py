@@ -14,7 +14,7 @@ from tests.faults.inject import kill, on_call
 CHANGES = [
     ("--lr", "0.02", "--lr 0.01 -> 0.02"),
     ("--epochs", "3", "--epochs 2 -> 3"),
-    ("--dtype", "bf16", "--dtype fp32 -> bf16"),
+    ("--dtype", "bf16", "forward pass in fp32 -> bf16 (--dtype fp32 keeps it)"),
     ("--seed", "4", "--seed 3 -> 4"),
     ("--batch-size", "6", "--batch-size 7 -> 6"),
     ("--weight-decay", "0", "--weight-decay 0.1 -> 0.0"),

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.faults.harness import assert_same, lines, some, steps_saved
-from tests.faults.inject import fewer_bits_of_scale, forget, kill, on_call, pretend, shift_the_order
+from tests.faults.inject import fewer_bits_of_scale, forget, inexact, kill, on_call, pretend, shift_the_order
 
 
 @pytest.mark.parametrize("step", some([3, 4, 5, 1, 7, 9], fast=3))
@@ -172,5 +172,33 @@ def test_another_precision_on_another_machine_is_a_change(flags, start_process, 
     start_process(flags, native, partial(on_call, "train.train_step", 5, kill)).wait()
     process = start_process(["--resume", run], partial(pretend, "torch.cpu.get_capabilities", {"avx512_bf16": False}))
     assert process.wait() == 1
-    assert process.stderr.splitlines()[1].strip() == "forward pass in bf16 -> fp32 (--dtype)"
-    assert start_process(["--resume", run], native).wait() == 0
+    assert process.stderr.splitlines()[1].strip() == "forward pass in bf16 -> fp32 (--dtype bf16 keeps it)"
+    assert start_process(["--resume", run, "--dtype", "bf16"]).wait() == 0
+
+
+NO_PACKING = partial(on_call, "compute.self_check.check_attention", 1, inexact)
+
+
+def test_the_layout_that_was_found_is_taken_again(flags, start_process, tmp_path):
+    """A check that comes out otherwise when a run is resumed would pack it, and its numbers would round otherwise."""
+    runs = tmp_path / "uninterrupted", tmp_path / "run"
+    assert start_process([*flags, "--output-dir", runs[0]], NO_PACKING).wait() == 0
+    start_process([*flags, "--output-dir", runs[1]], NO_PACKING, partial(on_call, "train.train_step", 8, kill)).wait()
+    process = start_process(["--resume", runs[1]])
+    assert process.wait() == 0, process.stderr
+    assert "padded: conversations in rows, 200 tokens at a time (not packed: as a test wants it)" in process.stdout
+    assert_same(runs[1], runs[0])
+    layouts = [json.loads((run / "config.json").read_text())["layout"] for run in runs]
+    assert layouts == [{"packed": False, "own_logits": False, "why": "as a test wants it"}] * 2
+
+
+def test_a_layout_that_is_no_longer_exact_is_an_error(interrupted, uninterrupted, start_process):
+    process = start_process(["--resume", interrupted], NO_PACKING)
+    assert process.wait() == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: --resume: the run's layout is no longer exact for ")
+    assert line.endswith(", as a test wants it; change --layout")
+    process = start_process(["--resume", interrupted, "--layout", "padded"])
+    assert process.wait() == 0, process.stderr
+    losses = [[line["loss"] for line in lines(run, "train")] for run in (interrupted, uninterrupted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
