@@ -210,8 +210,11 @@ def restore(run, start):
     run.saver.started = run.saver.saved = run.step
     # The optimizer's settings are the run's own: the user may have changed them.
     optimizer = state_dict.get_optimizer_state_dict(run.model, run.optimizer) | {"state": state["optimizer"]}
-    options = state_dict.StateDictOptions(full_state_dict=True)
+    options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
     state_dict.set_optimizer_state_dict(run.model, run.optimizer, optimizer, options=options)
+    for name, weights in run.model.named_parameters():
+        if name not in state["optimizer"]:  # no update has reached it: torch's function has made moments of zeros
+            run.optimizer.state.pop(weights, None)
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
     if len(state["random"]) != world_size():  # another number of ranks draws other numbers anyway: new ones
