@@ -136,7 +136,7 @@ def test_rows_that_no_template_makes_are_trained_as_trainer_trains_them(tiny_tok
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "fp64"])
 def test_weights_that_a_window_does_not_reach_are_left_alone_by_both(tiny_tokenizer, tmp_path, dtype):
-    """Experts that are modules of their own, and a weight that takes part in nothing. Without padding: it has experts."""
+    """Experts that are modules, and a weight that takes part in nothing. Padding would reach experts: there is none."""
     arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "weight_decay": 1.0}
     runs = both(tiny_tokenizer, tmp_path, arguments, model=lambda kind: tiny_mixture(259).to(kind), dtype=dtype)
     ours, theirs, initial = (dict(model.named_parameters()) for model in (*runs[2:4], tiny_mixture(259).to(dtype)))
