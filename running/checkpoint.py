@@ -28,7 +28,7 @@ from config import UserError
 from evaluation.facts import run_facts
 from model import save_model
 from running.card import model_card
-from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link
+from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_file, replace_link
 
 torch.serialization.set_crc32_options(False)  # slow, and the SHA-256 of the manifest notices more
 
@@ -61,6 +61,8 @@ def save(run):
     run.saver.wait()
     if run.saver.saved == run.step:  # by a signal that interrupted the evaluation which found it to be the best
         if is_rank0():
+            card = checkpoint_path(run.directory, run.step) / MODEL / "README.md"
+            replace_file(card, model_card(run_facts(run.directory)))
             link_best(run.directory, run.best_step)
         return
     snapshot = take_snapshot(run)
