@@ -30,7 +30,7 @@ KEPT += [f"{name}*" for word in ("license", "notice", "use_policy") for name in 
 # Files that `save_model` writes anew, weights in other formats, and what is about the model that training started from.
 REPLACED = re.compile(
     r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json|vocab\.txt|merges\.txt|"
-    r"chat_template\.\w+|.*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)|.*\.index\.json|README\.md|MANIFEST\.json|\..*"
+    r"chat_template\.\w+|additional_chat_templates|.*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)|.*\.index\.json|README\.md|MANIFEST\.json|\..*"
 )
 # Old files have masks and frequencies, which are computed now.
 COMPUTED = re.compile(r"(inv_freq|position_ids|(\.|^)(attn|attention)\.(masked_)?bias)$")

@@ -24,7 +24,7 @@ from storage.quickstart import quickstart_model
 
 HUB_TIMEOUT = 3  # seconds
 # Raised by the libraries for a model or dataset that is missing, corrupt, or cut off on its way.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, httpx.HTTPError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, httpx.HTTPError)
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.DatasetsError)
 
 

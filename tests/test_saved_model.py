@@ -22,6 +22,7 @@ from transformers import (
 
 import train as train_command
 from compute.self_check import use_layout
+from config import UserError
 from conversations.tokenizer import load_tokenizer
 from model import load_model, save_model
 from storage.durable import verify
@@ -228,6 +229,7 @@ ARCHITECTURES = {
     "scaled positions": lambda: tiny_llama(
         262, rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}, attention_dropout=0.25
     ),
+    "stored in 16 bits": lambda: tiny_llama(262, pad_token_id=None).bfloat16(),
     "gpt2": lambda: GPT2Config(vocab_size=262, n_embd=32, n_layer=2, n_head=4, n_positions=512),
     "pythia": lambda: GPTNeoXConfig(**SHAPE),
     "qwen2": lambda: Qwen2Config(**SHAPE),
@@ -252,7 +254,7 @@ def test_a_configuration_changes_by_the_control_tokens_alone(make, tmp_path, cap
     assert (after["eos_token_id"], after["pad_token_id"], after["dtype"]) == (END, PAD, "float32")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "saved"))
     assert before.keys() == after.keys()
-    assert all(torch.equal(weights, after[name]) for name, weights in before.items())
+    assert all(torch.equal(weights.float(), after[name]) for name, weights in before.items())
     assert "warning" not in capsys.readouterr().err
 
 
@@ -301,6 +303,18 @@ def test_masks_and_frequencies_in_old_files_are_not_called_lost(tmp_path, capsys
     for name in ("1", "2"):
         save_again(tmp_path / name, tmp_path / f"saved {name}")
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_quantized_base_is_refused_in_a_line_or_saved_as_what_it_was_trained_in(base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    quantized = {"quant_method": "gptq", "bits": 4}  # whose library is not installed
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    with pytest.raises(UserError, match="--model "):
+        save_again(base, tmp_path / "refused")
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}  # which transformers converts
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    saved = json.loads((save_again(base, tmp_path / "saved") / "config.json").read_text())
+    assert not saved.keys() & {"quantization_config"}
 
 
 def test_a_base_on_the_hub_keeps_its_small_files(base, monkeypatch, tmp_path):
