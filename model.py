@@ -29,8 +29,9 @@ KEPT = ["*processor_config.json", "tokenizer.model"]
 KEPT += [f"{name}*" for word in ("license", "notice", "use_policy") for name in (word, word.upper(), word.capitalize())]
 # Files that `save_model` writes anew, weights in other formats, and what is about the model that training started from.
 REPLACED = re.compile(
-    r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json|vocab\.txt|merges\.txt|"
-    r"chat_template\.\w+|additional_chat_templates|.*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)|.*\.index\.json|README\.md|MANIFEST\.json|\..*"
+    r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?|MANIFEST)\.json|README\.md|\..*|"
+    r"vocab\.txt|merges\.txt|chat_template\.\w+|additional_chat_templates|.*\.index\.json|"
+    r".*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)"
 )
 # Old files have masks and frequencies, which are computed now.
 COMPUTED = re.compile(r"(inv_freq|position_ids|(\.|^)(attn|attention)\.(masked_)?bias)$")
