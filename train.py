@@ -80,6 +80,7 @@ def train_step(
     loss_sum = 0.0
     with GradientAllReduce(model, passes=len(window)) as gradients:  # an all-reduce over the ranks
         for micro_batch in window:
+            gradients.empty_pass = not micro_batch.tokens
             with precision.autocast():
                 micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
             scaler.scale(micro_loss_sum / supervised).backward()
