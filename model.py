@@ -1,12 +1,16 @@
 """A causal language model: loading and saving it, the precision it computes in, the loss of a micro-batch."""
 
 import contextlib
+import json
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import functional as F
@@ -17,9 +21,21 @@ from compute.distributed import broadcast_from_rank0, check_shard, is_rank0, loc
 from compute.layers import without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
-from storage.hub import LOADING_ERRORS, explain_load_error
+from storage.hub import LOADING_ERRORS, explain_load_error, model_directory
 
 MAX_NEW_EMBEDDINGS = 1024  # for tokens that a tokenizer has and a model has not
+# Files of a model that training does not change and that its users may need: of a multimodal model's processors, the
+# SentencePiece model that llama.cpp's converter reads, and what its license asks to pass on.
+KEPT = ["*processor_config.json", "tokenizer.model"]
+KEPT += [f"{name}*" for word in ("license", "notice", "use_policy") for name in (word, word.upper(), word.capitalize())]
+# Files that `save_model` writes anew, weights in other formats, and what is about the model that training started from.
+REPLACED = re.compile(
+    r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?|MANIFEST)\.json|README\.md|\..*|"
+    r"vocab\.txt|merges\.txt|chat_template\.\w+|additional_chat_templates|.*\.index\.json|"
+    r".*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)"
+)
+# Old files have masks and frequencies, which are computed now.
+COMPUTED = re.compile(r"(inv_freq|position_ids|(\.|^)(attn|attention)\.(masked_)?bias)$")
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,7 @@ def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=Fals
 
     To shard it, rank 0 reads it into its host memory, in fp32, and broadcasts the weights.
     """
+    warn_of_other_files(path)
     if shard_count == 1:
         return load_model(path, tokenizer, precision.device, local_files_only)
     check_shard(shard_count)
@@ -105,6 +122,7 @@ def broadcast_sharded(full, shard_count, precision):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.get_input_embeddings().padding_idx, model.generation_config = None, generation_config
+    model.kept_files = getattr(full, "kept_files", {})  # which rank 0 writes
     shard(model, shard_count, precision.device, precision.dtype)
     weights, buffers = (full.state_dict(), dict(full.named_buffers())) if full is not None else ({}, {})
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -118,6 +136,9 @@ def broadcast_sharded(full, shard_count, precision):
 def load_model(path, tokenizer, device, local_files_only=False):
     """A model with fp32 weights on `device`, with an embedding for every token of the tokenizer.
 
+    Its settings of generation are those it came with, but for the tokenizer's stop, padding and first tokens. Its
+    `kept_files`, contents by name, are what `save_model` copies.
+
     Args:
         path, local_files_only: as `hub.find_model` returns them.
 
@@ -129,9 +150,11 @@ def load_model(path, tokenizer, device, local_files_only=False):
         model, report = AutoModelForCausalLM.from_pretrained(
             path, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )  # mismatched sizes are refused below, by name
+        directory = model_directory(path, local_files_only, KEPT)
+        ignored = ignored_weights(model, directory)
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
-    check_loaded_weights(path, report)
+    check_loaded_weights(path, report, ignored)
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise UserError(f"--model {path}: weight {name} contains NaN or Inf")
@@ -144,18 +167,76 @@ def load_model(path, tokenizer, device, local_files_only=False):
         model.resize_token_embeddings(len(tokenizer))
     # Where the padding token was the stop token, its embedding would get no gradient; real padding gets none anyway.
     model.get_input_embeddings().padding_idx = None
-    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    stops = stop_ids(tokenizer)
-    stops = stops if len(stops) > 1 else stops[0]
-    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.generation_config = adapt_generation_config(path, model.generation_config, tokenizer)
+    kept = {file.name: file for pattern in KEPT for file in sorted(directory.glob(pattern)) if file.is_file()}
+    model.kept_files = {name: file.read_bytes() for name, file in kept.items()}
     return model.to(device)
 
 
-def check_loaded_weights(path, report):
-    """Raise `UserError` if a model's files lack weights, by the `output_loading_info`; warn of those not used."""
+def adapt_generation_config(path, base, tokenizer):
+    """A model's settings of generation with the tokenizer's first, padding and stop tokens.
+
+    Its further stop tokens stay, where they are control tokens. What transformers refuses to save is named.
+    """
+    settings = base.to_diff_dict()
+    further = settings.get("eos_token_id") or []
+    further = [further] if isinstance(further, int) else further
+    control = tokenizer.added_tokens_decoder.keys() - {tokenizer.pad_token_id}  # others may be a part of a text
+    stops = list(dict.fromkeys([*stop_ids(tokenizer), *(token for token in further if token in control)]))
+    for name in {"suppress_tokens", "begin_suppress_tokens"} & settings.keys():  # with which it might not stop
+        settings[name] = [token for token in settings[name] if token not in stops]
+    settings["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    for name in ("_from_model_config", "transformers_version"):
+        settings.pop(name, None)
+    valid = valid_settings(settings)
+    if lost := ", ".join(f"{name} {value}" for name, value in settings.items() if name not in valid):
+        print(f"warning: {path}: of its settings of generation, transformers refuses to save {lost}", file=sys.stderr)
+    return GenerationConfig(**valid)
+
+
+def valid_settings(settings):
+    """The settings of generation that transformers saves together, those first that others depend on.
+
+    Where sampling is neither on nor off, it is on for settings that mean nothing else, as in Llama 2's temperature.
+    """
+    valid, modes = {}, ("do_sample", "num_beams", "return_dict_in_generate")
+    for name in sorted(settings, key=lambda name: name not in modes):
+        for mode in ({}, {"do_sample": settings.get("do_sample", True)}):
+            with contextlib.suppress(ValueError):
+                GenerationConfig(**(more := valid | mode | {name: settings[name]})).validate(strict=True)
+                valid = more
+                break
+    return valid
+
+
+def ignored_weights(model, directory):
+    """The names of weights in a model's files that transformers does not load, nor mention."""
+    pattern = "|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"])
+    names = {name for file in directory.glob("model*.safetensors") for name in safe_open(file, "pt").offset_keys()}
+    return {name for name in names - model.state_dict().keys() if re.search(pattern, name)}
+
+
+def warn_of_other_files(path):
+    """Name the files of a model that `save_model` neither keeps nor replaces."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    names = [f"{file.name}{'/' if file.is_dir() else ''}" for file in files if not REPLACED.fullmatch(file.name)]
+    if others := [name for name in names if not any(fnmatch(name, pattern) for pattern in KEPT)]:
+        print(f"not kept with what is saved: {textwrap.shorten(', '.join(others), 300)}", file=sys.stderr)
+
+
+def check_loaded_weights(path, report, ignored=()):
+    """Raise `UserError` if a model's files lack weights, by the `output_loading_info`; warn of those not used.
+
+    Args:
+        ignored: names of further weights that are not used.
+    """
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(f"--model {path}: its weights {name} have shape {tuple(found)}, the model {tuple(expected)}")
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    missing, unused = sorted(report["missing_keys"]), sorted({*report["unexpected_keys"], *ignored})
+    unused = [name for name in unused if not COMPUTED.search(name)]
     if missing:
         last = missing[-1]  # the first may be a tied output head, which is not in the files under any name
         renamed = next((name for name in unused if name.endswith(f".{last}")), None)
@@ -165,7 +246,10 @@ def check_loaded_weights(path, report):
             f"{repair or 'save the whole model again'}"
         )
     if unused:
-        print(f"warning: {path} has {len(unused)} weights that the model does not use: {unused[0]}", file=sys.stderr)
+        first = {re.match(r"(model\.)?[^.]*", name)[0]: name for name in reversed(unused)}  # of each part of the model
+        names = textwrap.shorten(", ".join(sorted(first.values())), 300)
+        found = f"{path} has {len(unused)} weights that the model does not use: {names}"
+        print(f"warning: {found}; what is saved will be without them", file=sys.stderr)
 
 
 def save_model(model, tokenizer, directory, weights=None):
@@ -179,6 +263,12 @@ def save_model(model, tokenizer, directory, weights=None):
     except SafetensorError as error:
         raise OSError(first_line(error)) from error
     tokenizer.save_pretrained(directory)
+    for name, content in getattr(model, "kept_files", {}).items():
+        if not (directory / name).exists():
+            (directory / name).write_bytes(content)
+    if (directory / "tokenizer.model").exists():  # which lacks these
+        added = {token: id for token, id in tokenizer.get_added_vocab().items() if id >= tokenizer.vocab_size}
+        (directory / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
 
 
 def token_loss(model, batch):

@@ -80,6 +80,7 @@ def train_step(
     loss_sum = 0.0
     with GradientAllReduce(model, passes=len(window)) as gradients:  # an all-reduce over the ranks
         for micro_batch in window:
+            gradients.empty_pass = not micro_batch.tokens
             with precision.autocast():
                 micro_loss_sum = token_loss(model, micro_batch.to(precision.device))
             scaler.scale(micro_loss_sum / supervised).backward()
@@ -286,7 +287,6 @@ def start_run(named, dry_run, signals):
         config = dataclasses.replace(config, output_dir=str(path))
         print(report.headline(config, why))
         run = build_run(config)
-        print(report.plan(run))
         if dry_run:
             print(estimate(run, train_step))
             return 0
@@ -310,7 +310,6 @@ def resume_run(path, named, allow_changes, dry_run, signals):
             what = f"nothing is left to train with {', '.join(changed)}"
             raise UserError(f"{path} is finished; {what}; raise --epochs or --max-steps")
         run.changes = recorded.get("changes", []) + run.changes
-        print(report.plan(run))
         return 0 if dry_run else train(run, signals, resumed=True)
 
 

@@ -120,6 +120,9 @@ def shard(model, count, device, dtype):
     layers = list(get_layers(model))
     if not layers:
         raise UserError("--shard: cannot identify this model's layers; use --shard 1")
+    for name, module in model.named_modules():  # FSDP's ranks would send the gradients of different experts
+        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict) and "expert" in name.rpartition(".")[2]:
+            raise UserError(f"--shard: the experts of this model are modules of their own ({name}); use --shard 1")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

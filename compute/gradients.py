@@ -5,21 +5,24 @@ import time
 import torch
 from torch import distributed
 
-from compute.distributed import all_reduce_max, all_reduce_sum, is_sharded, world_size
+from compute.distributed import all_reduce_max, all_reduce_sum, all_reduce_tensor, is_sharded, world_size
 
 
 class GradientAllReduce:
     """A context for `passes` backward passes, after which each gradient is its sum over all ranks.
 
     All ranks must send in the same order: from the last parameter to the first, about the order in which a backward
-    pass computes them. A gradient that some passes do not reach is sent at the end, with those after it. FSDP reduces
-    sharded gradients itself. `sync_seconds` is the time from the last pass to the end of the all-reduces.
+    pass computes them. A gradient that some passes do not reach is sent at the end, with those after it. A parameter
+    that no pass of any rank reaches has no gradient, as in one process: AdamW leaves it and its moments as they are.
+    FSDP reduces sharded gradients itself. `sync_seconds` is the time from the last pass to the end of the all-reduces.
     """
 
     def __init__(self, model, passes):
         reduced = world_size() > 1 and not is_sharded(model)
         self.unsent = [weights for weights in model.parameters() if weights.requires_grad] if reduced else []
         self.remaining = dict.fromkeys(self.unsent, passes)  # backward passes, by parameter
+        self.reached = set()  # parameters
+        self.empty_pass = False  # set before a pass over an empty micro-batch, which reaches nothing that counts
         self.hooks, self.sending = [], []
 
     def __enter__(self):
@@ -28,6 +31,8 @@ class GradientAllReduce:
 
     def on_accumulated(self, weights):
         """The hook that runs when a backward pass has accumulated a parameter's gradient."""
+        if not self.empty_pass:
+            self.reached.add(weights)
         self.remaining[weights] -= 1
         if self.remaining[weights] < 0:
             raise RuntimeError("a gradient was accumulated more than `passes` times: its sum is not complete")
@@ -35,7 +40,7 @@ class GradientAllReduce:
             self.send(self.unsent.pop())
 
     def send(self, weights):
-        if weights.grad is None:  # no token of this rank reached it
+        if weights.grad is None:  # no token of this rank reached it; perhaps those of another one
             weights.grad = torch.zeros_like(weights)
         self.sending.append(distributed.all_reduce(weights.grad, async_op=True))
 
@@ -49,7 +54,16 @@ class GradientAllReduce:
             self.send(self.unsent.pop())
         for work in self.sending:
             work.wait()
+        self.drop_unreached()
         self.sync_seconds = time.perf_counter() - began
+
+    def drop_unreached(self):
+        """Drop the gradients, all zeros, of parameters that no rank's passes have reached."""
+        if self.remaining:
+            reached = torch.tensor([weights in self.reached for weights in self.remaining]).int()  # on the CPU: no wait
+            for weights, ranks in zip(self.remaining, all_reduce_tensor(reached).tolist(), strict=True):
+                if not ranks:
+                    weights.grad = None
 
 
 def load_balance(micro_batches, sync_seconds):

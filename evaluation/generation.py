@@ -1,6 +1,7 @@
 """Generate answers to prompts, many at a time; each equals the answer to that prompt alone."""
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,13 +115,16 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None)
         warpers = TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)
         processors += [*warpers, GumbelNoise([derive_seed(sampling.seed, prompt) for prompt in prompts])]
     devices = [model.device] if model.device.type == "cuda" else []
+    # transformers fills what these settings leave open from the model's own: a copy that shares its weights has these.
+    plain = copy.copy(model)
+    plain.generation_config = settings
     with (
         in_eval_mode(model),
         masked_attention(model),
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),  # the KV cache grows with each token: layers would be recompiled
     ):
-        out = model.generate(
+        out = plain.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,

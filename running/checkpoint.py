@@ -28,7 +28,7 @@ from config import UserError
 from evaluation.facts import run_facts
 from model import save_model
 from running.card import model_card
-from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_link
+from storage.durable import CorruptError, atomic_directory, read_manifest, remove_directory, replace_file, replace_link
 
 torch.serialization.set_crc32_options(False)  # slow, and the SHA-256 of the manifest notices more
 
@@ -63,6 +63,8 @@ def save(run):
         run.best_step = run.step
     if run.saver.saved == run.step:  # by a signal that interrupted the evaluation which found it to be the best
         if is_rank0():
+            card = checkpoint_path(run.directory, run.step) / MODEL / "README.md"
+            replace_file(card, model_card(run_facts(run.directory)))
             link_best(run.directory, run.best_step)
         return
     snapshot = take_snapshot(run)
@@ -219,8 +221,11 @@ def restore(run, start):
     run.saver.started = run.saver.saved = run.step
     # The optimizer's settings are the run's own: the user may have changed them.
     optimizer = state_dict.get_optimizer_state_dict(run.model, run.optimizer) | {"state": state["optimizer"]}
-    options = state_dict.StateDictOptions(full_state_dict=True)
+    options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
     state_dict.set_optimizer_state_dict(run.model, run.optimizer, optimizer, options=options)
+    for name, weights in run.model.named_parameters():
+        if name not in state["optimizer"]:  # no update has reached it: torch's function has made moments of zeros
+            run.optimizer.state.pop(weights, None)
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
     if len(state["random"]) != world_size():  # another number of ranks draws other numbers anyway: new ones

@@ -36,43 +36,55 @@ def headline(config, why):
     return f"{preset} ({why}): {config.model} on {format_value(config.dataset)}, into {config.output_dir}"
 
 
-def plan(run):
-    """The plan of a `Run`, derived from its settings and data, in a few lines."""
-    config, data, train, layout, ranks = run.config, run.data, run.data.train, run.layout, world_size()
-    steps = range(min(run.steps_per_epoch, SAMPLED))
-    windows = [window_at(step, train.examples, config.batch_size, config.seed) for step in steps]
-    micro_batches = sum(len(layout.partition(window)[0]) for window in windows) / len(windows)
+def plan_of_data(run):
+    """The lines of a run's plan that are known before its model is loaded: what it will learn from, and when."""
+    config, data, train = run.config, run.data, run.data.train
     truncated, dropped, lost, supervised = (
         sum(getattr(split, name) for split in data.splits.values())
         for name in ("truncated", "dropped", "supervised_lost", "supervised")
     )
     lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
-    more_examples = train.conversations not in (0, len(train.examples) + train.dropped)
-    unit = "examples" if more_examples else "conversations"
+    more = train.conversations not in (0, len(train.examples) + train.dropped)
+    unit = "examples" if more else "conversations"
+    lines = {
+        "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
+        f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
+        "rows": "; ".join(data.notes),
+        "tokens": f"{train.tokens:,} an epoch, {train.supervised / train.tokens:.1%} of them supervised",
+        "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
+        f"{min(config.batch_size, len(train.examples))} {unit}",
+        "schedule": describe_schedule(run),
+        "cadence": describe_cadence(run),
+    }
+    return format_plan(lines, data.warnings)
+
+
+def plan_of_model(run):
+    """The lines of a run's plan that its model decides: how an update is computed."""
+    config, layout, ranks = run.config, run.layout, world_size()
+    steps = range(min(run.steps_per_epoch, SAMPLED))
+    windows = [window_at(step, run.data.train.examples, config.batch_size, config.seed) for step in steps]
+    micro_batches = sum(len(layout.partition(window)[0]) for window in windows) / len(windows)
+    of_each = "" if ranks == 1 else " of each process"
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     parameters = sum(p.numel() for p in run.model.parameters())
     lines = {
         "model": f"{config.model}: {parameters:,} parameters",
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
         "over fp32 weights",
-        "layout": layout.describe(),
-        "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
-        f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
-        "rows": "; ".join(data.notes),
-        "tokens": f"{train.tokens:,} an epoch, {train.supervised / train.tokens:.1%} of them supervised",
-        "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
-        f"{min(config.batch_size, len(train.examples))} {unit} in {micro_batches:.1f} micro-batches "
-        f"(gradient accumulation){'' if ranks == 1 else ' of each process'}",
-        "schedule": describe_schedule(run),
-        "cadence": describe_cadence(run),
+        "layout": f"{layout.describe()}; a window in {micro_batches:.1f} micro-batches{of_each} (gradient accumulation)",
     }
     if others := list_extra_losses(run.model):
         why = "which the model's configuration asks for, depends on how a window is cut"
         lines["loss"] = f"cross-entropy alone: {', '.join(others)}, {why}"
     if config.shard > 1:
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
+    return format_plan(lines, warn_of_rate(config.lr, parameters))
+
+
+def format_plan(lines, warnings):
+    """Lines of a plan, by their name, and warnings below them, as text."""
     shown = [f"  {name:<10}{text}" for name, text in lines.items()]
-    warnings = data.warnings + warn_of_rate(config.lr, parameters)
     return "\n".join(shown + [f"  warning   {warning}" for warning in warnings])
 
 

@@ -15,6 +15,7 @@ from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import load_data
 from model import choose_precision, load_on_ranks, token_loss
+from running import report
 from running.resume import check_same_run, get_recorded_measurements, load_resumed_config
 from running.run import Run
 from storage import hub
@@ -43,7 +44,10 @@ def write_config(directory, named, file):
 
 
 def load_run(config, start=None, allow_changes=False):
-    """A `Run` at step 0, without an optimizer, with the model of a `ResumePoint` if there is one; writes nothing."""
+    """A `Run` at step 0, without an optimizer, with the model of a `ResumePoint` if there is one.
+
+    Prints its plan: the part about the data before the model is loaded. Writes nothing.
+    """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     check_sources(config)  # before a model is downloaded for data that is not there
@@ -57,14 +61,17 @@ def load_run(config, start=None, allow_changes=False):
         described = describe(config, precision, data)
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
+    run = Run(config, precision, None, tokenizer, data, None, scaler=precision.grad_scaler(), changes=changes)
+    run.eval_every, run.save_every = choose_cadence(run, start)
+    print(report.plan_of_data(run))
     if precision.device.type == "cuda":
         check_model_fits(path, local_files_only, precision, config)
     path = start.model if start and start.model else path
-    model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
+    run.model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
     if config.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(run.model)
     layout = choose_layout(
-        model,
+        run.model,
         token_loss,
         config,
         tokenizer.pad_token_id,
@@ -72,10 +79,9 @@ def load_run(config, start=None, allow_changes=False):
         longest=max(split.longest for split in data.splits.values()),
         **broadcast_from_rank0(get_recorded_measurements, start, config, precision),
     )
-    layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
+    run.layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
+    print(report.plan_of_model(run))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
-    run = Run(config, precision, layout, tokenizer, data, model, scaler=precision.grad_scaler(), changes=changes)
-    run.eval_every, run.save_every = choose_cadence(run, start)
     return run
 
 

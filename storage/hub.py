@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import get_session, httpx
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from storage.quickstart import quickstart_model
 
 HUB_TIMEOUT = 3  # seconds
 # Raised by the libraries for a model or dataset that is missing, corrupt, or cut off on its way.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, httpx.HTTPError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, httpx.HTTPError)
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.DatasetsError)
 
 
@@ -43,6 +43,13 @@ def find_model(name):
     if directory.is_file() or looks_like_a_path(name):
         raise UserError(f"--model {name}: there is no such directory")
     return name, must_use_cache("model", name)
+
+
+def model_directory(path, local_files_only, patterns):
+    """The directory of a model at `path`; for one on the Hub, that in the cache, with its files of these patterns."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(path, allow_patterns=patterns, local_files_only=local_files_only))
 
 
 def explain_load_error(path, error):

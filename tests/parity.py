@@ -54,7 +54,8 @@ class GradientFloor:
         return self
 
     def look(self, *_):
-        gradients = [full_tensor(weights.grad).abs() for weights in self.model.parameters()]
+        every = self.model.parameters()
+        gradients = [full_tensor(torch.zeros_like(p) if p.grad is None else p.grad).abs() for p in every]
         relative = flatten(each / each.square().mean().sqrt() for each in gradients)  # NaN where there is no gradient
         self.values = relative if self.values is None else relative.minimum(self.values)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from compute.self_check import use_layout
 from conversations.masking import encode_prompt
@@ -62,6 +63,30 @@ def test_two_prompts_of_one_batch_do_not_share_their_noise(tiny_model, tiny_toke
         tiny_model.model.norm.weight.zero_()
     one, other = generate_answers(tiny_model, tiny_tokenizer, ["Hi", "Ho"], SAMPLED, 8)
     assert one.text != other.text
+
+
+WILD = {  # each changes an answer, or fails
+    "beams": {"num_beams": 3, "length_penalty": 9.0, "early_stopping": True},
+    "sampling": {"do_sample": True, "temperature": 9.0, "top_k": 3, "min_p": 0.9, "typical_p": 0.1},
+    "penalties": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 3.0},
+    "lengths": {"max_length": 3, "min_length": 90, "min_new_tokens": 15, "max_time": 1e-9, "stop_strings": ["a"]},
+    "tokens": {"suppress_tokens": list(range(3, 200)), "begin_suppress_tokens": [5], "bad_words_ids": [[7], [8]]},
+    "forced": {"forced_bos_token_id": 9, "forced_eos_token_id": 9, "eos_token_id": list(range(259)), "pad_token_id": 4},
+    "outputs": {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2, "do_sample": True},
+    "cache": {"use_cache": False, "cache_implementation": "static", "guidance_scale": 7.0, "renormalize_logits": True},
+}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("settings", WILD.values(), ids=WILD)
+def test_the_models_own_settings_change_no_answer(tiny_model, tiny_tokenizer, sampling, settings):
+    expected = generate_answers(tiny_model, tiny_tokenizer, PROMPTS, sampling, 12)
+    own = tiny_model.generation_config = GenerationConfig(**settings)
+    in_use = []  # by the model itself, which a thread may be saving
+    with tiny_model.model.register_forward_hook(lambda *_: in_use.append(tiny_model.generation_config)):
+        assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS, sampling, 12) == expected
+    assert all(each is own for each in [*in_use, tiny_model.generation_config])
+    assert own.to_diff_dict() == GenerationConfig(**settings).to_diff_dict()
 
 
 def always_generating(token, model, tokenizer):

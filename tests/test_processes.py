@@ -15,12 +15,13 @@ from compute.distributed import all_reduce_sum, full_tensor, is_rank0, partition
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
 from compute.self_check import choose_layout, use_layout
-from config import Config
+from config import Config, UserError
 from conversations.masking import IGNORE, Example
 from eval import evaluate
 from model import Precision, broadcast_sharded, has_expected_tying, token_loss
 from running.checkpoint import gather_state
 from tests.conftest import layout_of, tiny_llama
+from tests.mixture import tiny_mixture
 from tests.parity import GradientFloor, flat_difference, flatten
 from tests.worker_pool import WorkerPool
 
@@ -219,6 +220,95 @@ def chosen_layouts():
 
 def test_the_self_check_of_a_sharded_model(worker_pools):
     assert worker_pools(2).call(chosen_layouts) == [([True, True], "its output head is more than a matrix product")] * 2
+
+
+# --- weights that not every window reaches
+
+
+def updates_of_mixture(case, experts=6, frozen=()):
+    """Weights and AdamW's state by parameter, on the CPU, after a few updates of a model that windows reach in part."""
+    model = tiny_mixture(case.vocabulary, separate_experts=experts).to(getattr(torch, case.dtype))
+    model = divided(model, case.shard) if case.shard > 1 else model
+    layout, precision = layout_of(case.packed, case.budget), Precision(case.precision, CPU)
+    use_layout(model.train(), layout)
+    if case.checkpointing:
+        checkpoint_activations(model)
+    for name, weights in model.named_parameters():
+        weights.requires_grad_(not name.startswith(tuple(frozen)) or not frozen)
+    optimizer, numbers = train.make_optimizer(model, weight_decay=0.5), []
+    settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
+    for window in windows(case.vocabulary):
+        micro_batches = list(layout.local_micro_batches(window))
+        while not (metrics := train.train_step(model, optimizer, micro_batches, RATE, **settings)):
+            pass
+        numbers.append((metrics["loss"], metrics["grad_norm"]))
+    named = {name: weights for name, weights in model.named_parameters() if weights in optimizer.state}
+    state = {
+        name: {key: full_tensor(value) for key, value in optimizer.state[weights].items()}
+        for name, weights in named.items()
+    }
+    return numbers, {name: full_tensor(each.detach()) for name, each in model.named_parameters()}, state
+
+
+def assert_same_updates(ours, alone):
+    (numbers, weights, state), (numbers_alone, weights_alone, state_alone) = ours, alone
+    steps, steps_alone = ({name: of["step"].item() for name, of in each.items()} for each in (state, state_alone))
+    assert steps == steps_alone
+    close = {"rtol": 1e-11, "atol": 1e-12}
+    torch.testing.assert_close(numbers, numbers_alone, **close)
+    torch.testing.assert_close(weights, weights_alone, **close)
+    torch.testing.assert_close(state, state_alone, **close)
+
+
+REACHED_IN_PART = {
+    "packed": (Case(), ()),
+    "one conversation at a time": (Case(budget=1), ()),
+    "rows without padding": (Case(packed=False, budget=1), ()),
+    "recomputed activations": (Case(checkpointing=True), ()),
+    "frozen embeddings and router": (Case(), ("model.embed_tokens", "model.layers.0.mlp.router")),
+}
+
+
+@pytest.mark.parametrize(("case", "frozen"), REACHED_IN_PART.values(), ids=REACHED_IN_PART)
+def test_a_weight_that_no_token_reaches_is_left_alone_by_any_number_of_ranks(worker_pools, case, frozen):
+    alone = updates_of_mixture(case, 6, frozen)
+    steps = {name: of["step"].item() for name, of in alone[2].items()}
+    assert set(steps.values()) == {5.0, 6.0}  # one of the six windows, of two tokens, reaches fewer experts
+    unreached = {name for name in alone[1] if name not in steps and not name.startswith(frozen or "-")}
+    assert {name.removeprefix("model.layers.0.").partition(".")[0] for name in unreached} == {"unused", "mlp"}
+    initial = dict(tiny_mixture(259).double().named_parameters())
+    assert all(torch.equal(alone[1][name], initial[name]) for name in unreached)
+    for size in (2, 3):
+        for ours in worker_pools(size).call(updates_of_mixture, case, 6, frozen):
+            assert_same_updates(ours, alone)
+
+
+def test_a_weight_that_no_token_reaches_is_left_alone_under_a_loss_scale(worker_pools):
+    case = Case("float32", "fp16")
+    steps = [{name: of["step"].item() for name, of in updates_of_mixture(case)[2].items()}]
+    for ours in worker_pools(2).call(updates_of_mixture, case):
+        steps.append({name: of["step"].item() for name, of in ours[2].items()})
+    assert steps[0] == steps[1] == steps[2]
+
+
+@pytest.mark.parametrize(("size", "shard"), [(2, 2), (3, 3), (4, 2)])
+def test_a_weight_that_takes_part_in_nothing_is_left_alone_by_shards(worker_pools, size, shard):
+    alone = updates_of_mixture(Case(), 0)
+    assert {f"model.layers.0.unused.{name}" for name in ("weight", "bias")} == alone[1].keys() - alone[2].keys()
+    for ours in worker_pools(size).call(updates_of_mixture, Case(shard=shard), 0):
+        assert_same_updates(ours, alone)
+
+
+def refusal_of_shards():
+    with pytest.raises(UserError) as refused:
+        divided(tiny_mixture(259), 2)
+    return str(refused.value)
+
+
+def test_experts_that_are_modules_are_not_sharded(worker_pools):
+    """FSDP reduces the gradients that a rank has: of other experts than those of another rank."""
+    (line, _) = worker_pools(2).call(refusal_of_shards)
+    assert line.startswith("--shard: the experts of this model are modules of their own (model.layers.0.mlp.experts)")
 
 
 # --- what the tests above must notice

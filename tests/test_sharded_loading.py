@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compute.distributed import full_tensor
+from compute.distributed import full_tensor, is_rank0
 from conversations.tokenizer import load_tokenizer
 from model import Precision, load_model, load_on_ranks
 from tests.conftest import tiny_llama, tiny_moe
@@ -44,6 +44,10 @@ def differences(path):
     for settings in ("config", "generation_config"):
         one, other = getattr(ours, settings).to_dict(), getattr(theirs, settings).to_dict()
         different |= {f"{settings}.{name}" for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    assert theirs.generation_config.temperature == 0.25
+    assert theirs.kept_files == {"preprocessor_config.json": b"{}"}
+    if is_rank0() and ours.kept_files != theirs.kept_files:  # which it saves
+        different.add("kept_files")
     return different
 
 
@@ -53,4 +57,6 @@ def test_a_sharded_model_is_the_one_that_one_process_loads(two_ranks, tiny_model
     (path / "model.safetensors").unlink()
     MODELS[name](TOKENS).save_pretrained(path, max_shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 2
+    (path / "generation_config.json").write_text('{"temperature": 0.25, "top_k": 7, "do_sample": true}')
+    (path / "preprocessor_config.json").write_bytes(b"{}")
     assert two_ranks.call(differences, str(path)) == [set(), set()]

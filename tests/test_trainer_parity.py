@@ -30,6 +30,7 @@ from model import Precision, load_model, token_loss
 from storage import hub
 from tests import parity, reference
 from tests.conftest import layout_of, one_batch, tiny_llama
+from tests.mixture import tiny_mixture
 
 OUR_NAMES = {"num_train_epochs": "epochs", "learning_rate": "lr", "lr_scheduler_type": "schedule"} | {
     name: name
@@ -133,6 +134,19 @@ def test_rows_that_no_template_makes_are_trained_as_trainer_trains_them(tiny_tok
     assert any(example.labels[0] != IGNORE for example in ragged_window)
     assert any(example.supervised_tokens == 0 for example in ragged_window)
     runs = both(tiny_tokenizer, tmp_path, {}, examples=ragged_window, dtype=dtype)
+    parity.compare(*runs, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "fp64"])
+def test_weights_that_a_window_does_not_reach_are_left_alone_by_both(tiny_tokenizer, tmp_path, dtype):
+    """Experts that are modules, and a weight that takes part in nothing. Padding would reach experts: there is none."""
+    arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "weight_decay": 1.0}
+    runs = both(tiny_tokenizer, tmp_path, arguments, model=lambda kind: tiny_mixture(259).to(kind), dtype=dtype)
+    ours, theirs, initial = (dict(model.named_parameters()) for model in (*runs[2:4], tiny_mixture(259).to(dtype)))
+    for name in ("unused.weight", "mlp.experts.5.up_proj.weight"):
+        name = f"model.layers.0.{name}"
+        assert torch.equal(ours[name], initial[name])
+        assert torch.equal(theirs[name], initial[name])
     parity.compare(*runs, **TOLERANCES[dtype])
 
 

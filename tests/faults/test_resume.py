@@ -1,15 +1,24 @@
 """A resumed run ends as the uninterrupted one did: metrics, curves, answers, weights, optimizer, to the last bit."""
 
+import importlib
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.faults.harness import assert_same, lines, some, steps_saved
 from tests.faults.inject import fewer_bits_of_scale, forget, inexact, kill, on_call, pretend, shift_the_order
+from tests.mixture import tiny_mixture
+
+
+def register_mixture():
+    """Make a process know the tiny mixture of experts by its name."""
+    importlib.import_module("tests.mixture")
 
 
 @pytest.mark.parametrize("step", some([3, 4, 5, 1, 7, 9], fast=3))
@@ -62,6 +71,41 @@ def test_the_random_state_is_resumed(flags, start_process, dropping_out, tmp_pat
     assert_same(tmp_path / "right", tmp_path / "uninterrupted")
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "wrong", tmp_path / "uninterrupted")
+
+
+def test_weights_that_no_update_reached_have_no_moments_when_resumed(flags, start_process, tiny_model_dir, tmp_path):
+    directory = Path(shutil.copytree(tiny_model_dir, tmp_path / "mixture"))
+    tiny_mixture(259).save_pretrained(directory)
+    flags = [*flags, "--model", directory]  # a later flag wins
+    assert start_process([*flags, "--output-dir", tmp_path / "uninterrupted"], register_mixture).wait() == 0
+    run = tmp_path / "run"
+    start_process([*flags, "--output-dir", run], register_mixture, partial(on_call, "train.train_step", 8, kill)).wait()
+    process = start_process(["--resume", run], register_mixture)
+    assert process.wait() == 0, process.stderr
+    assert_same(run, tmp_path / "uninterrupted")
+    moments = torch.load(run / "checkpoints" / "step-10" / "training.pt", weights_only=True)["optimizer"]
+    unreached = dict(tiny_mixture(259).named_parameters()).keys() - moments.keys()
+    assert {name.split(".")[3] for name in unreached} == {"unused", "mlp"}
+    assert {moment["step"].item() for moment in moments.values()} > {10.0}
+
+
+def test_shards_that_resume_a_run_have_no_moments_of_what_no_update_reached(
+    flags, start_process, start_group, tiny_model_dir, tmp_path
+):
+    directory, run = Path(shutil.copytree(tiny_model_dir, tmp_path / "model")), tmp_path / "run"
+    tiny_mixture(259, separate_experts=0).save_pretrained(directory)
+    flags = [*flags, "--model", directory, "--output-dir", run]
+    start_process(flags, register_mixture, partial(on_call, "train.train_step", 8, kill)).wait()
+    faults = [(rank, register_mixture) for rank in range(2)]
+    group = start_group(2, ["--resume", run, "--shard", "2"], *faults)
+    assert group.wait(60) == [0, 0], group.stderr
+    last = run / "checkpoints" / "step-10"
+    moments = torch.load(last / "training.pt", weights_only=True)["optimizer"]
+    initial = dict(tiny_mixture(259, separate_experts=0).named_parameters())
+    assert {name.rpartition(".")[0] for name in initial.keys() - moments.keys()} == {"model.layers.0.unused"}
+    assert {moment["step"].item() for moment in moments.values()} == {10.0}
+    name = "model.layers.0.unused.weight"
+    assert torch.equal(load_file(last / "model" / "model.safetensors")[name], initial[name])
 
 
 def test_the_fp16_scale_and_the_overflow_count_are_resumed(flags, start_process, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from storage.cache import cache_directory
 from tests.faults.harness import assert_same, lines, on_dataset, some, steps_saved
-from tests.faults.inject import on_call, send, send_and_hang
+from tests.faults.inject import kill, on_call, send, send_and_hang
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 STOPPING = "stopping after this update; press Ctrl-C again to quit now"
@@ -48,6 +48,17 @@ def test_a_signal_in_an_evaluation_abandons_it_until_resumed(flags, uninterrupte
     assert steps_saved(run) == [3, 4]
     assert [line["step"] for line in lines(run, "eval")] == [0]
     assert_resumes(start_process, run, uninterrupted)
+
+
+def test_a_checkpoint_that_a_resumed_evaluation_finds_to_be_the_best_gets_its_card(flags, start_process, tmp_path):
+    run, term = tmp_path / "run", partial(send, signal.SIGTERM)
+    process = start_process([*flags, "--output-dir", run], partial(on_call, "eval.loss_and_correct", 4, term))
+    stopped(process, run, 143, 4)
+    assert not (run / "checkpoints" / "step-4" / "model" / "README.md").exists()
+    start_process(["--resume", run], partial(on_call, "train.train_step", 2, kill)).wait()
+    assert (run / "best").resolve() == run / "checkpoints" / "step-4" / "model"
+    (evaluated,) = (line["loss"] for line in lines(run, "eval") if line["step"] == 4)
+    assert f"| {evaluated:.4f} |" in (run / "best" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
