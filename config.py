@@ -207,8 +207,6 @@ class Parser(argparse.ArgumentParser):
         Returns the last group of flags, that of the run.
         """
         types = typing.get_type_hints(Config)
-        help = "recipe: a TOML file of settings, by the names of these flags, which override it"
-        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
         self.settings = types.keys() if names is None else names
         for each in dataclasses.fields(Config):
             if each.name in GROUPS:
@@ -225,6 +223,8 @@ class Parser(argparse.ArgumentParser):
                 metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[kind]
                 options |= {"type": parse_number if kind == int | float else kind, "metavar": metavar}
             group.add_argument(flag_name(each.name), **options)
+        help = "recipe: a TOML file of settings, by the names of these flags, which override it"
+        group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
         return group
 
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:

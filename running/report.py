@@ -72,7 +72,8 @@ def plan_of_model(run):
         "model": f"{config.model}: {parameters:,} parameters",
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
         "over fp32 weights",
-        "layout": f"{layout.describe()}; a window in {micro_batches:.1f} micro-batches{of_each} (gradient accumulation)",
+        "layout": f"{layout.describe()}; a window in {micro_batches:.1f} micro-batches{of_each} "
+        "(gradient accumulation)",
     }
     if others := list_extra_losses(run.model):
         why = "which the model's configuration asks for, depends on how a window is cut"

@@ -293,7 +293,7 @@ def test_an_interrupted_end_is_repeated_and_logged_once(finished):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     assert train_command.main([*flags, "--dry-run", "--output-dir", str(tmp_path / "run")]) == 0
-    assert "6 an epoch, 12 in all, each over a window of 5 conversations in" in capsys.readouterr().out
+    assert "6 an epoch, 12 in all, each over a window of 5 conversations\n" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
