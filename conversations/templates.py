@@ -536,8 +536,7 @@ def arguments_of(template):
     environment, names = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]), set()
     try:
         for text in template.values() if isinstance(template, dict) else [template]:
-            plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", text)  # transformers' own tag
-            names |= jinja2.meta.find_undeclared_variables(environment.parse(plain))
+            names |= jinja2.meta.find_undeclared_variables(environment.parse(text))
     except jinja2.TemplateSyntaxError as error:
         raise syntax_error(error) from error
     return {name for name in names - RESERVED - environment.globals.keys() if not name.endswith("_token")}

@@ -51,7 +51,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     else:
         template = read_template(chat_template, tokenizer.chat_template, path)
         with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
-            tokenizer.chat_template = with_options(template, template_options)
+            tokenizer.chat_template = with_options(without_marks(template), template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
             tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
@@ -109,6 +109,14 @@ def read_template(name, of_model, path):
     except (OSError, UnicodeDecodeError) as error:
         problem = f"{getattr(error, 'strerror', 'not UTF-8')}; write chatml, model, or the name of a .jinja file"
         raise UserError(f"--chat-template {name}: {problem}") from error
+
+
+def without_marks(template):
+    """A chat template, or a dict of them, without `{% generation %}`, which only transformers knows."""
+    if isinstance(template, dict):
+        return {name: without_marks(text) for name, text in template.items()}
+    template = re.sub(r"({%[-+]?)\s*generation\s*([-+]?%})", r"\1 if true \2", template)  # the same spaces around it
+    return re.sub(r"({%[-+]?)\s*endgeneration\s*([-+]?%})", r"\1 endif \2", template)
 
 
 def with_eos(template, eos):

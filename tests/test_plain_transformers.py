@@ -5,14 +5,18 @@ decode to it and its stop token, and `eval.py` prompts with the same ids. Else t
 one exception, as `test_masking` and `test_templates` show: what looks like a control token stays text.
 """
 
+import contextlib
+import itertools
 import json
 import re
 from collections import Counter
 
+import jinja2
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_data import say
+from test_templates import MARKED, TRL, tokenizer_of
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaTokenizerFast
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
@@ -255,3 +259,68 @@ def test_a_tokenizer_that_is_another_one_in_best_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr(LlamaTokenizerFast, "save_pretrained", forget)
     with pytest.raises(UserError, match="its tokenizer, LlamaTokenizer, is another one once it is saved and loaded"):
         load_tokenizer(str(tmp_path), True)
+
+
+# --- the template in `best/`
+
+
+class Marks(jinja2.ext.Extension):
+    """transformers' tag, without what it is for."""
+
+    tags = frozenset(["generation"])
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("call"), [], [], body).set_lineno(line)
+
+    def call(self, caller):
+        return caller()
+
+
+def render(template, messages, extensions=()):
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", *extensions]
+    )
+    environment.globals |= {"raise_exception": lambda reason: reason, "strftime_now": lambda _form: "today"}
+    environment.filters["tojson"] = json.dumps
+    return environment.from_string(template).render(
+        messages=messages, bos_token="<s>", eos_token=CONTROL[0], tools=None
+    )
+
+
+SPACING = """{% for m in messages %}
+  {%- if m.role == 'assistant' %}
+    {DASH generation END}
+ a {{ m.content }}
+    {DASH endgeneration END}
+  {% else %} b {{ m.content }} {% endif %}<|im_end|>
+{% endfor %}"""
+TEMPLATES_WITH_MARKS = {
+    name: (TRL / f"{name}_training.jinja").read_text(encoding="utf-8") for name in itertools.chain(*MARKED.values())
+} | {
+    f"{{%{dash} generation {end}%}}": SPACING.replace("{DASH", "{%" + dash).replace("END}", end + "%}")
+    for dash, end in itertools.product(["", "-", "+"], ["", "-", "+"])
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES_WITH_MARKS)
+def test_a_template_is_saved_without_marks_and_renders_as_before(name, tmp_path):
+    """Only transformers knows the tag; llama.cpp and others refuse to parse it."""
+    template = TEMPLATES_WITH_MARKS[name]
+    control = tokenizer_of(f"{name}_training").get_added_vocab() if "%" not in name else CONTROL
+    byte_tokenizer([*control]).save_pretrained(tmp_path)
+    tiny_llama(8).config.save_pretrained(tmp_path)
+    (tmp_path / "mine.jinja").write_text(template)
+    tokenizer, plain = load_run(tmp_path, str(tmp_path / "mine.jinja"))
+    saved = (tmp_path / "best" / "chat_template.jinja").read_text()
+    assert saved == tokenizer.chat_template == plain.chat_template
+    assert "{% generation" not in saved
+    for chat in (say("Hi", "Hello there", "And?", "So\nbe it."), say("Hi")):
+        with contextlib.suppress(jinja2.UndefinedError):
+            assert render(saved, chat) == render(template, chat, [Marks])
+
+
+def test_the_template_of_chatml_is_plain_jinja(real_tokenizer):
+    chat = [{"role": "system", "content": "Brief."}, *say("Hi", "Hello")]
+    assert render(real_tokenizer.chat_template, chat) == real_tokenizer.apply_chat_template(chat, tokenize=False)
