@@ -143,6 +143,11 @@ class Template:
             return [self.end_of_turn]
 
     @functools.cached_property
+    def arguments(self):
+        """The names of what a caller may give the template."""
+        return arguments_of(self.tokenizer.chat_template)
+
+    @functools.cached_property
     def takes_reasoning(self):
         """Whether the template writes reasoning that stands beside contents; else it becomes part of the content."""
         return "Hm?" in self.probe([CHAT_PROBE[0], {**CHAT_PROBE[1], **reasoning_keys("Hm?")}])
@@ -193,16 +198,19 @@ class Template:
         return value
 
     def prepare(self, messages):
-        """Messages as the template takes them, and its other arguments: the tools."""
+        """Messages as the template takes them, and its other arguments: the tools, and the options of the row."""
         if SENTINEL in json.dumps(messages, ensure_ascii=False):
             raise TemplateError("it has the character U+12398, which marks typed control tokens; remove it")
         first = messages[0] if messages else {}
-        tools = first.get("tools")
+        tools, given = first.get("tools"), first.get("template_options", {})
+        options = {name: value for name, value in given.items() if value is not None}  # null in Parquet: not given
+        if options and (unread := options.keys() - self.arguments):
+            raise TemplateError(f"the chat template has no argument {min(unread)}, which the row gives it")
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
             reason = "the template writes no tool calls; use a model or a --chat-template FILE that does"
             raise TemplateError(reason, f"message {calls[0]}" if calls else "")
-        options = self.escape_control_tokens({"tools": tools or None})
+        options = self.escape_control_tokens({"tools": tools or None, **options})
         return [self.prepare_message(message) for message in messages], options
 
     def prepare_message(self, message):
@@ -210,7 +218,7 @@ class Template:
         escaped = {
             key: value if key in ("role", "inline") else self.escape_control_tokens(value)
             for key, value in message.items()
-            if key not in ("tools", "train")
+            if key not in ("tools", "template_options", "train")
         }
         for call in escaped.get("tool_calls", []):
             call["type"] = "function"
@@ -486,6 +494,10 @@ def check_turn(messages, turn):
     for tool in messages[0].get("tools", []):
         if tool["function"]["name"] not in text:
             raise TemplateError(f"it leaves out the tool {tool['function']['name']}")
+    for name, value in messages[0].get("template_options", {}).items():
+        # A word may be a switch; several are a text.
+        if not all(contains(text, option) for option in texts_in(value) if len(option.split()) > 1):
+            raise TemplateError(f"it leaves out or changes the row's {name}")
 
 
 @functools.lru_cache(maxsize=4)
