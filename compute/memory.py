@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compute.distributed import is_sharded
 from compute.layout import random_examples
-from config import UserError
+from config import UserError, is_out_of_memory  # noqa: F401  for those that look here
 from storage.hub import LOADING_ERRORS, explain_load_error
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
@@ -101,9 +101,3 @@ def keep_freed_memory():
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 2**26)
-
-
-def is_out_of_memory(error):
-    """True if an exception reports that memory ran out."""
-    signs = ("can't allocate memory", "can't start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
