@@ -41,8 +41,9 @@ def load_run(config, start=None, allow_changes=False):
         described = describe(config, precision, data)
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
+    longest = max(split.longest for split in data.splits.values())
     if precision.device.type == "cuda":
-        check_model_fits(path, local_files_only, precision, config)
+        check_model_fits(path, local_files_only, precision, config, longest)
     path = start.model if start and start.model else path
     model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
     if config.gradient_checkpointing:
@@ -53,7 +54,7 @@ def load_run(config, start=None, allow_changes=False):
         config,
         tokenizer.pad_token_id,
         precision,
-        longest=max(split.longest for split in data.splits.values()),
+        longest=longest,
         **broadcast_from_rank0(get_recorded_measurements, start, config, precision),
     )
     layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
