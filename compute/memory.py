@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compute.cross_entropy import GPU_CHUNK, ROWS
 from compute.distributed import all_reduce_max, is_sharded
-from compute.layout import random_examples
+from compute.layout import random_examples, vocabulary_size
 from config import UserError, is_out_of_memory
 from storage.hub import LOADING_ERRORS, explain_load_error
 
@@ -136,8 +136,7 @@ def probe_pass(model, token_loss, layout, precision, lengths):
     torch.cuda.empty_cache()  # a pass that did not fit leaves fragments
     before = torch.cuda.memory_allocated(precision.device)
     torch.cuda.reset_peak_memory_stats(precision.device)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings() or model.get_input_embeddings()]
-    batch = layout.collate(random_examples(lengths, min(len(each.weight) for each in ends)))
+    batch = layout.collate(random_examples(lengths, vocabulary_size(model)))
     try:
         with precision.autocast(), torch.set_grad_enabled(model.training):
             loss = token_loss(model, batch.to(precision.device))
