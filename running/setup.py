@@ -6,7 +6,6 @@ import os
 import torch
 
 from compute.distributed import all_gather, broadcast_from_rank0, rank
-from compute.layers import checkpoint_activations
 from compute.memory import check_model_fits, keep_freed_memory
 from compute.self_check import choose_layout
 from config import TEMPLATE_SETTINGS, resolve, with_absolute_paths
@@ -41,19 +40,18 @@ def load_run(config, start=None, allow_changes=False):
         described = describe(config, precision, data)
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
+    longest = max(split.longest for split in data.splits.values())
     if precision.device.type == "cuda":
-        check_model_fits(path, local_files_only, precision, config)
+        check_model_fits(path, local_files_only, precision, config, longest)
     path = start.model if start and start.model else path
     model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
     layout = choose_layout(
         model,
         token_loss,
         config,
         tokenizer.pad_token_id,
         precision,
-        longest=max(split.longest for split in data.splits.values()),
+        longest=longest,
         **broadcast_from_rank0(get_recorded_measurements, start, config, precision),
     )
     layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
