@@ -15,7 +15,8 @@ test: $(VENV)/dev.installed
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/dev.installed
-	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_push.py tests/test_causal_models.py -m "slow or not slow"
+	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_push.py tests/test_causal_models.py \
+		tests/test_plain_transformers.py -m "slow or not slow"
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

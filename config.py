@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import tomllib
 import traceback
 import typing
@@ -35,6 +37,32 @@ def rewrite_errors(old: str, new: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(str(error).replace(old, new)) from error
+
+
+# What Python, torch, the operating system and NVIDIA's libraries call it.
+OUT_OF_MEMORY = "out of memory|alloc_failed|allocate memory|not enough memory|bad_alloc|can't start new thread"
+UNUSABLE_GPU = "no kernel image|invalid device function|driver version|NVIDIA driver|busy or unavailable|not yet init"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an exception reports that memory ran out, of a device or of the host."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or bool(re.search(OUT_OF_MEMORY, str(error), re.I))
+
+
+@contextlib.contextmanager
+def explain_machine_errors(advice: str) -> Iterator[None]:
+    """Turn running out of memory, with advice, and a GPU that torch cannot use into a `UserError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        why = textwrap.shorten(first_line(error), 200)
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory ({why}); {advice}") from error
+        if re.search(UNUSABLE_GPU, str(error)):
+            raise UserError(f"--device: {why}; use --device cpu, or a torch that supports this GPU") from error
+        raise
 
 
 # The rule of a setting: its text and its predicate.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from config import Config, Parser, UserError, format_value, resolve, rewrite_errors, run_command
+from config import Config, Parser, UserError, explain_machine_errors, format_value, resolve, rewrite_errors, run_command
 from conversations.corpus import load_corpus
 from conversations.masking import Example
 from conversations.preview import check_page_path, page, preview
@@ -306,6 +306,7 @@ def epoch_order(n, seed):
 # --- the command
 
 
+@explain_machine_errors("use a lower --max-examples, or a machine with more")
 def main(argv):
     """`python data.py --show N`: print encoded conversations of the training split."""
     parser = Parser(prog="data.py", description="Print encoded conversations, the supervised tokens coloured.")

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compute.distributed import all_gather, rank
 from compute.layers import in_eval_mode
 from compute.layout import Layout
-from compute.memory import is_out_of_memory
 from compute.self_check import choose_layout
-from config import Parser, UserError, flag_name, rewrite_errors, run_command
+from config import Parser, UserError, explain_machine_errors, flag_name, rewrite_errors, run_command
 from conversations.masking import Example
 from conversations.preview import check_page_path
 from conversations.sources import check_sources
@@ -101,6 +100,7 @@ def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, *limits):
     return [one for each in (GREEDY, sampling) for one in generate_answers(model, tokenizer, prompts, each, *limits)]
 
 
+@explain_machine_errors("use a lower --micro-batch-tokens or --max-length, a smaller model, or another --device")
 def main(argv):
     overrides, options = make_parser().parse(argv)
     hub.quiet_libraries()
@@ -118,12 +118,7 @@ def main(argv):
         if options.chat:
             return chat(candidates[0], options)
         against = find_model(options.against)[0] if options.against else None
-        try:
-            reports = [report_on(candidate, against, options) for candidate in candidates]
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError("out of memory; use a lower --micro-batch-tokens or --max-length") from error
+        reports = [report_on(candidate, against, options) for candidate in candidates]
     report = reports[0] if len(reports) == 1 else {"runs": reports, "over_runs": mean_over_runs(reports)}
     print(json.dumps(report) if options.json else format_report(report))
     return 0

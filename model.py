@@ -17,7 +17,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from compute import cross_entropy
-from compute.distributed import broadcast_from_rank0, check_shard, is_rank0, local_world_size, shard, world_size
+from compute.distributed import (
+    broadcast_from_rank0,
+    check_own_device,
+    check_shard,
+    is_rank0,
+    local_world_size,
+    shard,
+    world_size,
+)
 from compute.layers import without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
@@ -69,8 +77,11 @@ class Precision:
 def choose_precision(device="auto", dtype="auto"):
     """The `Precision` that flags ask for; `auto` is bf16 where it is native, else fp16 on a GPU and fp32 on a CPU."""
     device = choose_device(device)
-    if dtype == "auto" and device.type == "cuda":
-        dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda" and dtype in ("auto", "bf16"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype == "bf16" and not native:
+            raise UserError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; use auto or fp16")
+        dtype = "bf16" if native else "fp16"
     elif dtype == "auto":
         native = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
         dtype = "bf16" if native else "fp32"
@@ -78,25 +89,29 @@ def choose_precision(device="auto", dtype="auto"):
 
 
 def choose_device(name):
-    """The device of a name; `auto` is the GPU if there is one. Each of several processes gets a GPU of its own."""
+    """The device of a name; `auto` is the GPU if there is one. Each of several processes gets a GPU of its own.
+
+    That is the GPU of its local rank, or the only one that it sees, as in a task of Slurm's with `--gpus-per-task 1`.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise UserError(f"--device {name}: only cpu and cuda are supported")
     device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cpu":
-        return device
-    if (device.index or 0) >= count:
-        raise UserError(f"--device {name}: this machine has {count} CUDA devices")
-    if world_size() > 1:
+    if device.type == "cuda":
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: this machine has {count} CUDA devices")
+        if world_size() > 1:
+            if device.index is not None:
+                raise UserError(f"--device {name}: each of several processes takes a GPU of its own; use --device cuda")
+            if 1 < count < local_world_size():
+                have = f"this machine has {count} CUDA devices for {local_world_size()} processes"
+                raise UserError(f"--device cuda: {have}; start fewer")
+            device = torch.device("cuda", distributed.get_node_local_rank() if count > 1 else 0)
         if device.index is not None:
-            raise UserError(f"--device {name}: each of several processes takes a GPU of its own; use --device cuda")
-        if count < local_world_size():
-            have = f"this machine has {count} CUDA devices for {local_world_size()} processes"
-            raise UserError(f"--device cuda: {have}; start fewer")
-        device = torch.device("cuda", distributed.get_node_local_rank())
-    if device.index is not None:
-        torch.cuda.set_device(device)  # for what libraries put on the current one
+            torch.cuda.set_device(device)  # for what libraries put on the current one
+    if world_size() > 1:
+        check_own_device(device)
     return device
 
 

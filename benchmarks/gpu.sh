@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: its tests, the speed table, eager and compiled, and several processes over NCCL.
 #   benchmarks/gpu.sh [CONVERSATIONS.jsonl [more flags of benchmarks.compare]]
-# Needs torch, transformers and pytest only; without CONVERSATIONS the tokens are random, and TRL, which wants a tokenizer,
-# is left out. Each step takes less than ten minutes and leaves its results in benchmarks/results/; a failed one does not
-# stop the next. STEPS="2 3" runs some.
+# Needs torch, transformers and pytest only; Trainer also wants accelerate, and TRL itself: they are left out where they
+# are missing, and TRL also without CONVERSATIONS, as random tokens have no tokenizer. Each step takes less than ten
+# minutes and leaves its results in benchmarks/results/; a failed one does not stop the next. STEPS="2 3" runs some.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=benchmarks/results
 if [ $# -gt 0 ]; then data=(--data "$(realpath "$1")"); shift; else data=(--synthetic); fi
-common=(--device cuda --batch-size 32 --max-length 2048 --updates 10 --rounds 1 "${data[@]}" "$@")
+common=(--device cuda --dtype auto --batch-size 32 --max-length 2048 --updates 6 --rounds 1 "${data[@]}" "$@")
+visible=${CUDA_VISIBLE_DEVICES:-0}  # one GPU for the speed table: Trainer uses all that its process sees
+compare=(env CUDA_VISIBLE_DEVICES="${visible%%,*}" python -m benchmarks.compare)
+has() { python -c "from importlib.metadata import version; version('$1')" 2>/dev/null || { echo "== $1 is not installed: left out"; false; }; }
 failed=0
 
 step() {  # number, name, command
@@ -19,14 +22,13 @@ step() {  # number, name, command
 }
 
 step 1 tests python -m pytest -p benchmarks.bare -q tests/test_cuda.py
-step 2 eager python -m benchmarks.compare --dtype bf16 --tag gpu-eager --engines "ours, packed" "${common[@]}"
-step 3 compiled python -m benchmarks.compare --dtype bf16 --tag gpu-compiled \
-    --engines "ours, packed, compiled" "${common[@]}"
-step 4 trainer python -m benchmarks.compare --dtype bf16 --tag gpu-trainer \
+step 2 eager "${compare[@]}" --tag gpu-eager --engines "ours, packed" "${common[@]}"
+step 3 compiled "${compare[@]}" --tag gpu-compiled --engines "ours, packed, compiled" "${common[@]}"
+has accelerate && step 4 trainer "${compare[@]}" --tag gpu-trainer \
     --engines "ours, padded" "Trainer, best" "Trainer, reference settings" "${common[@]}"
-[ "${data[0]}" = --synthetic ] || step 5 trl python -m benchmarks.compare --dtype bf16 --tag gpu-trl \
-    --engines "TRL, packed" "${common[@]}"
-step 6 fp16 python -m benchmarks.compare --dtype fp16 --tag gpu-fp16 \
-    --engines "ours, packed" "ours, packed, compiled" "${common[@]}"
+[ "${data[0]}" = --synthetic ] || { has trl && step 5 trl "${compare[@]}" --tag gpu-trl \
+    --engines "TRL, packed" "${common[@]}"; }
+step 6 fp16 "${compare[@]}" --tag gpu-fp16 \
+    --engines "ours, packed" "ours, packed, compiled" "${common[@]}" --dtype fp16
 step 7 nccl python -m pytest -p benchmarks.bare -q tests/test_cuda_processes.py
 exit $failed

@@ -40,14 +40,14 @@ def main():
     for name, runs in results.items():
         later = [line for run, _ in runs for line in run[1:]]
         speed = statistics.median(line["tokens_per_second"] for line in later)
-        waiting = max(line.get("waiting_seconds", 0) for line in later)
+        waiting = max((line["waiting_seconds"] for line in later if "waiting_seconds" in line), default=None)
         share = statistics.median(line.get("largest_share", 1) for line in later)
         empty = statistics.mean(line.get("empty_share", 0) for line in later)
         memory = max(peak for _, peaks in runs for peak in peaks)
         first = runs[0][0][0]
         print(f"{name:<36}{speed:7.0f} tokens/s, {memory:5.1f} GB a process at most", end=", ")
         print(f"largest share {share:.2f} of the mean, {empty:.0%} of micro-batches empty", end=", ")
-        print(f"{waiting:.1f} s waited at most", end="; first update's ")
+        print("" if waiting is None else f"{waiting:.1f} s waited at most, ", end="first update's ")
         print(f"loss off by {abs(first['loss'] / loss - 1):.1e}, norm by {abs(first['grad_norm'] / norm - 1):.1e}")
 
 

@@ -59,11 +59,6 @@ def has_varlen_kernel(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def compiles(precision):
-    """True if `torch.compile` can take packed attention into a layer's graph: the varlen kernel, in bf16 or fp16."""
-    return precision.name != "fp32" and has_varlen_kernel(precision.device)
-
-
 @torch.compiler.disable  # it depends on the conversations' lengths, and its kernels are compiled already
 def per_sequence(query, key, value, cu_seqlens, scaling, dropout):
     """Attention of one conversation after the other: (T, H, D), (T, H_kv, D), (T, H_kv, D) to (T, H, D)."""

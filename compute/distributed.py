@@ -90,6 +90,17 @@ def all_gather(value):
     return values
 
 
+def check_own_device(device):
+    """Raise `UserError` unless all ranks compute on the same kind of device, and each on a GPU of its own."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    devices = all_gather((device.type, uuid and str(uuid)))
+    for number, (kind, gpu) in enumerate(devices):
+        if kind != devices[0][0]:
+            raise UserError(f"--device: process 0 has {devices[0][0]} and process {number} has {kind}; name one")
+        if gpu and (other := devices.index((kind, gpu))) != number:
+            raise UserError(f"--device cuda: processes {other} and {number} take the same GPU; start fewer")
+
+
 def barrier():
     """A barrier, on the CPU: torch's own would take the backend of the GPU."""
     all_reduce_sum(0)

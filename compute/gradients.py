@@ -14,7 +14,8 @@ class GradientAllReduce:
     All ranks must send in the same order: from the last parameter to the first, about the order in which a backward
     pass computes them. A gradient that some passes do not reach is sent at the end, with those after it. A parameter
     that no pass of any rank reaches has no gradient, as in one process: AdamW leaves it and its moments as they are.
-    FSDP reduces sharded gradients itself. `sync_seconds` is the time from the last pass to the end of the all-reduces.
+    FSDP reduces sharded gradients itself. `sync_seconds` is the time from the last pass to the end of the all-reduces;
+    None where that is not known: NCCL's wait returns at once, and shards wait for each other as layers compute.
     """
 
     def __init__(self, model, passes):
@@ -23,7 +24,7 @@ class GradientAllReduce:
         self.remaining = dict.fromkeys(self.unsent, passes)  # backward passes, by parameter
         self.reached = set()  # parameters
         self.empty_pass = False  # set before a pass over an empty micro-batch, which reaches nothing that counts
-        self.hooks, self.sending = [], []
+        self.hooks, self.sending, self.sync_seconds = [], [], None
 
     def __enter__(self):
         self.hooks = [weights.register_post_accumulate_grad_hook(self.on_accumulated) for weights in self.unsent]
@@ -55,7 +56,8 @@ class GradientAllReduce:
         for work in self.sending:
             work.wait()
         self.drop_unreached()
-        self.sync_seconds = time.perf_counter() - began
+        if self.remaining and not any(weights.is_cuda for weights in self.remaining):
+            self.sync_seconds = time.perf_counter() - began
 
     def drop_unreached(self):
         """Drop the gradients, all zeros, of parameters that no rank's passes have reached."""
@@ -74,5 +76,5 @@ def load_balance(micro_batches, sync_seconds):
     return {
         "largest_share": all_reduce_max(sum(micro_batches)) * world_size() / tokens,
         "empty_share": empty / count,
-        "waiting_seconds": all_reduce_max(sync_seconds),
+        **({} if sync_seconds is None else {"waiting_seconds": all_reduce_max(sync_seconds)}),
     }

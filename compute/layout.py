@@ -4,6 +4,7 @@ A window decides what is learned (`data.py`). A layout decides only how much mem
 Shapes: B rows of T tokens; B is 1 where conversations are packed. N supervised tokens. V words in the vocabulary.
 """
 
+import math
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -160,6 +161,12 @@ def random_examples(lengths, vocabulary):
     """Examples of random tokens, all supervised; the same at every call."""
     ids = torch.randint(vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     return [Example(part, part) for part in ids.split(lengths)]
+
+
+def vocabulary_size(model):
+    """The number of tokens that a model both reads and predicts."""
+    head = model.get_output_embeddings()
+    return min(model.get_input_embeddings().num_embeddings, math.inf if head is None else len(head.weight))
 
 
 class PrefetchedWindows:

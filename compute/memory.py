@@ -7,86 +7,146 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compute.distributed import is_sharded
-from compute.layout import random_examples
-from config import UserError
+from compute.cross_entropy import GPU_CHUNK, ROWS
+from compute.distributed import all_reduce_max, is_sharded
+from compute.layout import random_examples, vocabulary_size
+from config import UserError, is_out_of_memory
 from storage.hub import LOADING_ERRORS, explain_load_error
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 CPU_TOKENS = 1536  # in a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
 GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.8  # of the free memory; an allocator cannot use the rest
-SAMPLE = 4096  # tokens of a measured micro-batch at least, more than the output head takes at once
+SAMPLE = 4096  # tokens of the first micro-batch that is measured, more than the output head takes at once
+PROBES = 8  # micro-batches that are measured at most
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
-BYTES_PER_HEAD_PARAMETER = 6  # more in the output head: the fp32 gradient of a micro-batch, and the 16-bit weight
 
 
-def check_model_fits(path, local_files_only, precision, config):
-    """Raise `UserError` if the model at `path`, which is not loaded, is too large to be trained on a GPU."""
+def check_model_fits(path, local_files_only, precision, config, longest=GPU_TOKENS):
+    """Raise `UserError` if the model at `path`, which is not loaded, is too large to be trained on a GPU.
+
+    `longest` is the tokens of the longest conversation, which limits the logits that are held at once.
+    """
     try:
         model_config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
-    parameters = sum(weights.numel() for weights in model.parameters())
-    needed = BYTES_PER_PARAMETER * parameters + BYTES_PER_HEAD_PARAMETER * model.get_output_embeddings().weight.numel()
     free, _ = torch.cuda.mem_get_info(precision.device)
-    if needed / config.shard > free:
+    parameters = sum(weights.numel() for weights in model.parameters())
+    needed, transient = BYTES_PER_PARAMETER * parameters, transient_bytes(model, precision, longest, config.shard > 1)
+    if needed / config.shard + transient > free:
+        room = GPU_SHARE * free - transient_bytes(model, precision, longest, sharded=True)
+        remedy = f", or several processes with --shard {math.ceil(needed / room)}" if room > 0 else ""
         raise UserError(
-            f"--model {config.model}: training {parameters:,} parameters takes {needed / 1e9:.1f} GB before the first "
-            f"token (weights, gradients, AdamW), and {precision.device} has {free / 1e9:.1f} GB free; use a smaller "
-            f"model, or several processes with --shard {math.ceil(needed / (GPU_SHARE * free))}"
+            f"--model {config.model}: training {parameters:,} parameters takes {(needed + transient) / 1e9:.1f} GB "
+            "without activations (weights, gradients, AdamW; in a pass also 16-bit weights and logits), and "
+            f"{precision.device} has {free / 1e9:.1f} GB free; use a smaller model{remedy}"
         )
+
+
+def transient_bytes(model, precision, longest, sharded):
+    """The bytes that a pass takes besides activations: autocast's 16-bit copies, the head's gradient, its logits.
+
+    Of sharded weights the embeddings and the head are gathered, with their gradients; one layer at a time is little.
+    """
+    embeddings = model.get_input_embeddings().weight
+    head = getattr(model.get_output_embeddings(), "weight", embeddings)  # not every model names its head
+    others = 0 if embeddings is head else embeddings.numel()
+    parameters = sum(weights.numel() for weights in model.parameters())
+    copied = 0 if precision.dtype is None else 2 * (head.numel() if sharded else parameters - others)
+    logits = min(longest, max(ROWS, GPU_CHUNK // len(head))) * len(head) * (8 if precision.dtype is None else 6)
+    return copied + 4 * head.numel() + logits + sharded * 8 * (head.numel() + others)
 
 
 def measure_micro_batch_budget(model, token_loss, layout, precision, longest, training):
     """The number of tokens that a micro-batch may have on a GPU, padding counted.
 
-    Measured is the peak memory of passes over two micro-batches of conversations of unequal lengths, with the
-    gradients in memory and room for AdamW's two moments. The longest row counts quadratic attention. For an evaluation
-    the forward pass is measured alone.
+    It is that of the largest of a few micro-batches whose passes were measured and fit, with the gradients in memory
+    and room for AdamW's two moments. For an evaluation the forward pass is measured alone. All ranks measure the same
+    micro-batches, as those that share weights wait for each other.
+
+    Raises:
+        UserError: the longest conversation does not fit by itself.
     """
     device, was_training = precision.device, model.training
-    lengths = [longest, max(1, longest // 2), max(1, longest // 4), max(1, longest // 4)]
-    lengths *= math.ceil(SAMPLE / sum(lengths))
     model.train(training)
+
+    def measure(tokens):
+        return all_reduce_max(probe_pass(model, token_loss, layout, precision, choose_lengths(layout, tokens, longest)))
+
     try:
         before = torch.cuda.memory_allocated(device)
-        probe_pass(model, token_loss, layout, precision, [longest], training)
+        measure(longest)
         moments = 2 * (torch.cuda.memory_allocated(device) - before)  # AdamW's, by what remains: the gradients
-        try:
-            few, small = probe_pass(model, token_loss, layout, precision, lengths, training)
-            many, large = probe_pass(model, token_loss, layout, precision, 2 * lengths, training)
-        except torch.OutOfMemoryError:
-            if is_sharded(model):  # the other ranks wait in a collective for this one
-                raise
-            return longest
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory: a conversation of {longest:,} tokens does not fit on {device} by itself; use "
-            "--gradient-checkpointing, a lower --max-length or a smaller model"
-        ) from error
+        free = -all_reduce_max(float(moments - torch.cuda.mem_get_info(device)[0]))
+        taken = measure(longest)
+        if taken > free:
+            kept = training and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            raise UserError(
+                f"out of memory: a conversation of {longest:,} tokens does not fit on {device} by itself; use "
+                f"{'--gradient-checkpointing, ' if kept else ''}a lower --max-length or a smaller model"
+            )
+        return search_tokens(measure, longest, taken, GPU_SHARE * free, unit=1 if layout.packed else longest)
     finally:
         model.zero_grad()
         model.train(was_training)
-    per_token = (large - small) / (many - few)
-    room = GPU_SHARE * (free - moments) - (small - per_token * few)
-    return max(1024, min(GPU_TOKENS, int(room / per_token) // 1024 * 1024))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # what is reported is the run's
 
 
-def probe_pass(model, token_loss, layout, precision, lengths, training):
-    """The tokens of a random micro-batch, padding counted, and the bytes that its passes took at their peak."""
+def search_tokens(measure, tokens, taken, room, unit):
+    """The most tokens, a multiple of `unit`, that were measured and fit into `room` bytes; `tokens` take `taken` bytes.
+
+    The output head needs the most memory in small micro-batches and the layers in large ones, so that small ones do not
+    tell what large ones take. As neither grows faster than in proportion to the tokens, `sure` tokens fit; `likely` fit
+    if the memory grows as between the last two that were measured. What is measured next lies between these numbers.
+    """
+    over, wanted = None, max(SAMPLE, tokens * room / taken)
+    for _ in range(PROBES if taken < room else 0):
+        wanted = int(min(wanted, GPU_TOKENS))
+        wanted -= wanted % 2 ** max(0, wanted.bit_length() - 5)  # the same for about the same memory
+        wanted -= wanted % unit
+        if wanted <= tokens:
+            break
+        found = measure(wanted)
+        slope = (found - taken) / (wanted - tokens)
+        if found > room:
+            over = wanted
+        else:
+            tokens, taken = wanted, found
+        sure = tokens * room / taken
+        likely = over or (tokens + (room - taken) / slope if slope > 0 else GPU_TOKENS)
+        wanted = min(math.sqrt(sure * max(sure, likely)), (over or math.inf) - 1)
+    return tokens
+
+
+def choose_lengths(layout, tokens, longest):
+    """The lengths of a micro-batch's conversations: as long as they can be, which needs the most memory."""
+    count, rest = divmod(tokens, longest)
+    if layout.packed:
+        return [longest] * count + [rest] * (rest > 0)
+    return [longest] + [max(1, longest - 1)] * (count - 1)  # rows of equal lengths would need no mask
+
+
+def probe_pass(model, token_loss, layout, precision, lengths):
+    """The bytes that the passes over a random micro-batch took at their peak; infinite where memory ran out."""
+    torch.cuda.empty_cache()  # a pass that did not fit leaves fragments
     before = torch.cuda.memory_allocated(precision.device)
     torch.cuda.reset_peak_memory_stats(precision.device)
-    batch = layout.collate(random_examples(lengths, model.get_input_embeddings().num_embeddings))
-    with precision.autocast(), torch.set_grad_enabled(training):
-        loss = token_loss(model, batch.to(precision.device))
-    if training:
-        loss.backward()
-    return batch.inputs["input_ids"].numel(), torch.cuda.max_memory_allocated(precision.device) - before
+    batch = layout.collate(random_examples(lengths, vocabulary_size(model)))
+    try:
+        with precision.autocast(), torch.set_grad_enabled(model.training):
+            loss = token_loss(model, batch.to(precision.device))
+        if model.training:
+            loss.backward()
+    except (RuntimeError, MemoryError) as error:
+        if is_sharded(model) or not is_out_of_memory(error):  # the other ranks wait in a collective for this one
+            raise
+        return math.inf
+    return float(torch.cuda.max_memory_allocated(precision.device) - before)
 
 
 def keep_freed_memory():
@@ -101,9 +161,3 @@ def keep_freed_memory():
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 2**26)
-
-
-def is_out_of_memory(error):
-    """True if an exception reports that memory ran out."""
-    signs = ("can't allocate memory", "can't start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from compute.attention import PACKED, compiles
+from compute.attention import PACKED
 from compute.distributed import full_tensor, is_sharded
-from compute.layers import compile_layers, in_eval_mode, without_router_loss
-from compute.layout import Layout, random_examples
-from compute.memory import CPU_TOKENS, is_out_of_memory, measure_micro_batch_budget
-from config import UserError, first_line
+from compute.layers import checkpoint_activations, compile_layers, compiled_graphs, in_eval_mode, without_router_loss
+from compute.layout import Layout, random_examples, vocabulary_size
+from compute.memory import CPU_TOKENS, measure_micro_batch_budget
+from config import UserError, first_line, is_out_of_memory
 
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
 # Relative, of loss and gradient: 16 bits round. Where conversations see each other, the difference is a third or more.
@@ -31,7 +31,9 @@ class Mismatch(Exception):
 
 
 def choose_layout(model, loss_function, config, pad_id, precision, longest=256, budget=0, recorded=None, training=True):
-    """The fastest exact `Layout` for a model; the model's attention is set to it, and with `--compile` compiled.
+    """The fastest exact `Layout` for a model, whose attention is set to it.
+
+    To be trained, the model is also made to recompute its activations and compiled, where the flags ask for that.
 
     Args:
         loss_function: what is checked: `model.token_loss`, or for an evaluation `model.loss_and_correct`.
@@ -55,6 +57,8 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
     except Mismatch as why:
         raise UserError(f"--model {config.model}: its own forward pass fails, {why}") from why
     layout = find_layout(model, loss_function, config, own, recorded, expected)
+    if config.gradient_checkpointing and training:
+        checkpoint_activations(model)
     if config.compile and training:
         layout = replace(layout, compiled=True)
         compile_and_check(model, loss_function, layout, {precision: expected[precision]}, config)
@@ -112,18 +116,39 @@ def use_layout(model, layout):
 
 
 def compile_and_check(model, loss_function, layout, expected, config):
-    """Compile a model's layers; raise `UserError` if that fails, or changes the loss or gradient."""
-    if config.gradient_checkpointing and layout.packed and not all(map(compiles, expected)):
+    """Compile a model's layers; raise `UserError` if that fails, compiles nothing, or changes the loss or gradient."""
+    compile_layers(model)
+    try:
+        is_compiled = count_training_graphs(model, loss_function, layout, *expected) > 0
+        if is_compiled:
+            compare(model, loss_function, layout, expected)
+    except Exception as error:  # a `Mismatch`, or a missing compiler
+        if is_out_of_memory(error):
+            raise
+        why = error if isinstance(error, Mismatch) else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--compile: {why}; leave it out") from error
+    if not is_compiled and config.gradient_checkpointing and layout.packed:
         raise UserError(
             "--compile and --gradient-checkpointing: without the GPU's attention kernel, packed layers that are "
             "recomputed are not compiled; leave one of them out, or use --layout padded"
         )
-    compile_layers(model)
-    try:
-        compare(model, loss_function, layout, expected)
-    except Exception as error:  # a `Mismatch`, or a missing compiler
-        why = error if isinstance(error, Mismatch) else f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"--compile: {why}; leave it out") from error
+    if not is_compiled:
+        raise UserError(f"--compile: nothing of {config.model} can be compiled; leave it out")
+
+
+def count_training_graphs(model, loss_function, layout, precision):
+    """The number of graphs that the layers become in a training pass, where activations may be recomputed."""
+    torch.compiler.reset()  # so that none is there already
+    before = compiled_graphs()
+    examples = random_examples(LENGTHS, vocabulary_size(model))
+    batch = replace(layout, compiled=False).collate(examples)  # without the graph of the output head
+    with in_eval_mode(model):
+        model.train()
+        with precision.autocast():
+            loss = loss_function(model, batch.to(precision.device))
+        loss.backward()
+        model.zero_grad()
+    return compiled_graphs() - before
 
 
 @torch.no_grad()
@@ -262,9 +287,3 @@ def relative_difference(tensors, expected):
     differences = [ours - own for ours, own in zip(tensors, expected, strict=True)]
     norm, of_expected = (torch.stack([each.norm() for each in all_of]).norm() for all_of in (differences, expected))
     return (norm / of_expected).item()
-
-
-def vocabulary_size(model):
-    """The number of tokens that a model both reads and predicts."""
-    head = model.get_output_embeddings()
-    return min(model.get_input_embeddings().num_embeddings, math.inf if head is None else len(head.weight))

@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
+from conversations.chatml import is_chatml
 from conversations.formats import ReadReport, read_conversations
 from conversations.masking import Example, encode_each
 from conversations.sources import InvalidRow, find_files
 from conversations.templates import TemplateError, stop_ids
-from conversations.tokenizer import CHATML
 from storage import hub
 from storage.cache import cached
 from storage.durable import sha256
@@ -126,6 +126,7 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     notes = list(report.notes())
     if conversations < examples:
         why = "the template writes an earlier answer differently from the last"
+        why = "the tokenizer joins some answers with their header" if is_chatml(tokenizer) else why
         notes.append(f"{conversations:,} conversations, {examples:,} examples: {why}")
     absent = [name for name in reading["drop"] if name not in report.dropped]
     (directory / "notes.json").write_text(json.dumps([notes, absent]), encoding="utf-8")
@@ -136,13 +137,17 @@ def encode_rows(rows, tokenizer, supervise, skip, report):
 
     With `skip`, a conversation that the template cannot write is added to the report, and left out.
     """
-    # ChatML takes every conversation, so its tokenizer encodes many at once; a template renders them one by one.
-    groups = [rows] if tokenizer.chat_template == CHATML else [[row] for row in rows]
+    # ChatML takes nearly every conversation, so many are encoded at once; a template renders them one by one.
+    groups = [rows] if is_chatml(tokenizer) else [[row] for row in rows]
     for group in groups:
         locations, sources, conversations = zip(*group, strict=True)
         try:
             yield from zip(locations, sources, encode_each(conversations, tokenizer, supervise), strict=True)
         except UserError as error:
+            if len(group) > 1:
+                for row in group:
+                    yield from encode_rows([row], tokenizer, supervise, skip, report)
+                continue
             if not (skip and isinstance(error.__cause__, TemplateError)):
                 raise UserError(f"{locations[0]}: {error}") from error
             problem = error.__cause__

@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from conversations import templates
-from conversations.formats import ROLES
-from conversations.templates import encode_texts
-from conversations.tokenizer import CHATML, END, START
+from conversations import chatml, templates
+from conversations.chatml import encode_chatml, is_chatml
 
 IGNORE = -100  # torch's cross_entropy skips this label
 
@@ -51,8 +49,8 @@ def encode_each(conversations: list, tokenizer, supervise: str = "all") -> list[
         UserError: the template cannot write a conversation, which is named.
     """
     marked = [mark_supervised(messages, supervise) for messages in conversations]
-    encode_segments = encode_chatml if tokenizer.chat_template == CHATML else templates.encode
-    return [[make_example(segments) for segments in examples] for examples in encode_segments(marked, tokenizer)]
+    encode_marked = encode_chatml if is_chatml(tokenizer) else templates.encode
+    return [[make_example(*example) for example in examples] for examples in encode_marked(marked, tokenizer)]
 
 
 def mark_supervised(messages, supervise):
@@ -64,39 +62,17 @@ def mark_supervised(messages, supervise):
     ]
 
 
-def make_example(segments):
-    """An `Example` of segments `(ids, supervised)`, laid end to end."""
-    input_ids, labels = [], []
-    for ids, supervised in segments:
-        input_ids += ids
-        labels += ids if supervised else [IGNORE] * len(ids)
-    return Example(torch.tensor(input_ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long))
-
-
-def encode_chatml(conversations, tokenizer):
-    """Conversations in ChatML: for each a list of one example, a list of segments `(ids, supervised)`.
-
-    Contents are encoded one by one, as plain text, and the two control tokens are inserted as ids. So no text can
-    become a control token, and an answer is encoded as the model generates it, right after its header.
-    """
-    start, end = tokenizer.convert_tokens_to_ids([START, END])
-    header = {role: [start, *encode_texts([role + "\n"], tokenizer)[0]] for role in ROLES}
-    footer = [end, *encode_texts(["\n"], tokenizer)[0]]
-    texts = [message["content"] for messages in conversations for message in messages]
-    contents = iter(encode_texts(texts, tokenizer))
-    encoded = []
-    for messages in conversations:
-        segments = []
-        for message in messages:
-            segments += [(header[message["role"]], False), (next(contents) + footer, message["train"])]
-        encoded.append([segments])
-    return encoded
+def make_example(ids, spans):
+    """An `Example` of ids in which some spans `(begin, end)` are supervised."""
+    input_ids = torch.tensor(ids, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE)
+    for begin, end in spans:
+        labels[begin:end] = input_ids[begin:end]
+    return Example(input_ids, labels)
 
 
 def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:
     """A user's prompt, or messages, with the header of the answer, which the model generates next: ids (T,)."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if tokenizer.chat_template != CHATML:
-        return torch.tensor(templates.encode_prompt(messages, tokenizer))
-    (example,) = encode([[*messages, {"role": "assistant", "content": "x"}]], tokenizer, "last")
-    return example.input_ids[: example.supervised.int().argmax()]
+    encode_messages = chatml.encode_prompt if is_chatml(tokenizer) else templates.encode_prompt
+    return torch.tensor(encode_messages(messages, tokenizer))

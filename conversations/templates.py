@@ -4,7 +4,10 @@ docs/masking.md has the definition: the context of an answer is what the templat
 with the generation prompt; supervised is what the template writes after that, up to the token that ends the turn.
 
 No text forges a control token: before rendering, a sentinel character is put into every text that looks like one, so
-that what then looks like a control token is the template's own. The sentinel is removed when the parts are encoded.
+that what then looks like a control token is the template's own. The sentinel is removed when the text is encoded.
+
+A tokenizer splits a text at its control tokens, and encodes each run of text between them by itself. So runs are what
+is encoded here, and the ids before an answer are those that transformers makes of the prompt.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import jinja2
+import jinja2.meta
 from tokenizers import Tokenizer
 
 from config import UserError, first_line
@@ -31,6 +35,17 @@ TAG = r"<[^<>]+>"
 # At the end of a prompt: empty reasoning, or only its closing tag, so that the model does not reason.
 NO_REASONING = re.compile(rf"(?:{TAG}\w*\s*{TAG}|</[^<>]+>)\s*$")
 NO_END = "it does not end an answer with a control token"
+NOT_DECODED = "the ids of an answer do not decode to that answer"
+RESERVED = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}
+# What a run is: a control token, or a text: the first of all, after a control token, or what continues another.
+TOKEN, FIRST, NEXT, CONTINUED = "token", "first", "next", "continued"
+SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # to tokenizers
+# What writes a space before a run, by its type in a tokenizer's JSON, and the setting with which it does not.
+SPACES = {
+    "Metaspace": {"prepend_scheme": "never"},
+    "ByteLevel": {"add_prefix_space": False},
+    "Prepend": {"prepend": ""},
+}
 
 CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
 CHAT_PROBE += [{"role": "user", "content": "So"}]
@@ -67,15 +82,17 @@ class Template:
         # The beginnings and ends of control tokens, which a text and what the template writes beside it could complete.
         self.prefixes = tuple({text[:end] for text in self.control for end in range(1, len(text))})
         self.suffixes = tuple({text[start:] for text in self.control for start in range(1, len(text))})
+        self.token_ids = {(TOKEN, text): [tokenizer.convert_tokens_to_ids(text)] for text in self.control}
+        self.encoders = {}
         self.end_of_turn = self.find_end_of_turn()
 
     # --- what the template writes, by trying it
 
-    def render(self, chats, tools, generation=False):
+    def render(self, chats, options, generation=False):
         """The texts that the template makes of some lists of messages; whatever it raises is a `TemplateError`."""
         try:
             return self.tokenizer.apply_chat_template(
-                chats, tools=tools or None, tokenize=False, add_generation_prompt=generation
+                chats, tokenize=False, add_generation_prompt=generation, **options
             )
         except jinja2.TemplateSyntaxError as error:
             raise syntax_error(error) from error
@@ -85,7 +102,7 @@ class Template:
 
     def find_end_of_turn(self):
         """The control token that ends an answer, whether or not the conversation goes on after it."""
-        texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], None)
+        texts = self.render([CHAT_PROBE[:2], CHAT_PROBE], {})
         last, earlier = (self.pattern.findall(text.rpartition("reply")[2]) if "reply" in text else [] for text in texts)
         if not last:
             raise TemplateError(NO_END)
@@ -93,10 +110,13 @@ class Template:
         # A template that begins the next turn whatever follows, as Command A's, writes more than the end.
         return str(self.tokenizer.eos_token) if self.tokenizer.eos_token in same else (same or last[:1])[-1]
 
-    def probe(self, messages, tools=None):
+    def probe(self, messages, **options):
         """The text that the template writes for the last message; empty where it does not take it."""
         try:
-            (prompt,), (text,) = self.render([messages[:-1]], tools, generation=True), self.render([messages], tools)
+            (prompt,), (text,) = (
+                self.render([messages[:-1]], options, generation=True),
+                self.render([messages], options),
+            )
         except TemplateError:
             return ""
         return text[len(common_prefix(prompt, text)) :]
@@ -105,7 +125,7 @@ class Template:
     def call_form(self):
         """The form of arguments, "object" or "text", that the template writes as JSON or XML; None: it has no calls."""
         for form in ("object", "text"):
-            written = self.probe([to_template_message(message, form) for message in CALL_PROBE], TOOL_PROBE)
+            written = self.probe([to_template_message(message, form) for message in CALL_PROBE], tools=TOOL_PROBE)
             if all(word in written for word in ("lookup", "city", "Oslo")) and not re.search(r"'city'|\\\"", written):
                 return form
         return None
@@ -117,10 +137,15 @@ class Template:
             return [self.end_of_turn]
         chat = [to_template_message(message, self.call_form) for message in CALL_PROBE]
         try:
-            (turn,) = self.turns(chat, {1}, TOOL_PROBE)[0]
+            (turn,) = self.turns(chat, {1}, {"tools": TOOL_PROBE})[0]
             return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(turn.text)[-1]]))
         except TemplateError:  # as the first conversation with a call will be
             return [self.end_of_turn]
+
+    @functools.cached_property
+    def arguments(self):
+        """The names of what a caller may give the template."""
+        return arguments_of(self.tokenizer.chat_template)
 
     @functools.cached_property
     def takes_reasoning(self):
@@ -173,22 +198,27 @@ class Template:
         return value
 
     def prepare(self, messages):
-        """Messages and tools as the template takes them."""
+        """Messages as the template takes them, and its other arguments: the tools, and the options of the row."""
         if SENTINEL in json.dumps(messages, ensure_ascii=False):
             raise TemplateError("it has the character U+12398, which marks typed control tokens; remove it")
-        tools = messages[0].get("tools", []) if messages else []
+        first = messages[0] if messages else {}
+        tools, given = first.get("tools"), first.get("template_options", {})
+        options = {name: value for name, value in given.items() if value is not None}  # null in Parquet: not given
+        if options and (unread := options.keys() - self.arguments):
+            raise TemplateError(f"the chat template has no argument {min(unread)}, which the row gives it")
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
             reason = "the template writes no tool calls; use a model or a --chat-template FILE that does"
             raise TemplateError(reason, f"message {calls[0]}" if calls else "")
-        return [self.prepare_message(message) for message in messages], self.escape_control_tokens(tools)
+        options = self.escape_control_tokens({"tools": tools or None, **options})
+        return [self.prepare_message(message) for message in messages], options
 
     def prepare_message(self, message):
         """A message with escaped texts and with its reasoning where the template takes it."""
         escaped = {
             key: value if key in ("role", "inline") else self.escape_control_tokens(value)
             for key, value in message.items()
-            if key not in ("tools", "train")
+            if key not in ("tools", "template_options", "train")
         }
         for call in escaped.get("tool_calls", []):
             call["type"] = "function"
@@ -205,12 +235,12 @@ class Template:
 
     # --- from what the template takes to examples
 
-    def turns(self, chat, wanted, tools):
+    def turns(self, chat, wanted, options):
         """The `Turn`s of a conversation's answers, without those that are neither wanted nor valid, and its text."""
         answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
-        prompts = self.render([chat[:number] for number in answers], tools, generation=True)
+        prompts = self.render([chat[:number] for number in answers], options, generation=True)
         ends = dict.fromkeys([*(number + 1 for number in answers), len(chat)])
-        texts = self.render([chat[:end] for end in ends], tools)
+        texts = self.render([chat[:end] for end in ends], options)
         turns = []
         for number, prompt, text in zip(answers, prompts, texts, strict=False):
             try:
@@ -261,94 +291,132 @@ class Template:
         return None
 
     def examples(self, messages):
-        """A conversation as examples: for each its pieces, and the numbers of the answers that it supervises.
+        """A conversation as examples, as `join_turns` returns them.
 
         Args:
             messages: as `extract_inline` returns them; those with `train` are supervised.
         """
-        chat, tools = self.prepare(messages)
+        chat, options = self.prepare(messages)
         wanted = {number for number, message in enumerate(messages) if message["train"]}
-        turns, full_text = self.turns(chat, wanted, tools)
-        left = [turn for turn in turns if turn.number in wanted]
-        if not left:  # a conversation in which nothing is supervised is counted later
-            return [(list(split_at_answers(full_text, turns)), set())]
-        for turn in left:
+        turns, full_text = self.turns(chat, wanted, options)
+        turns = [turn for turn in turns if turn.number in wanted]
+        for turn in turns:
             check_turn(messages, turn)
-        texts = []
-        for turn in reversed(left):
-            if not any(text.startswith(turn.text) for text in texts):
-                texts.append(full_text if full_text.startswith(turn.text) else turn.text)
-        examples = []
-        for text in reversed(texts):  # an answer in several examples is supervised in the first, the shortest
-            served = {turn.number for turn in left if text.startswith(turn.text)}
-            left = [turn for turn in left if turn.number not in served]
-            examples.append((list(split_at_answers(text, turns)), served))
+        prompts = [turn.text[: turn.begin] for turn in turns]
+        full, *contexts = self.encode(map(self.split, [full_text, *prompts]))
+        examples = join_turns(list(zip(contexts, map(self.encode_answer, turns), strict=True)), full)
+        longest = {spans[-1][0] for _, spans in examples if spans}  # the other contexts begin these
+        for prompt, context in zip(prompts, contexts, strict=True):
+            if len(context) in longest:
+                self.check_context(prompt, context)
         return examples
 
-    # --- from examples to ids
+    # --- from texts to ids
 
-    @functools.cached_property
-    def encoder(self):
-        """A tokenizer to which no text is a control token, not even those that are added but not "special"."""
-        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for token in state["added_tokens"]:
-            token["special"] |= token["content"] in self.control
-        encoder = Tokenizer.from_str(json.dumps(state))
-        encoder.encode_special_tokens = True
-        encoder.no_padding()
-        encoder.no_truncation()
-        return encoder
+    def split(self, text, kind=FIRST):
+        """A rendered text as runs `(kind, text)`. Some control tokens absorb the space beside them, as Phi's do."""
+        parts, runs = self.pattern.split(text), []
+        tokens = [None, *map(self.control.get, parts[1::2]), None]
+        for run, (before, after) in zip(parts[::2], itertools.pairwise(tokens), strict=True):
+            run = run.lstrip(SPACE) if before and before.rstrip else run
+            run = run.rstrip(SPACE) if after and after.lstrip else run
+            runs += [(NEXT if before else kind, run.replace(SENTINEL, ""))] if run else []
+            runs += [(TOKEN, str(after))] if after else []
+        return runs
 
-    def encode(self, pieces):
-        """The segments `(ids, answer)` of an example, checked; `answer` is a message's number, or None for context."""
-        runs = list(self.split_at_tokens(pieces))
-        texts = [run for is_token, run, _ in runs if not is_token]
-        encodings = iter(self.encoder.encode_batch_fast(texts, add_special_tokens=False))
-        segments = [
-            ([self.tokenizer.convert_tokens_to_ids(run)] if is_token else next(encodings).ids, answer)
-            for is_token, run, answer in runs
-        ]
-        for text, number in pieces:
-            if number is not None:
-                ids = [token for run, answer in segments if answer == number for token in run]
-                if normalize(self.tokenizer.decode(ids)) != normalize(text.replace(SENTINEL, "")):
-                    raise TemplateError("the ids of an answer do not decode to that answer", f"message {number + 1}")
-        full_text = "".join(text for text, _ in pieces)
-        # Some texts have other ids when they are encoded in one go, and are meant to: typed control tokens, and answers
-        # that begin with space after a text.
-        differs = SENTINEL in full_text or any(
-            answer is not None and text[:1].isspace() and not before.endswith(tuple(self.control))
-            for (before, _), (text, answer) in itertools.pairwise(pieces)
-        )
-        if not differs:
-            full_ids = self.tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
-            if [token for run, _ in segments for token in run] != full_ids:
-                raise TemplateError("its tokenizer gives the parts other ids than the full text")
-        return segments
+    def encode(self, texts):
+        """The ids of some texts, which `split` returned, a list each; a run that they share is encoded once."""
+        texts, ids = list(texts), dict(self.token_ids)
+        for kind in (FIRST, NEXT):
+            runs = list({run for text in texts for run in text if run[0] == kind})
+            ids |= zip(runs, self.encode_runs([text for _, text in runs], kind), strict=True)
+        return [[number for run in text for number in ids[run]] for text in texts]
 
-    def split_at_tokens(self, pieces):
-        """Yield runs of pieces that are encoded in one go: `(is a control token, text, answer)`.
+    def encode_runs(self, texts, kind=NEXT):
+        """The ids of texts of a kind, a list each; what looks like a control token in them stays text."""
+        if kind not in self.encoders:
+            self.encoders[kind] = make_encoder(self.tokenizer, self.control, kind)
+        encodings = self.encoders[kind].encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
-        A template's text and a content are encoded together, as in a prompt at inference; an answer begins a new run,
-        as it does at inference. Some control tokens absorb the space beside them, as Phi's do.
+    def encode_answer(self, turn):
+        """The ids of an answer, as they follow its prompt."""
+        prompt, answer = turn.text[: turn.begin], turn.text[turn.begin :]
+        before, runs = self.split(prompt)[-1:], self.split(answer, NEXT if prompt else FIRST)
+        ids = self.encode([run] for run in runs)
+        if before and TOKEN not in (before[0][0], runs[0][0]):  # the answer continues a run of the prompt
+            ((kind, header),) = before
+            header, both = self.encode_runs([header, header + runs[0][1]], kind)
+            ids[0] = self.continue_run(header, both, runs[0][1], turn.number)
+        for run, (kind, text) in zip(ids, runs, strict=True):
+            if kind != TOKEN:
+                self.check_decoded(run, text, turn.number)
+        return list(itertools.chain.from_iterable(ids))
+
+    def continue_run(self, header, both, text, number):
+        """The ids of an answer's text that follows a header in one run, by the ids of the header and of both.
+
+        The prompt ends with the header's own ids, even where the header and the answer together have other ids.
         """
-        text, owner, absorbs_space = "", None, False
-        for piece, answer in pieces:
-            for part in self.pattern.split(piece):
-                token = self.control.get(part)
-                if text and (token or answer != owner):
-                    text = text.replace(SENTINEL, "")
-                    yield False, text.rstrip() if token and token.lstrip and answer == owner else text, owner
-                    text = ""
-                if token:
-                    yield True, part, answer
-                    absorbs_space, owner = token.rstrip, answer
-                elif part:
-                    continues = answer is None or answer == owner
-                    part = part.lstrip() if absorbs_space and not text and continues else part
-                    text, owner, absorbs_space = text + part, answer, absorbs_space and not part
-        if text:
-            yield False, text.replace(SENTINEL, ""), owner
+        if both[: len(header)] == header:
+            return both[len(header) :]
+        (ids,) = self.encode_runs([text], CONTINUED)
+        before = self.tokenizer.backend_tokenizer.decode(header, skip_special_tokens=False)
+        self.check_decoded(header + ids, before + text, number)
+        return ids
+
+    def check_decoded(self, ids, text, number):
+        """Raise `TemplateError` where ids of an answer do not decode to its text."""
+        decoded = self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        if decoded != text and normalize(decoded) != normalize(text):
+            raise TemplateError(NOT_DECODED, f"message {number + 1}")
+
+    def check_context(self, text, ids):
+        """Raise `TemplateError` where transformers makes other ids of a prompt, unless it has a typed control token."""
+        plain = text.replace(SENTINEL, "")
+        if self.pattern.findall(plain) != self.pattern.findall(text):
+            return
+        if self.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] != ids:
+            raise TemplateError("its tokenizer gives the parts other ids than the full text")
+
+
+def make_encoder(tokenizer, control, kind):
+    """A tokenizer of runs of a kind, to which no text is a control token, even one that is not marked "special"."""
+
+    def edit(part):
+        if kind == CONTINUED or (kind == NEXT and part.get("prepend_scheme") == "first"):
+            part |= SPACES.get(part.get("type"), {})
+        return part
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=edit)
+    for token in state["added_tokens"]:
+        token["special"] |= token["content"] in control
+    encoder = Tokenizer.from_str(json.dumps(state))
+    encoder.encode_special_tokens = True
+    encoder.no_padding()
+    encoder.no_truncation()
+    return encoder
+
+
+def join_turns(turns, full):
+    """The fewest examples that have every turn, `(ids, spans)`; a span is where a supervised answer begins and ends.
+
+    Each answer is supervised once, in the first example that has it: whose ids begin with those of the turn.
+
+    Args:
+        turns: for each answer that is supervised the ids of its context and its own.
+        full: the ids of the conversation.
+    """
+    examples, left = [], [(context + answer, (len(context), len(context) + len(answer))) for context, answer in turns]
+    for ids, _ in reversed(left):
+        if not any(example[: len(ids)] == ids for example in examples):
+            examples.append(full if full[: len(ids)] == ids else ids)
+    joined = []
+    for example in reversed(examples or [full]):
+        served = [turn for turn in left if example[: len(turn[0])] == turn[0]]
+        left = [turn for turn in left if turn not in served]
+        joined.append((example, [span for _, span in served]))
+    return joined
 
 
 def common_prefix(one, other):
@@ -426,20 +494,10 @@ def check_turn(messages, turn):
     for tool in messages[0].get("tools", []):
         if tool["function"]["name"] not in text:
             raise TemplateError(f"it leaves out the tool {tool['function']['name']}")
-
-
-def split_at_answers(text, turns):
-    """Cut a rendered text into pieces `(text, answer)` at the answers whose text it begins with.
-
-    An answer's piece has the number of its message, and ends with the end of its turn; that of context has None.
-    """
-    position = 0
-    for turn in turns:
-        if text.startswith(turn.text):
-            yield text[position : turn.begin], None
-            yield turn.text[turn.begin :], turn.number
-            position = len(turn.text)
-    yield text[position:], None
+    for name, value in messages[0].get("template_options", {}).items():
+        # A word may be a switch; several are a text.
+        if not all(contains(text, option) for option in texts_in(value) if len(option.split()) > 1):
+            raise TemplateError(f"it leaves out or changes the row's {name}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -469,21 +527,31 @@ def encode_prompt(messages, tokenizer):
     """The ids of messages with the generation prompt, as at inference; a list."""
     template = get_template(tokenizer)
     with with_conversation(messages):
-        chat, tools = template.prepare(template.extract_inline(messages))
-        (text,) = template.render([chat], tools, generation=True)
-        return [number for ids, _ in template.encode([(text, None)]) for number in ids]
+        chat, options = template.prepare(template.extract_inline(messages))
+        (text,) = template.render([chat], options, generation=True)
+        (ids,) = template.encode([template.split(text)])
+        template.check_context(text, ids)
+        return ids
 
 
 def encode(conversations, tokenizer):
-    """Conversations by the tokenizer's own template: for each its examples, lists of segments `(ids, supervised)`."""
+    """Conversations by the tokenizer's own template: for each its examples, as `join_turns` returns them."""
     template, encoded = get_template(tokenizer), []
     for messages in conversations:
         with with_conversation(messages):
-            examples = []
-            for pieces, supervised in template.examples(template.extract_inline(messages)):
-                examples.append([(ids, answer in supervised) for ids, answer in template.encode(pieces)])
-            encoded.append(examples)
+            encoded.append(template.examples(template.extract_inline(messages)))
     return encoded
+
+
+def arguments_of(template):
+    """The names that a chat template, or some in a dict, reads and does not set: those that a caller may give."""
+    environment, names = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]), set()
+    try:
+        for text in template.values() if isinstance(template, dict) else [template]:
+            names |= jinja2.meta.find_undeclared_variables(environment.parse(text))
+    except jinja2.TemplateSyntaxError as error:
+        raise syntax_error(error) from error
+    return {name for name in names - RESERVED - environment.globals.keys() if not name.endswith("_token")}
 
 
 def syntax_error(error):

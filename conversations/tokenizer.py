@@ -1,37 +1,22 @@
-"""The tokenizer of a model, with ChatML or the model's own chat template.
-
-ChatML writes every message as `<|im_start|>{role}\\n{content}<|im_end|>\\n`.
-"""
+"""The tokenizer of a model, with ChatML or the model's own chat template."""
 
 import contextlib
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
-import jinja2
-import jinja2.meta
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from config import UserError, rewrite_errors
 from conversations import templates
-from conversations.templates import encode_texts
+from conversations.chatml import CONTROL, END, chatml_template, encode_prompt, is_chatml
+from conversations.templates import arguments_of
 from storage.hub import LOADING_ERRORS, explain_load_error
 
-START, END = "<|im_start|>", "<|im_end|>"
 NO_LIMIT = 2**31 - 1  # tokens, for a model without a context length
-# The marks around an answer are for TRL's `assistant_only_loss` and the like; rendering leaves no trace of them.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}"
-    "{% else %}"
-    "{{ message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+PROBE = "Hi\n\n  there,\t12 é🙂 \n"  # a text in which tokenizers differ
 
 
 def load_tokenizer(path, local_files_only=False, chat_template="chatml", template_options=()):
@@ -48,24 +33,29 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     """
     try:
         options = {"local_files_only": local_files_only, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(path, **options).get_text_config()
+        config = AutoConfig.from_pretrained(path, **options)
+        text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except LOADING_ERRORS as error:
         reason = explain_load_error(path, error)
         raise UserError(f"--model {path}: no usable tokenizer and configuration ({reason})") from error
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # transformers 5.23 does not save Llama's
+    if not tokenizer.is_fast:
+        problem = f"its tokenizer, {type(tokenizer).__name__}, is not of the tokenizers library; it cannot be used"
+        raise UserError(f"--model {path}: {problem}")
     if chat_template == "chatml":
-        control, end = [START, END], END
-        tokenizer.chat_template = CHATML
+        control, end = CONTROL, END
         if template_options:
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
         template = read_template(chat_template, tokenizer.chat_template, path)
         with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
-            tokenizer.chat_template = with_options(template, template_options)
+            tokenizer.chat_template = with_options(without_marks(template), template_options)
             control, end = [], templates.Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
             tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
-    missing = [token for token in control if token not in tokenizer.get_vocab()]
+    missing = [str(token) for token in control if str(token) not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token
     if padding in (None, end):  # code that masks padding by its id would mask every stop
         padding = "<|pad|>"
@@ -74,14 +64,38 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         print(f"added to the tokenizer, and new rows to the embeddings: {' '.join(missing)}", file=sys.stderr)
     if control:
         tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
+        tokenizer.chat_template = chatml_template(tokenizer)
     tokenizer.add_special_tokens({"eos_token": end, "pad_token": padding})
-    longest = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
     tokenizer.model_max_length = longest if longest > 0 else NO_LIMIT
-    for token in control or [end]:
-        if token in tokenizer.convert_ids_to_tokens(encode_texts([token], tokenizer)[0]):
-            problem = f"its tokenizer reads {token} in a message as a control token; it cannot be used"
-            raise UserError(f"--model {path}: {problem}")
+    for problem in find_problems(tokenizer, list(map(str, control or [end])), config):
+        raise UserError(f"--model {path}: {problem}; it cannot be used")
     return tokenizer
+
+
+def find_problems(tokenizer, control, config):
+    """Yield why what is trained would not be what transformers makes of the same messages with this tokenizer."""
+    encoded = templates.get_template(tokenizer).encode_runs(control)
+    for token, ids in zip(control, encoded, strict=True):
+        if tokenizer.convert_tokens_to_ids(token) in ids:
+            yield f"its tokenizer reads {token} in a message as a control token"
+    if is_chatml(tokenizer):
+        chat = [{"role": role, "content": "\n " + PROBE} for role in ("system", "user", "assistant", "user")]
+        theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        if theirs != encode_prompt(chat, tokenizer):
+            yield "its tokenizer makes other ids of a conversation in ChatML than of its parts"
+    if type(tokenizer) is PreTrainedTokenizerFast:  # other classes build the tokenizer anew from what they saved
+        return
+    text = PROBE.join(["", *tokenizer.added_tokens_encoder, ""])
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            config.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            ids = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
+    except LOADING_ERRORS:
+        ids = None
+    if ids != tokenizer(text)["input_ids"]:
+        yield f"its tokenizer, {type(tokenizer).__name__}, is another one once it is saved and loaded"
 
 
 def read_template(name, of_model, path):
@@ -95,6 +109,14 @@ def read_template(name, of_model, path):
     except (OSError, UnicodeDecodeError) as error:
         problem = f"{getattr(error, 'strerror', 'not UTF-8')}; write chatml, model, or the name of a .jinja file"
         raise UserError(f"--chat-template {name}: {problem}") from error
+
+
+def without_marks(template):
+    """A chat template, or a dict of them, without `{% generation %}`, which only transformers knows."""
+    if isinstance(template, dict):
+        return {name: without_marks(text) for name, text in template.items()}
+    template = re.sub(r"({%[-+]?)\s*generation\s*([-+]?%})", r"\1 if true \2", template)  # the same spaces around it
+    return re.sub(r"({%[-+]?)\s*endgeneration\s*([-+]?%})", r"\1 endif \2", template)
 
 
 def with_eos(template, eos):
@@ -114,7 +136,7 @@ def with_options(template, options):
         name, equals, value = option.partition("=")
         if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)):
             raise UserError(f"--template-option {option}: write it as name=value, such as enable_thinking=false")
-        if name in ("messages", "tools", "add_generation_prompt") or name not in arguments_of(template):
+        if name not in arguments_of(template):
             raise UserError(f"--template-option {option}: the chat template has no argument {name}")
         with contextlib.suppress(ValueError):  # else a string without quotation marks
             value = json.loads(value)
@@ -123,13 +145,3 @@ def with_options(template, options):
         earlier = re.compile(re.escape(start) + ".*?" + re.escape(end))  # from an earlier run, whose model this is
         template = start + literal + end + earlier.sub("", template, count=1)
     return template
-
-
-def arguments_of(template):
-    """The names that a chat template reads and does not set."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # transformers' own tag
-    try:
-        return jinja2.meta.find_undeclared_variables(environment.parse(plain))
-    except jinja2.TemplateSyntaxError as error:
-        raise templates.syntax_error(error) from error

@@ -5,8 +5,7 @@ import math
 import shlex
 
 from compute.distributed import rank
-from compute.memory import is_out_of_memory
-from config import UserError, first_line
+from config import UserError, first_line, is_out_of_memory
 from data import window_indices
 from eval import evaluate
 from running.distributed import lost_process
@@ -36,6 +35,8 @@ def explain_failed_write(run):
         if not why and isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
             raise
         why = why or getattr(error, "strerror", None) or first_line(error)
+        if is_out_of_memory(error):
+            why = f"out of memory ({why}); free some, or go on where there is more"
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from compute.distributed import barrier
-from config import UserError, die_with_parent, first_line, report_error
+from config import UserError, die_with_parent, explain_machine_errors, first_line, is_out_of_memory, report_error
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks have joined
 # The longest wait in a collective. Other ranks wait in one while rank 0 writes a checkpoint or generates answers.
@@ -23,6 +23,7 @@ TIMEOUT = timedelta(minutes=30)
 
 def run_distributed(work):
     """Return the exit status of `work()` on this rank; one of several that fails exits at once. Only rank 0 prints."""
+    work = explain_machine_errors("free some, or use a smaller model, --shard, or a lower --micro-batch-tokens")(work)
     if "RANK" in os.environ:
         die_with_parent()  # a killed torchrun leaves no process behind
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -60,11 +61,15 @@ def join_process_group():
         store, rank, size = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
         if shared:
             store = distributed.PrefixStore(environment.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (KeyError, ValueError, distributed.DistError) as error:
         why = f"{error} is not set" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"cannot join the other processes: {why}; start them with torchrun") from error
+        needed = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        raise UserError(
+            f"cannot join the other processes: {why}; start them with torchrun, or set {needed} for each"
+        ) from error
     return store
 
 
@@ -80,6 +85,6 @@ def lost_process(error):
     """A line that explains a collective that failed because another rank has ended; None for any other error."""
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
     lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
-    if not lost or not distributed.is_initialized():
+    if not lost or not distributed.is_initialized() or is_out_of_memory(error):  # NCCL's own memory, too
         return None
     return f"another process ended (torchrun's summary names it), or did not answer for {TIMEOUT.seconds // 60} minutes"

@@ -65,7 +65,7 @@ def measure_update(run, train_step):
 
 
 def device_memory(device):
-    """The memory of a device for one process, in bytes; on a CPU the processes of its machine share it."""
+    """The bytes of memory for one process: of a GPU what no other has, of a CPU a share for each on its machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()

@@ -7,7 +7,6 @@ import os
 import torch
 
 from compute.distributed import all_gather, broadcast_from_rank0, rank
-from compute.layers import checkpoint_activations
 from compute.memory import check_model_fits, keep_freed_memory
 from compute.self_check import choose_layout
 from config import TEMPLATE_SETTINGS, count_updates, resolve, with_absolute_paths, write_recipe
@@ -61,22 +60,21 @@ def load_run(config, start=None, allow_changes=False):
         described = describe(config, precision, data)
         changed = check_same_run(config.output_dir, start.described, described, allow_changes)
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
+    longest = max(split.longest for split in data.splits.values())
     run = Run(config, precision, None, tokenizer, data, None, scaler=precision.grad_scaler(), changes=changes)
     run.eval_every, run.save_every = choose_cadence(run, start)
     print(report.plan_of_data(run))
     if precision.device.type == "cuda":
-        check_model_fits(path, local_files_only, precision, config)
+        check_model_fits(path, local_files_only, precision, config, longest)
     path = start.model if start and start.model else path
     run.model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
-    if config.gradient_checkpointing:
-        checkpoint_activations(run.model)
     layout = choose_layout(
         run.model,
         token_loss,
         config,
         tokenizer.pad_token_id,
         precision,
-        longest=max(split.longest for split in data.splits.values()),
+        longest=longest,
         **broadcast_from_rank0(get_recorded_measurements, start, config, precision),
     )
     run.layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))

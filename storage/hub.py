@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, S
 from huggingface_hub.utils import get_session, httpx
 from safetensors import SafetensorError
 
-from config import PRESETS, QUICKSTART_MODEL, UserError, first_line
+from config import PRESETS, QUICKSTART_MODEL, UserError, first_line, is_out_of_memory
 from storage.durable import MANIFEST
 from storage.quickstart import quickstart_model
 
@@ -58,6 +58,8 @@ def explain_load_error(path, error):
         if is_lfs_pointer(file):
             return f"{file} is a git-lfs pointer, not the file itself; run: git lfs pull"
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+    if is_out_of_memory(error):
+        return f"out of memory ({reason}); free some, or use a smaller model"
     is_corrupt = isinstance(error, SafetensorError)
     return f"its weights are corrupt ({reason}); download or save them again" if is_corrupt else reason
 

@@ -19,6 +19,7 @@ from conversations.tokenizer import load_tokenizer
 from data import keep_duplicates_together, load_data, load_split
 from storage.cache import cache_directory
 from storage.records import read_record
+from tests.families import TEMPLATES, save_model
 
 
 def a_chat(text, answer="Yes."):
@@ -339,6 +340,27 @@ def test_a_conversation_of_several_examples_is_one_conversation(write, tmp_path)
         ]
         assert len(set(homes)) == 1
     assert len(prepared(tokenizer, path + "#5", chat_template="model", test_fraction=0.0).notes) > 0
+
+
+def test_an_answer_that_chatml_cannot_write_is_a_bad_row(write, tmp_path):
+    """The others of its batch are encoded all the same."""
+    save_model("T5", *TEMPLATES["ChatML"], tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), True)
+    answers = ["猫" if number in (4, 9) else "no" + " so" * number for number in range(30)]
+    path = write("a.jsonl", [a_chat("Hi", answer) for answer in answers])
+    with pytest.raises(UserError, match=r"a\.jsonl:5: .*message 2: the ids of an answer do not decode .*: 猫»"):
+        prepared(tokenizer, path)
+    data = prepared(tokenizer, path, skip_bad_rows=0.1, test_fraction=0.0)
+    assert sum(len(split.examples) for split in data.splits.values()) == 28
+    assert any(note.startswith("2 rows left out") for note in data.notes)
+
+
+def test_answers_that_join_with_their_header_are_noted(real_tokenizer, write):
+    chats = [a_chat(f"{number}", "\n\nYes.") for number in range(20)]
+    for number in range(5):
+        chats[number]["messages"] += a_chat("So?")["messages"]
+    data = prepared(real_tokenizer, write("a.jsonl", chats))
+    assert "20 conversations, 25 examples: the tokenizer joins some answers with their header" in data.notes
 
 
 def test_tools_and_reasoning_reach_the_template(write, tmp_path):

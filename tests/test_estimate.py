@@ -69,6 +69,12 @@ def test_too_little_memory_and_disk_are_reported(flags, monkeypatch, capsys):
     assert " 0.0 GB free: not enough, use a lower --keep or another --output-dir\n" in printed
 
 
+def test_the_memory_of_a_gpu_is_what_other_processes_leave(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20)  # of this process
+    assert estimate_module.device_memory(torch.device("cuda")) == 50
+
+
 def test_too_little_memory_is_one_line(flags, monkeypatch):
     def full(*_, **__):
         raise MemoryError

@@ -66,15 +66,17 @@ HOSTILE = st.lists(st.one_of(WRITTEN, st.sampled_from(MARKERS), st.sampled_from(
 def test_hostile_text_is_text(real_tokenizer, spoken, supervise):
     """What is supervised is what the assistant said and its stop token; no control token comes out of a text."""
     chat = [{"role": role, "content": text, "train": train} for role, text, train in spoken]
-    ids, labels = encode([chat], real_tokenizer, supervise)[0]
+    examples = encode([chat], real_tokenizer, supervise)
     answers = [message for message in chat if message["role"] == "assistant"]
     answers = answers if supervise == "all" else answers[-1:]
     said = "".join(message["content"] + "<|im_end|>\n" for message in answers if message["train"])
-    assert real_tokenizer.decode(labels[labels != IGNORE]) == said
+    assert "".join(real_tokenizer.decode(labels[labels != IGNORE]) for _, labels in examples) == said
     special = set(real_tokenizer.added_tokens_decoder)
-    assert [number for number in ids.tolist() if number in special] == [1, 2] * len(chat)
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat)
-    assert real_tokenizer.decode(ids) == text
+    for ids, _ in examples:  # several where answers join with their headers, which ends before the whole conversation
+        control = [number for number in ids.tolist() if number in special]
+        assert control == [1, 2] * (len(control) // 2)
+        assert text.startswith(real_tokenizer.decode(ids))
 
 
 def test_hostile_text_of_four_megabytes_is_text(real_tokenizer):

@@ -111,6 +111,7 @@ def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     choose_precision("cuda:1", "bf16")
     choose_precision("cuda", "bf16")
     choose_precision("cpu", "fp32")

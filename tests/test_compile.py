@@ -1,0 +1,95 @@
+"""What the plan says of compiled layers is what happens, for any precision, GPU, layout, and recomputed activations."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from compute.layers import compiled_graphs
+from compute.self_check import choose_layout
+from config import Config, UserError
+from model import Precision, token_loss
+from tests import fake_cuda
+from tests.conftest import one_batch, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick_backend(monkeypatch):
+    """Inductor takes its time."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile(module, **how, backend="eager"))
+
+
+def graphs_of_an_update(model, precision, layout, window):
+    """The number of graphs that a training pass is made of."""
+    torch.compiler.reset()
+    before = compiled_graphs()
+    model.train()
+    with precision.autocast():
+        loss = token_loss(model, one_batch(window, packed=layout.packed))
+    loss.backward()
+    return compiled_graphs() - before
+
+
+CASES = itertools.product(
+    ("fp32", "bf16", "fp16"), ("older GPU", "Ampere"), ("packed", "padded"), (True, False), (16, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "layout", "recomputed", "heads"),  # widths of heads; the kernel takes whole eights
+    [
+        pytest.param(*case, marks=() if case[0] != "fp16" and case[2:4] == ("packed", True) else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_compiled_is_what_the_plan_says(monkeypatch, ragged_window, dtype, gpu, layout, recomputed, heads):
+    if gpu == "Ampere":
+        fake_cuda.varlen_attention(monkeypatch)
+    model, precision = (
+        tiny_llama(259, hidden_size=4 * heads, num_hidden_layers=1),
+        Precision(dtype, torch.device("cpu")),
+    )
+    config = Config(compile=True, layout=layout, gradient_checkpointing=recomputed)
+    if recomputed and layout == "packed" and not (gpu == "Ampere" and heads == 16 and dtype != "fp32"):
+        with pytest.raises(UserError, match=r"^--compile and --gradient-checkpointing: "):
+            choose_layout(model, token_loss, config, 0, precision)
+        return
+    chosen = choose_layout(model, token_loss, config, 0, precision)
+    assert "compiled" in chosen.describe()
+    assert graphs_of_an_update(model, precision, chosen, ragged_window) > 0
+
+
+def test_a_model_of_which_nothing_is_compiled_is_refused():
+    model = tiny_llama(259)
+    model._no_split_modules = []  # some models do not name their layers
+    with pytest.raises(UserError, match=r"^--compile: nothing of mine can be compiled; leave it out$"):
+        choose_layout(model, token_loss, Config(model="mine", compile=True), 0, Precision("fp32", CPU))
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["by default", "--compile"])
+def test_a_machine_without_a_compiler_trains_unless_asked_to_compile(tiny_model_dir, chats, tmp_path, asked):
+    """In a process of its own, as what is compiled once stays compiled."""
+    program = f"""
+import os, sys
+os.environ |= {{"CXX": "no-such-compiler", "CC": "no-such-compiler", "PATH": ""}}
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+import train
+from config import run_command
+sys.argv = ["train.py", "--model", {str(tiny_model_dir)!r}, "--dataset", {str(chats)!r}, "--output-dir",
+    {str(tmp_path / "run")!r}, "--max-steps", "1", "--dtype", "fp32", "--test-fraction", "0"] + {["--compile"] * asked}
+run_command(train.main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if not asked:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: --compile: ")
+    assert "compiler" in last
+    assert last.endswith("; leave it out")
