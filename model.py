@@ -16,7 +16,7 @@ from compute import cross_entropy
 from compute.distributed import broadcast_from_rank0, check_shard, is_rank0, local_world_size, shard, world_size
 from config import UserError, first_line
 from conversations.templates import stop_ids
-from storage.hub import LOADING_ERRORS, explain_load_error
+from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
 MAX_NEW_EMBEDDINGS = 1024  # for tokens that a tokenizer has and a model has not
 
@@ -124,9 +124,9 @@ def load_model(path, tokenizer, device, local_files_only=False):
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
     try:
-        options = {"dtype": torch.float32, "local_files_only": local_files_only, "trust_remote_code": False}
+        options = {**pretrained(path, local_files_only), "dtype": torch.float32, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            **options, ignore_mismatched_sizes=True
         )  # mismatched sizes are refused below, by name
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error

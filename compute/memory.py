@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compute.distributed import is_sharded
 from compute.layout import random_examples
 from config import UserError
-from storage.hub import LOADING_ERRORS, explain_load_error
+from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 CPU_TOKENS = 1536  # in a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
@@ -24,7 +24,7 @@ BYTES_PER_HEAD_PARAMETER = 6  # more in the output head: the fp32 gradient of a 
 def check_model_fits(path, local_files_only, precision, config):
     """Raise `UserError` if the model at `path`, which is not loaded, is too large to be trained on a GPU."""
     try:
-        model_config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(**pretrained(path, local_files_only))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except LOADING_ERRORS as error:

@@ -10,8 +10,8 @@ from compute.distributed import all_gather, broadcast_from_rank0, rank
 from compute.layers import checkpoint_activations
 from compute.memory import check_model_fits, keep_freed_memory
 from compute.self_check import choose_layout
-from config import TEMPLATE_SETTINGS, count_updates, resolve, with_absolute_paths, write_recipe
-from conversations.sources import check_sources
+from config import TEMPLATE_SETTINGS, Config, count_updates, resolve, with_absolute_paths, write_recipe
+from conversations.sources import check_sources, pin_commits
 from conversations.tokenizer import load_tokenizer
 from data import load_data
 from model import choose_precision, load_on_ranks, token_loss
@@ -46,12 +46,15 @@ def load_run(config, start=None, allow_changes=False):
     """A `Run` at step 0, without an optimizer, with the model of a `ResumePoint` if there is one; writes nothing."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    check_sources(config)  # before a model is downloaded for data that is not there
+    recorded = start.described.get("commits", {}) if start else {}
+    commits = {"dataset": check_sources(config, recorded.get("dataset", ()))}  # before a model that lacks its data
+    commits["model"] = recorded.get("model", {}) if start else hub.find_model_commit(config.model)
+    pinned = Config(**pin_commits(vars(config), commits))
     precision = choose_precision(config.device, config.dtype)
     if precision.device.type == "cpu":
         keep_freed_memory()
-    path, local_files_only, tokenizer = load_run_tokenizer(config, start)
-    data = load_data(config, tokenizer)
+    path, local_files_only, tokenizer = load_run_tokenizer(pinned, start)
+    data = load_data(pinned, tokenizer)
     changes = []
     if start:
         described = describe(config, precision, data)
@@ -75,6 +78,7 @@ def load_run(config, start=None, allow_changes=False):
     layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     run = Run(config, precision, layout, tokenizer, data, model, scaler=precision.grad_scaler(), changes=changes)
+    run.commits = commits
     run.eval_every, run.save_every = choose_cadence(run, start)
     return run
 

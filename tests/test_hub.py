@@ -26,16 +26,18 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from config import PRESETS, UserError
+from config import PRESETS, Config, UserError
+from conversations.formats import read_conversations
+from conversations.sources import check_sources, parse_source, pin_commits
 from conversations.tokenizer import load_tokenizer
 from model import load_model
 from storage import hub
 
 PROJECT = Path(__file__).parents[1]
-COMMIT = "c0ffee" + "0" * 34
+COMMIT, OLDER = "c0ffee" + "0" * 34, "01d" + "0" * 37
 PROMISED_SECONDS = 10  # within which a name that cannot be had is refused
 
 
@@ -52,21 +54,27 @@ CHATS = {"train": [chat(f"train {n}") for n in range(6)], "test_sft": [chat(f"te
 class Hub(BaseHTTPRequestHandler):
     """The requests of the libraries that look up and download a repository.
 
-    `server.repositories` maps ("models" or "datasets", id) to a directory. Whoever lists the files of those with the id
+    `server.repositories` maps ("models" or "datasets", id) to a directory, that of its main branch; `server.revisions`
+    maps (kind, id, revision) to a commit and its directory. Whoever lists the files of those with the id
     `server.severed` is cut off.
     """
 
     ADDRESS = re.compile(
         r"(?P<api>/api)?/((?P<kind>models|datasets)/)?(?P<name>[^/]+/[^/]+)"
-        r"(/(?P<what>tree|resolve|revision)/[^/]+(/(?P<path>.+))?)?"
+        r"(/(?P<what>tree|resolve|revision)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
     )
 
     def do_GET(self):
         url = urlsplit(self.path)
         asked = self.ADDRESS.fullmatch(unquote(url.path))
-        root = asked and self.server.repositories.get((asked["kind"] or "models", asked["name"]))
+        repository = asked and (asked["kind"] or "models", asked["name"])
+        root, self.commit = self.server.repositories.get(repository), COMMIT
         if root is None:
             return self.answer(404, error="RepoNotFound")
+        if asked["revision"] not in (None, "main", COMMIT):
+            self.commit, root = self.server.revisions.get((*repository, asked["revision"]), (COMMIT, None))
+            if root is None:
+                return self.answer(404, error="RevisionNotFound")
         path = root / (asked["path"] or "")
         if asked["what"] == "tree" and asked["name"] == self.server.severed:
             self.close_connection = True
@@ -76,7 +84,7 @@ class Hub(BaseHTTPRequestHandler):
         elif asked["what"] == "resolve" and path.is_file():
             self.answer(200, path.read_bytes())
         elif asked["api"] and asked["what"] in (None, "revision"):
-            self.answer(200, json.dumps({"id": asked["name"], "sha": COMMIT}).encode())
+            self.answer(200, json.dumps({"id": asked["name"], "sha": self.commit}).encode())
         else:
             self.answer(404, error="EntryNotFound")
 
@@ -85,7 +93,7 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, status, body=b"", error=None):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", getattr(self, "commit", COMMIT))
         self.send_header("X-Error-Code" if error else "ETag", error or f'"{checksum(body)}"')
         self.end_headers()
         if self.command == "GET":
@@ -108,10 +116,10 @@ def entry(root, path):
 
 
 @contextmanager
-def serve(repositories):
+def serve(repositories, revisions):
     """The address of a Hub with these repositories, which is up within the `with`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repositories, server.severed = repositories, "acme/severed"
+    server.repositories, server.revisions, server.severed = repositories, revisions, "acme/severed"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -159,8 +167,35 @@ def load(name):
     return [path, local_files_only, text, model.get_input_embeddings().weight[0].tolist()]
 
 
-def rows(name, split, configuration=None):
-    return hub.load_hub_dataset(name, configuration, split).to_list()
+def rows(name, split, configuration=None, revision=None):
+    return hub.load_hub_dataset(name, configuration, split, revision).to_list()
+
+
+def texts(*sources):
+    """The questions of all rows of some sources, as they are named on the command line."""
+    found = read_conversations([parse_source(text) for text in sources])
+    return [messages[0]["content"] for _, _, messages in found]
+
+
+def commits(name, *datasets):
+    """The commits of a model and of some datasets, as a run records them, and its settings with them."""
+    config = Config(model=name, dataset=datasets)
+    found = {"model": hub.find_model_commit(name), "dataset": check_sources(config)}
+    pinned = pin_commits(vars(config), found)
+    return [found, pinned["model"], *pinned["dataset"]]
+
+
+SOURCES = ["acme/moved@train[:2]+test_sft[1:2]", "acme/moved~v1@test_sft", f"acme/moved~{OLDER}@train[-1:]"]
+
+
+def by_revision():
+    """What is named with a revision and a split, in the order that leaves the newest commit in the cache first."""
+    gave = {"texts": attempt(texts, *SOURCES), "commits": attempt(commits, "acme/moved@v1", *SOURCES)}
+    for name in ("acme/moved@v1", "acme/moved", f"acme/moved@{OLDER}"):
+        gave[name] = attempt(load, name)
+    gave["no such model"] = attempt(hub.find_model, "acme/moved@v2")
+    gave["no such dataset"] = attempt(texts, "acme/moved~v2:default@train")
+    return gave
 
 
 def preset(gpu, model=PRESETS["ultrachat"]["model"], dataset=PRESETS["ultrachat"]["dataset"][0]):
@@ -201,7 +236,7 @@ def online():
     gave["another configuration"] = attempt(rows, "acme/configured", "train")
     gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
     gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
-    return gave
+    return gave | by_revision()
 
 
 def offline():
@@ -216,7 +251,7 @@ def offline():
     gave["other dataset"] = attempt(rows, "acme/other", "train")
     gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
     gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
-    return gave
+    return gave | by_revision()
 
 
 def silent():
@@ -273,8 +308,13 @@ def repositories(tmp_path_factory, tiny_model_dir):
         '- {config_name: default, data_files: [{split: train, path: "data/train-*"}]}\n'
         '- {config_name: other, data_files: [{split: train, path: "data/test_sft-*"}]}\n---\n'
     )
-    models = {"acme/tiny": tiny_model_dir, "acme/severed": tiny_model_dir, "acme/sharded": root / "sharded"}
-    chats = dict.fromkeys(("chats", "killed", "partly", "severed"), root / "chats")
+    models = {
+        "acme/moved": tiny_model_dir,
+        "acme/tiny": tiny_model_dir,
+        "acme/severed": tiny_model_dir,
+        "acme/sharded": root / "sharded",
+    }
+    chats = dict.fromkeys(("chats", "killed", "moved", "partly", "severed"), root / "chats")
     others = {name: root / name for name in ("scripted", "configured")}
     return {
         **{("models", name): directory for name, directory in models.items()},
@@ -285,10 +325,29 @@ def repositories(tmp_path_factory, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def answered(repositories, tmp_path_factory):
+def revisions(tmp_path_factory, tiny_model_dir):
+    """The earlier commit of "acme/moved", which the tag v1 names: another model, and other rows."""
+    root = tmp_path_factory.mktemp("revisions")
+    shutil.copytree(tiny_model_dir, root / "tiny")
+    weights = load_file(root / "tiny" / "model.safetensors")
+    save_file({name: 2 * one for name, one in weights.items()}, root / "tiny" / "model.safetensors", {"format": "pt"})
+    (root / "chats" / "data").mkdir(parents=True)
+    for split, conversations in CHATS.items():
+        older = [chat(f"older {row['messages'][0]['content']}") for row in conversations]
+        datasets.Dataset.from_list(older).to_parquet(root / "chats" / "data" / f"{split}-00000-of-00001.parquet")
+    directories = {"models": root / "tiny", "datasets": root / "chats"}
+    return {
+        (kind, "acme/moved", name): (OLDER, directory)
+        for kind, directory in directories.items()
+        for name in ("v1", OLDER)
+    }
+
+
+@pytest.fixture(scope="module")
+def answered(repositories, revisions, tmp_path_factory):
     """What `online` gave, with its cache and its Hub, which is gone."""
     home = tmp_path_factory.mktemp("answered") / "cache"
-    with serve(repositories) as endpoint:
+    with serve(repositories, revisions) as endpoint:
         gave = finish(start(scenario(online), home, endpoint))
     return gave, home, endpoint
 
@@ -399,6 +458,40 @@ def test_a_configuration_can_be_named(with_hub, without_hub):
     for gave in (with_hub, without_hub):
         assert gave["named configuration"] == CHATS["test_sft"]
         assert gave["unknown configuration"].startswith("refused: --dataset acme/configured")
+
+
+def test_a_revision_and_a_split_can_be_named_in_a_source(with_hub, without_hub):
+    for gave in (with_hub, without_hub):
+        older = [f"older test {n}" for n in range(4)] + ["older train 5"]
+        assert gave["texts"] == ["train 0", "train 1", "test 1", *older]
+
+
+def test_a_model_has_the_weights_of_its_revision(with_hub, without_hub, tiny_model_dir):
+    newest = first_embedding(tiny_model_dir)
+    for gave, local in ((with_hub, False), (without_hub, True)):
+        assert gave["acme/moved"] == ["acme/moved", local, "Hi there", newest]
+        for name in ("acme/moved@v1", f"acme/moved@{OLDER}"):
+            assert gave[name] == [name, local, "Hi there", [2 * weight for weight in newest]]
+
+
+def test_the_commits_of_revisions_are_found_and_pin_the_settings(with_hub, without_hub):
+    for gave in (with_hub, without_hub):
+        found, model, *sources = gave["commits"]
+        assert found["model"] == {"acme/moved@v1": OLDER}
+        assert found["dataset"] == {"acme/moved": COMMIT, "acme/moved~v1": OLDER, f"acme/moved~{OLDER}": OLDER}
+        assert model == f"acme/moved@{OLDER}"
+        assert sources == [
+            f"acme/moved~{COMMIT}@train[:2]+test_sft[1:2]",
+            f"acme/moved~{OLDER}@test_sft",
+            f"acme/moved~{OLDER}@train[-1:]",
+        ]
+
+
+def test_a_revision_that_is_not_there_is_refused(with_hub, without_hub):
+    for kind in ("model", "dataset"):
+        refusal = f"refused: --{kind} acme/moved"
+        assert with_hub[f"no such {kind}"] == f"{refusal}: it has no revision v2 on the Hub"
+        assert without_hub[f"no such {kind}"].startswith(f"{refusal} at v2: not on this disk, and the Hub does not")
 
 
 if __name__ == "__main__":
