@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import datasets
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -69,9 +69,12 @@ class Hub(BaseHTTPRequestHandler):
         asked = self.ADDRESS.fullmatch(unquote(url.path))
         repository = asked and (asked["kind"] or "models", asked["name"])
         root, self.commit = self.server.repositories.get(repository), COMMIT
+        moved = self.server.revisions.get((*(repository or ()), "main"))
+        if moved and asked["revision"] in (None, "main"):
+            self.commit, root = moved
         if root is None:
             return self.answer(404, error="RepoNotFound")
-        if asked["revision"] not in (None, "main", COMMIT):
+        elif asked["revision"] not in (None, "main", COMMIT):
             self.commit, root = self.server.revisions.get((*repository, asked["revision"]), (COMMIT, None))
             if root is None:
                 return self.answer(404, error="RevisionNotFound")
@@ -492,6 +495,40 @@ def test_a_revision_that_is_not_there_is_refused(with_hub, without_hub):
         refusal = f"refused: --{kind} acme/moved"
         assert with_hub[f"no such {kind}"] == f"{refusal}: it has no revision v2 on the Hub"
         assert without_hub[f"no such {kind}"].startswith(f"{refusal} at v2: not on this disk, and the Hub does not")
+
+
+def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--model", "acme/moved", "--dataset", "acme/moved", "--eval-dataset", "acme/moved@test_sft"]
+    flags += ["--dtype", "fp32", "--max-steps", "1", "--batch-size", "2", "--output-dir", run]
+    moved = {**revisions, ("models", "acme/moved", "main"): revisions["models", "acme/moved", OLDER]}
+    moved["datasets", "acme/moved", "main"] = revisions["datasets", "acme/moved", OLDER]
+
+    def command(endpoint, program, *arguments):
+        process = start([PROJECT / program, *arguments], tmp_path / "cache", endpoint)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        return stdout
+
+    with serve(repositories, revisions) as endpoint:
+        command(endpoint, "train.py", *flags)
+    record = json.loads((run / "config.json").read_text())
+    commits = {"model": {"acme/moved": COMMIT}, "dataset": {"acme/moved": COMMIT}}
+    assert record["commits"] == commits
+    for file in ("best/README.md", "report.html"):
+        assert (run / file).read_text().count(COMMIT) == 2
+    card = ModelCard.load(run / "best" / "README.md").data
+    assert (card.base_model, card.datasets) == ("acme/moved", ["acme/moved"])
+    with serve(repositories, moved) as endpoint:
+        command(endpoint, "train.py", "--resume", run, "--max-steps", "2", "--allow-changes")
+        resumed = json.loads((run / "config.json").read_text())
+        assert (resumed["commits"], resumed["data"]) == (commits, record["data"])
+        assert "--max-steps 1 -> 2" in str(resumed["changes"])
+        assert "fingerprint" not in str(resumed["changes"])
+        again = command(endpoint, "eval.py", run, "--json", "--max-new-tokens", "1", "--greedy")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        best = min(line["loss"] for line in lines if line["kind"] == "eval" and line["step"])
+        assert json.loads(again)["splits"]["eval"]["loss"] == pytest.approx(best)
 
 
 if __name__ == "__main__":
