@@ -109,11 +109,12 @@ class Config:
         "experiment that sets the defaults; auto: none with a --dataset, ultrachat with a GPU and Hub, else quickstart",
         choices=("auto", "ultrachat", "quickstart"),
     )
-    model: str = setting("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id or a directory")
+    model: str = setting("HuggingFaceTB/SmolLM2-135M", "model to start from: a Hub id (or id@revision) or a directory")
     dataset: tuple[str, ...] = setting(
         ("HuggingFaceH4/ultrachat_200k",),
-        "conversations: .jsonl, .json or .parquet files, directories of them, Hub ids (id:config for a configuration); "
-        "each with an optional amount: mine.jsonl:2 for two copies, mine.jsonl:0.5 for half, mine.jsonl#500 for 500",
+        "conversations: .jsonl, .json, .parquet, .csv or .tsv files, directories of them, Hub ids (or "
+        "id~revision:config@split); each with an optional amount: mine.jsonl:2 for two copies, mine.jsonl:0.5 for "
+        "half, mine.jsonl#500 for 500",
         nargs="+",
     )
     split: str = setting("train", "split of a Hub dataset")
@@ -123,11 +124,14 @@ class Config:
         0.0, "fraction of rows that may be invalid; 0: none; without a value: 0.1", FRACTION, nargs="?", const=0.1
     )
     drop_columns: tuple[str, ...] = setting((), "columns of a dataset that are left out before it is read", nargs="+")
+    columns: tuple[str, ...] = setting((), "columns that are renamed: prompt=question completion=answer", nargs="+")
     chat_template: str = setting("chatml", "chat template: chatml, model (the model's own), or a .jinja file")
     template_option: tuple[str, ...] = setting((), "arguments of the template: enable_thinking=false", nargs="+")
     supervise: str = setting("all", "assistant messages that are supervised", choices=("all", "last"))
 
-    eval_dataset: str = setting("", "conversations to evaluate on, instead of a fraction of --dataset")
+    eval_dataset: tuple[str, ...] = setting(
+        (), "conversations to evaluate on, instead of a fraction of --dataset", nargs="+"
+    )
     eval_fraction: float = setting(
         0.05, "fraction of them that selects the best checkpoint; 0: no evaluation, the last is the best", FRACTION
     )
@@ -210,7 +214,7 @@ PRESETS = {
         "save_every": 24,
     },
 }
-DATASET_SETTINGS = ("split", "max_examples", "skip_bad_rows", "drop_columns")  # not applied to another dataset
+DATASET_SETTINGS = "split max_examples skip_bad_rows drop_columns columns".split()  # not applied to another dataset
 TEMPLATE_SETTINGS = ("chat_template", "template_option")
 RUN_FORMAT = 3  # of a run directory
 
@@ -332,11 +336,12 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
                 return str(path.absolute()) + name[end:]
         return name
 
-    paths = {name: absolute(overrides[name]) for name in ("model", "eval_dataset") if name in overrides}
+    paths = {name: absolute(overrides[name]) for name in ("model",) if name in overrides}
     if overrides.get("chat_template", "model") not in ("chatml", "model"):
         paths["chat_template"] = absolute(overrides["chat_template"])
-    if "dataset" in overrides:
-        paths["dataset"] = tuple(map(absolute, overrides["dataset"]))
+    for name in ("dataset", "eval_dataset"):
+        if name in overrides:
+            paths[name] = tuple(map(absolute, overrides[name]))
     return {**overrides, **paths}
 
 

@@ -25,13 +25,13 @@ from config import Config, Parser, UserError, explain_machine_errors, format_val
 from conversations.corpus import load_corpus
 from conversations.masking import Example
 from conversations.preview import check_page_path, page, preview
-from conversations.sources import Source, check_sources, find_files, notes_on_directories, parse_source
+from conversations.sources import check_sources, find_files, name_sources, notes_on_directories, parse_source
 from conversations.tokenizer import load_tokenizer
 from storage import hub
 from storage.durable import replace_file
 
 DATA_FLAGS = (
-    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows drop_columns "
+    "preset model dataset eval_dataset split max_examples max_length skip_bad_rows drop_columns columns "
     "chat_template template_option supervise eval_fraction test_fraction seed"
 ).split()
 
@@ -85,6 +85,7 @@ class Data:
     test: Split
     notes: list[str] = field(default_factory=list)  # about the rows that were read
     warnings: list[str] = field(default_factory=list)
+    eval_sources: dict[str, int] = field(default_factory=dict)  # of several: their names and numbers of examples
 
     @property
     def splits(self):
@@ -103,9 +104,9 @@ def load_data(config, tokenizer):
     digests, source_of = corpus.digests, corpus.source_of  # a split, a quantity and a weight are of conversations
     rows = choose_rows(source_of, sources, config.seed)
     notes = [*notes_on_directories(sources), *corpus.notes, *notes_on_quantities(rows, source_of, sources)]
-    eval_fraction, evaluated = config.eval_fraction, None
+    eval_fraction, evaluated, eval_sources = config.eval_fraction, None, {}
     if config.eval_dataset:
-        evaluated, known, eval_notes = load_eval_dataset(config, tokenizer)
+        evaluated, known, eval_notes, eval_sources = load_eval_dataset(config, tokenizer)
         notes += eval_notes
         eval_fraction, chosen, rows = 0.0, rows, [row for row in rows if digests[row] not in known]
         if not rows:
@@ -128,9 +129,9 @@ def load_data(config, tokenizer):
                 why = f"the {name} split is empty, as all of its conversations are duplicates; use --eval-dataset"
             raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
     warnings = warnings_about(splits, tokenizer.model_max_length)
-    if config.split != Config().split and all(find_files(source.name) for source in sources):
+    if config.split != Config().split and all(source.split or find_files(source.name) for source in sources):
         warnings.append(f"--split {config.split} has no effect: files have no splits")
-    return Data(**splits, notes=notes, warnings=warnings)
+    return Data(**splits, notes=notes, warnings=warnings, eval_sources=eval_sources)
 
 
 def load_split(config, tokenizer):
@@ -142,12 +143,20 @@ def load_split(config, tokenizer):
 
 
 def load_eval_dataset(config, tokenizer):
-    """The `Split` of `--eval-dataset`, the digests of its conversations, and notes about it."""
+    """The `Split` of `--eval-dataset`, the digests of its conversations, notes, and the examples of each of several."""
     with rewrite_errors("--dataset", "--eval-dataset"):
         all_of_it = dataclasses.replace(config, max_examples=0)  # which is of --dataset
-        corpus, rows = load_once([config.eval_dataset], all_of_it, tokenizer, may_lack_columns=True)
-    notes = [f"--eval-dataset: {note}" for note in corpus.notes]
-    return make_split(corpus, rows), {corpus.digests[row] for row in rows}, notes
+        corpus, rows = load_once(config.eval_dataset, all_of_it, tokenizer, may_lack_columns=True)
+    notes, examples = [f"--eval-dataset: {note}" for note in corpus.notes], {}
+    for number, name in enumerate(name_sources(config.eval_dataset) if len(config.eval_dataset) > 1 else ()):
+        of_source = make_split(corpus, [row for row in rows if corpus.source_of[row] == number])
+        examples[name] = len(of_source.examples)
+        if not of_source.examples:
+            raise UserError(f"--eval-dataset {config.eval_dataset[number]}: nothing in it is supervised")
+    if examples:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in examples.items())
+        notes.append(f"--eval-dataset: {counts}; the loss over all their tokens selects the best model")
+    return make_split(corpus, rows), {corpus.digests[row] for row in rows}, notes, examples
 
 
 def load_once(dataset, config, tokenizer, may_lack_columns=False):
@@ -163,7 +172,7 @@ def load_once(dataset, config, tokenizer, may_lack_columns=False):
 def notes_on_quantities(rows, source_of, sources):
     """A line for each source with a quantity: how many of its conversations are used."""
     for number, source in enumerate(sources):
-        if source != Source(source.name, source.config):
+        if (source.weight, source.count) != (1.0, None):
             found, used = source_of.count(number), sum(source_of[row] == number for row in rows)
             times = f", {source.weight:g} times an epoch in training" if source.weight > 1 else ""
             yield f"{source.name}: {used:,} of {found:,} conversations used{times}"

@@ -29,7 +29,7 @@ from compute.distributed import (
 from compute.layers import without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
-from storage.hub import LOADING_ERRORS, explain_load_error, model_directory
+from storage.hub import LOADING_ERRORS, explain_load_error, model_directory, pretrained
 
 MAX_NEW_EMBEDDINGS = 1024  # for tokens that a tokenizer has and a model has not
 # Files of a model that training does not change and that its users may need: of a multimodal model's processors, the
@@ -161,9 +161,9 @@ def load_model(path, tokenizer, device, local_files_only=False):
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
     try:
-        options = {"dtype": torch.float32, "local_files_only": local_files_only, "trust_remote_code": False}
+        options = {**pretrained(path, local_files_only), "dtype": torch.float32, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            **options, ignore_mismatched_sizes=True
         )  # mismatched sizes are refused below, by name
         directory = model_directory(path, local_files_only, KEPT)
         ignored = ignored_weights(model, directory)

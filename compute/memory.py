@@ -11,7 +11,7 @@ from compute.cross_entropy import GPU_CHUNK, ROWS
 from compute.distributed import all_reduce_max, is_sharded
 from compute.layout import random_examples, vocabulary_size
 from config import UserError, is_out_of_memory
-from storage.hub import LOADING_ERRORS, explain_load_error
+from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 CPU_TOKENS = 1536  # in a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
@@ -28,7 +28,7 @@ def check_model_fits(path, local_files_only, precision, config, longest=GPU_TOKE
     `longest` is the tokens of the longest conversation, which limits the logits that are held at once.
     """
     try:
-        model_config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(**pretrained(path, local_files_only))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except LOADING_ERRORS as error:

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from config import UserError
 from conversations.chatml import is_chatml
-from conversations.formats import ReadReport, read_conversations
+from conversations.formats import ReadReport, parse_columns, read_conversations
 from conversations.masking import Example, encode_each
-from conversations.sources import InvalidRow, find_files
+from conversations.sources import InvalidRow, find_files, load_from_hub
 from conversations.templates import TemplateError, stop_ids
-from storage import hub
 from storage.cache import cached
 from storage.durable import sha256
 
@@ -77,6 +76,7 @@ def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     max_length = config.max_length or tokenizer.model_max_length
     reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
     reading |= {"plain": config.chat_template == "chatml", "drop": config.drop_columns}
+    reading |= {"columns": parse_columns(config.columns), "vocabulary": len(tokenizer)}
     key = cache_key(sources, tokenizer, {**reading, "supervise": config.supervise, "max_length": max_length})
 
     def write(directory):
@@ -85,7 +85,7 @@ def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     directory = cached(f"corpora/{key[:16]}", {"key": key}, write, "the cached corpus")
     notes, absent = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
     if absent and not may_lack_columns:
-        raise UserError(f"--drop-columns {' '.join(absent)}: no row has such a column")
+        raise UserError("\n".join(absent))
     rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(directory / "rows.arrow"))).read_all()
     return Corpus(rows, notes, max_length)
 
@@ -97,7 +97,7 @@ def cache_key(sources, tokenizer, options):
         if files := find_files(source.name):
             contents += [(str(file), sha256(file)) for file in files]
         else:
-            contents.append(hub.load_hub_dataset(source.name, source.config, options["split"])._fingerprint)
+            contents.append(load_from_hub(source, options["split"])._fingerprint)
         contents.append("end of source")
     parts = [contents, options, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
     parts += map(sha256, SOURCE_FILES)
@@ -110,12 +110,12 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
     for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
         pass
-    stops = torch.tensor(stop_ids(tokenizer))
+    stops, options = torch.tensor(stop_ids(tokenizer)), (supervise, max_length)
     rows = iter(progress(read_conversations(sources, **reading), "encoding", report.rows))
     with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
             encoded = []
-            for location, source, found in encode_rows(batch, tokenizer, supervise, reading["skip_bad_rows"], report):
+            for location, source, found in encode_rows(batch, tokenizer, options, reading["skip_bad_rows"], report):
                 conversations += 1
                 for part, example in enumerate(found):
                     row = describe_example(example, stops, max_length)
@@ -127,12 +127,14 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     if conversations < examples:
         why = "the template writes an earlier answer differently from the last"
         why = "the tokenizer joins some answers with their header" if is_chatml(tokenizer) else why
+        if report.formats["text"]:
+            why = f"a text longer than {max_length:,} tokens is cut, or {why}"
         notes.append(f"{conversations:,} conversations, {examples:,} examples: {why}")
-    absent = [name for name in reading["drop"] if name not in report.dropped]
+    absent = list(report.absent_columns(reading["drop"], reading["columns"]))
     (directory / "notes.json").write_text(json.dumps([notes, absent]), encoding="utf-8")
 
 
-def encode_rows(rows, tokenizer, supervise, skip, report):
+def encode_rows(rows, tokenizer, options, skip, report):
     """Yield `(location, source, examples)` for each `(location, source, messages)`.
 
     With `skip`, a conversation that the template cannot write is added to the report, and left out.
@@ -142,11 +144,11 @@ def encode_rows(rows, tokenizer, supervise, skip, report):
     for group in groups:
         locations, sources, conversations = zip(*group, strict=True)
         try:
-            yield from zip(locations, sources, encode_each(conversations, tokenizer, supervise), strict=True)
+            yield from zip(locations, sources, encode_each(conversations, tokenizer, *options), strict=True)
         except UserError as error:
             if len(group) > 1:
                 for row in group:
-                    yield from encode_rows([row], tokenizer, supervise, skip, report)
+                    yield from encode_rows([row], tokenizer, options, skip, report)
                 continue
             if not (skip and isinstance(error.__cause__, TemplateError)):
                 raise UserError(f"{locations[0]}: {error}") from error

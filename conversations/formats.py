@@ -32,7 +32,7 @@ class ReadReport:
     rows: int = 0
     formats: Counter = field(default_factory=Counter)
     ignored: Counter = field(default_factory=Counter)  # columns and keys that no format uses
-    dropped: Counter = field(default_factory=Counter)  # columns that rows had, and that were to be dropped
+    found: Counter = field(default_factory=Counter)  # columns that rows had, and that were to be dropped or renamed
     bad: Counter = field(default_factory=Counter)  # invalid rows, by reason
     locations: dict = field(default_factory=dict)  # of each reason the first few: (file:line, where in the row)
 
@@ -45,6 +45,13 @@ class ReadReport:
         if self.bad:
             reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.bad.most_common())
             yield f"{self.bad.total():,} rows left out ({reasons})"
+
+    def absent_columns(self, drop, columns):
+        """Lines about the columns to be dropped or renamed that no row had."""
+        if absent := [name for name in drop if name not in self.found]:
+            yield f"--drop-columns {' '.join(absent)}: no row has such a column"
+        if absent := [f"{new}={old}" for old, new in columns.items() if old not in self.found]:
+            yield f"--columns {' '.join(absent)}: no row has such a column"
 
     def add_bad_row(self, problem, location):
         """Count a row with an `InvalidRow`."""
@@ -78,7 +85,17 @@ class ReadReport:
         raise UserError(separator.join([summary, *problems[:SHOWN_PROBLEMS], *rest]))
 
 
-def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0, plain=False, drop=(), report=None):
+def read_conversations(
+    sources,
+    split="train",
+    max_examples=0,
+    skip_bad_rows=0.0,
+    plain=False,
+    drop=(),
+    columns=None,
+    vocabulary=math.inf,
+    report=None,
+):
     """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked.
 
     Args:
@@ -86,19 +103,22 @@ def read_conversations(sources, split="train", max_examples=0, skip_bad_rows=0.0
         skip_bad_rows: the share of rows that may be left out; 0: none.
         plain: refuse tools, reasoning and arguments of a template, for which ChatML has no place.
         drop: the columns without which the rows are read.
+        columns: new names of columns, by the names they have.
+        vocabulary: the number of token ids, for rows of them.
         report: a `ReadReport` to fill; it is checked once all rows have been read.
     """
-    report = ReadReport() if report is None else report
+    report, columns = ReadReport() if report is None else report, columns or {}
     for number, source in enumerate(sources):
         for location, row in read_rows(source, split):
             if max_examples and report.rows == max_examples:
                 break
             report.rows += 1
             if isinstance(row, dict):
-                report.dropped.update(row.keys() & set(drop))
+                report.found.update(row.keys() & {*drop, *columns})
                 row = {name: value for name, value in row.items() if name not in drop}
             try:
-                messages = parse_row(row, report, plain)
+                messages = parse_row(rename_columns(row, columns), report, plain, columns.values())
+                check_vocabulary(messages, vocabulary)
             except InvalidRow as problem:
                 report.add_bad_row(problem, location)
             else:
@@ -117,7 +137,33 @@ def read_file(path, **options):
 # --- a row
 
 
-def parse_row(row, report, plain=False):
+def parse_columns(texts):
+    """The new names of columns by those they have, a dict, from `new=old`; `UserError` where that is not clear."""
+    columns, known = {}, sorted({*SYSTEM_KEYS, *ROW_KEYS}.union(*(keys + more for _, keys, more, _ in FORMATS)))
+    for text in texts:
+        new, _, old = text.partition("=")
+        if not old or new not in known:
+            names = f"it is new=old, such as prompt=question, and the new names are {', '.join(known)}"
+            raise UserError(f"--columns {text}: {names}")
+        if old in columns or new in columns.values():
+            raise UserError(f"--columns {text}: {old if old in columns else new} is named twice; name each once")
+        columns[old] = new
+    return columns
+
+
+def rename_columns(row, columns):
+    """A row with other names for some columns, which no other column of it may have."""
+    if not (isinstance(row, dict) and row.keys() & columns.keys()):
+        return row
+    renamed = {columns[name]: value for name, value in row.items() if name in columns}
+    rest = {name: value for name, value in row.items() if name not in columns}
+    for name in renamed.keys() & rest.keys():
+        if rest[name] not in EMPTY:
+            raise InvalidRow(f'--columns: it has a "{name}" already; --drop-columns {name}')
+    return rest | renamed
+
+
+def parse_row(row, report, plain=False, renamed=()):
     """The messages of a row in any known format; `InvalidRow` if it has none, or nothing that can be supervised."""
     if isinstance(row, InvalidRow):
         raise row
@@ -127,12 +173,20 @@ def parse_row(row, report, plain=False):
         raise InvalidRow("not a JSON object")
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
     matching = [entry for entry in FORMATS if row.keys() >= set(entry[1])]
-    if not matching:
-        raise explain_format(row)
+    if not matching or matching[0][0] == "text":  # a text beside a known shape is not what the row is about
+        explain_format(row)
     name, keys, optional, parse = matching[0]
-    used = {*keys, *optional, *SYSTEM_KEYS, "tools", "chat_template_kwargs"}
+    is_chat = name not in ("text", "tokens")
+    used = {*keys, *optional, *(SYSTEM_KEYS + ROW_KEYS if is_chat else ())}
     unused = {key: value for key, value in row.items() if key not in used}
     check_columns(row, unused)
+    if ignored := sorted(unused.keys() & set(renamed)):
+        advice = f"--drop-columns {' '.join(keys)}"
+        raise InvalidRow(f'--columns: "{ignored[0]}" is not read where the row is one of {name}; {advice}')
+    if not is_chat:
+        report.formats[name] += 1
+        report.ignored.update(unused.keys())
+        return parse(row, report)
     messages, tools = parse(row, report), parse_tools(row.get("tools"))
     options = parse_template_options(row.get("chat_template_kwargs"))
     match_results_to_calls(messages, tools)
@@ -151,18 +205,19 @@ def parse_row(row, report, plain=False):
 
 
 def explain_format(row):
-    """An `InvalidRow` for a row in no format, with what to do if its shape is a known one."""
+    """Raise `InvalidRow` for a row in no format, with what to do if its shape is a known one; a text may be read."""
     texts = [key for key, value in row.items() if isinstance(value, str)]
     question, answer = (next((key for key in keys if key in texts), "") for keys in (QUESTION_KEYS, ANSWER_KEYS))
     if question and answer:
         names = {question: "instruction", "context": "input", answer: "output"}  # Alpaca's
-        advice = ", ".join(f'"{old}" to "{new}"' for old, new in names.items() if old in row and old != new)
-        return InvalidRow(f'no known format: it has "{question}" and "{answer}"; rename {advice}')
+        advice = " ".join(f"{new}={old}" for old, new in names.items() if old in row and old != new)
+        raise InvalidRow(f'no known format: it has "{question}" and "{answer}"; use --columns {advice}')
     for key, advice in SHAPES.items():
         if key in row:
-            return InvalidRow(f'no known format: it has "{key}"; {advice}')
+            raise InvalidRow(f'no known format: it has "{key}"; {advice}')
     known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
-    return InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
+    if "text" not in row:
+        raise InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
 
 
 def check_columns(row, unused):
@@ -172,8 +227,9 @@ def check_columns(row, unused):
             raise InvalidRow(f"{value.reason}; correct it, or --drop-columns {name}", f'"{name}"')
     check_supported(unused)
     for name, value in unused.items():
-        if not parse_train({name: value}) or (name in ("label", "kto_tag") and value is False):  # for KTO
-            problem = f'"{name}": {str(value).lower()}, which says that the completion is not wanted'
+        text = str(value).lower()
+        if not parse_train({name: value}) or (name in ("label", "kto_tag") and text == "false"):  # for KTO
+            problem = f'"{name}": {text}, which says that the completion is not wanted'
             raise InvalidRow(f"{problem}; remove the row, or --drop-columns {name}")
 
 
@@ -406,13 +462,49 @@ def parse_alpaca(row, _report):
     return [make_message("user", question, "instruction"), make_message("assistant", row["output"], "output")]
 
 
+def parse_plain_text(row, _report):
+    """A text without turns, all of which is supervised."""
+    return [make_message("text", row["text"], "text")]
+
+
+def parse_tokens(row, _report):
+    """Token ids with their labels, as others have made them; right padding is cut off."""
+    ids, labels, mask = (row.get(key) for key in ("input_ids", "labels", "attention_mask"))
+    mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
+    for key, value in (("input_ids", ids), ("labels", labels), ("attention_mask", mask)):
+        if not isinstance(value, list) or not all(type(number) is int for number in value):
+            raise InvalidRow(f'"{key}" is not a list of integers')
+        if len(value) != len(ids):
+            raise InvalidRow(f'"{key}" and "input_ids" have different lengths')
+    length = sum(number == 1 for number in mask)
+    if mask != [1] * length + [0] * (len(mask) - length):
+        raise InvalidRow('"attention_mask" is not 1 for all tokens, nor 0 for padding at the end alone')
+    ids, labels = ids[:length], labels[:length]
+    if any(label not in (-100, number) for number, label in zip(ids, labels, strict=True)):
+        advice = "; they are not shifted here" if labels[:-1] == ids[1:] else ""
+        raise InvalidRow(f'a label is neither -100 nor the token at its place in "input_ids"{advice}')
+    if all(label == -100 for label in labels[1:]):
+        raise InvalidRow("no label of a token after the first: nothing would be supervised")
+    return [{"role": "tokens", "content": ids, "labels": labels}]
+
+
+def check_vocabulary(messages, vocabulary):
+    """Raise `InvalidRow` where token ids are none of the tokenizer's."""
+    ids = messages[0]["content"] if messages[0]["role"] == "tokens" else [0]
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InvalidRow(f"a token id is not from 0 to {vocabulary - 1}, as the tokenizer's are")
+
+
 # The name of each format, the keys by which it is known, its optional keys, and its parser.
 FORMATS = (
     ("messages", ("messages",), (), parse_messages),
     ("ShareGPT", ("conversations",), (), functools.partial(parse_messages, key="conversations")),
     ("prompt/completion", ("prompt", "completion"), (), parse_prompt_and_completion),
     ("Alpaca", ("instruction", "output"), ("input",), parse_alpaca),
+    ("tokens", ("input_ids", "labels"), ("attention_mask",), parse_tokens),
+    ("text", ("text",), (), parse_plain_text),
 )
+ROW_KEYS = ("tools", "chat_template_kwargs")  # beside the messages
 SYSTEM_KEYS = ("system", "system_prompt")  # beside the messages, in any format
 MORE_KEYS = {  # of a message, by its role
     "assistant": ("tool_calls", *REASONING_KEYS, "name", "id"),
@@ -436,12 +528,11 @@ FLAG_NAME = re.compile(  # of others, which may mean either, as `mask` does, or 
 QUESTION_KEYS = "prompt question query problem instruction input inputs user human".split()
 ANSWER_KEYS = "completion response answer output outputs target targets solution assistant gpt".split()
 SHAPES = {
-    **dict.fromkeys(
-        "conversation dialog dialogue chat turns items".split(),
-        'rename it to "messages", a list of objects with "role" and "content"',
-    ),
-    "rejected": 'these are preferences; to train on the chosen answers alone, rename "chosen" to "messages" if it is a '
-    'list of them, or to "completion" if it is the answer to a "prompt"',
-    "input_ids": "name the conversations that the tokens were made of",
-    "text": 'write what the user and the assistant say as "messages", or as "prompt" and "completion"',
+    **{
+        name: f'use --columns messages={name}, if it is a list of objects with "role" and "content"'
+        for name in "conversation dialog dialogue chat turns items".split()
+    },
+    "rejected": "these are preferences; to train on the chosen answers alone, --columns messages=chosen if it is a "
+    'list of messages, or --columns completion=chosen if it is the answer to a "prompt"',
+    "input_ids": 'it needs "labels", -100 where a token is not supervised; or name the conversations',
 }

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversations import chatml, templates
 from conversations.chatml import encode_chatml, is_chatml
+from conversations.templates import encode_texts
 
 IGNORE = -100  # torch's cross_entropy skips this label
 
@@ -38,19 +39,45 @@ def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: s
     return [example for examples in encode_each(conversations, tokenizer, supervise) for example in examples]
 
 
-def encode_each(conversations: list, tokenizer, supervise: str = "all") -> list[list[Example]]:
+def encode_each(conversations: list, tokenizer, supervise="all", max_length=None) -> list[list[Example]]:
     """Conversations to their `Example`s: for each a list of one, or of as few as its template needs.
 
     Args:
         conversations: lists of messages, as `conversations.formats` makes them.
         supervise: "all" of the assistant's messages, or the "last"; one with `"train": False` never is.
+        max_length: the tokens after which a text without turns is cut; None: the context length.
 
     Raises:
         UserError: the template cannot write a conversation, which is named.
     """
-    marked = [mark_supervised(messages, supervise) for messages in conversations]
+    without_turns = [encode_without_turns(messages, tokenizer, max_length) for messages in conversations]
+    chats = [messages for messages, found in zip(conversations, without_turns, strict=True) if found is None]
+    marked = [mark_supervised(messages, supervise) for messages in chats]
     encode_marked = encode_chatml if is_chatml(tokenizer) else templates.encode
-    return [[make_example(*example) for example in examples] for examples in encode_marked(marked, tokenizer)]
+    encoded = iter(encode_marked(marked, tokenizer))
+    return [found or [make_example(*example) for example in next(encoded)] for found in without_turns]
+
+
+def encode_without_turns(messages, tokenizer, max_length=None):
+    """The `Example`s of a text or of token ids with labels, as `conversations.formats` has them; None for a chat.
+
+    A text ends with the stop token, and begins with BOS where the tokenizer writes one. A longer one is cut; each
+    part begins with the last token of the one before it, so that every token but the first is predicted once.
+    """
+    message = messages[0] if messages else {}
+    role = message.get("role")
+    if role == "tokens":
+        return [Example(torch.tensor(message["content"]), torch.tensor(message["labels"]))]
+    if role != "text":
+        return None
+    has_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begin = [tokenizer.bos_token_id] if has_bos else []
+    ids = torch.tensor(begin + encode_texts([message["content"]], tokenizer)[0] + [tokenizer.eos_token_id])
+    length = max_length or tokenizer.model_max_length
+    labels = ids.clone()
+    labels[: len(begin)] = IGNORE
+    starts = range(0, max(1, len(ids) - 1), max(1, length - 1))
+    return [Example(ids[start : start + length], labels[start : start + length]) for start in starts]
 
 
 def mark_supervised(messages, supervise):

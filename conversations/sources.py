@@ -1,5 +1,7 @@
 """Where conversations come from: files, directories and datasets on the Hub, read row by row with their locations."""
 
+import csv
+import functools
 import io
 import itertools
 import json
@@ -14,11 +16,13 @@ import pyarrow.parquet
 from config import UserError, first_line, rewrite_errors
 from storage import hub
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # as pyarrow calls them
 # Beside the rows of a dataset, or written by datasets' `save_to_disk`.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+csv.field_size_limit(2**31 - 1)  # a text may be long
 QUANTITY = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
+HUB_NAME = re.compile(r"(?P<name>[^:@~#]+)(~(?P<revision>[^:@~#]+))?(:(?P<config>[^:@~#/]+))?(@(?P<split>[^@~#]+))?")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -37,10 +41,20 @@ class Source(NamedTuple):
     config: str | None = None
     weight: float = 1.0  # how often training sees each conversation; below 1, the share that is used at all
     count: int | None = None  # how many conversations are used
+    split: str | None = None  # of a Hub dataset; None: that of --split
+    revision: str | None = None  # of a Hub dataset: a branch, a tag or a commit; None: its main branch
+
+    @property
+    def repository(self):
+        """The name with its revision, as the user writes them."""
+        return f"{self.name}~{self.revision}" if self.revision else self.name
 
 
 def parse_source(text):
-    """A `Source` from `name`, `name:2` (twice), `name:0.5` (half of it), `name#500` (500 of it), `hub/id:config`."""
+    """A `Source` from `name`, `name:2` (twice), `name:0.5` (half of it), `name#500` (500 of it).
+
+    A name on the Hub may be `id~revision:config@split`. What exists on this disk, or ends as a file, is a file's name.
+    """
     if not text.strip():
         raise UserError("--dataset is empty; name a file, a directory or a Hub id")
     if is_local(text):
@@ -49,14 +63,24 @@ def parse_source(text):
     name, weight, count = found.group("name", "weight", "count") if found else (text, None, None)
     if float(weight or 1) == 0 or int(count or 1) == 0:
         raise UserError(f"--dataset {text}: a quantity of 0 uses nothing; leave it out")
-    configuration = None
+    of_hub = {"name": name}
     if not is_local(name):
-        base, colon, rest = max(name.rpartition(":"), name.rpartition("#"), key=lambda parts: len(parts[0]))
-        if colon and is_local(base):
-            raise UserError(f"--dataset {text}: {text[len(base) :]} is not a quantity; write :2, :0.5 or #500")
-        if colon == ":" and "/" not in rest:
-            name, configuration = base, rest
-    return Source(name, configuration, float(weight or 1), int(count) if count else None)
+        for end in [found.start() for found in re.finditer("(?<=.)[:#@~]", name)]:
+            if is_local(name[:end]):
+                also = "" if name[end] in ":#" else "; a file has no split and no revision"
+                raise UserError(f"--dataset {text}: {text[end:]} is not a quantity; write :2, :0.5 or #500{also}")
+        if found := HUB_NAME.fullmatch(name):
+            of_hub = found.groupdict()
+    return Source(**of_hub, weight=float(weight or 1), count=int(count) if count else None)
+
+
+def name_sources(texts):
+    """Short names of some datasets: of a file its last part, on the Hub without the revision; else the texts."""
+    names = []
+    for source in map(parse_source, texts):
+        parts = [f":{source.config}" * bool(source.config), f"@{source.split}" * bool(source.split)]
+        names.append(Path(source.name).name if find_files(source.name) else source.name + "".join(parts))
+    return names if len(set(names)) == len(names) else list(texts)
 
 
 def is_local(name):
@@ -71,14 +95,39 @@ def file_format(path):
     return suffix if suffix in SUFFIXES else None
 
 
-def check_sources(config):
-    """Check that the datasets of a `Config` exist, before anything is loaded."""
-    eval_dataset = [("--eval-dataset", config.eval_dataset)] if config.eval_dataset else []
+def check_sources(config, recorded=()):
+    """Check that the datasets of a `Config` exist, before anything is loaded.
+
+    Returns the commits of those on the Hub, by name: those `recorded` by a run that is resumed, else those of today.
+    """
+    commits = {}
+    eval_dataset = [("--eval-dataset", text) for text in config.eval_dataset]
     for flag, text in [*(("--dataset", text) for text in config.dataset), *eval_dataset]:
         with rewrite_errors("--dataset", flag):
             source = parse_source(text)
             if not find_files(source.name):
-                hub.must_use_cache("dataset", source.name, source.config)
+                revision = dict(recorded).get(source.repository, source.revision)
+                commits[source.repository], _ = hub.find_commit("dataset", source.name, source.config, revision)
+    return commits
+
+
+def pin_commits(settings, commits):
+    """Settings in which each name on the Hub has its commit, of {"model": {name: commit}, "dataset": {…}}."""
+
+    def pin(text):
+        source = parse_source(text)
+        commit = commits.get("dataset", {}).get(source.repository)
+        return f"{source.name}~{commit}{text[len(source.repository) :]}" if commit else text
+
+    pinned = {name: tuple(map(pin, settings[name])) for name in ("dataset", "eval_dataset")}
+    if commit := commits.get("model", {}).get(settings["model"]):
+        pinned["model"] = f"{hub.split_revision(settings['model'])[0]}@{commit}"
+    return {**settings, **pinned}
+
+
+def load_from_hub(source, split):
+    """The dataset of a `Source` on the Hub, in its own split or else in this one."""
+    return hub.load_hub_dataset(source.name, source.config, source.split or split, source.revision)
 
 
 def find_files(name):
@@ -89,7 +138,7 @@ def find_files(name):
             raise UserError(f"--dataset {name}: no {', '.join(SUFFIXES)} file in this directory itself")
     elif path.exists():
         files = [path]
-    elif file_format(path) or path.suffix in (".csv", ".txt") or hub.looks_like_a_path(name):
+    elif file_format(path) or path.suffix == ".txt" or hub.looks_like_a_path(name):
         raise UserError(f"--dataset {name}: there is no such file")
     else:
         return []
@@ -121,19 +170,19 @@ def notes_on_directories(sources):
 def read_rows(source, split):
     """Yield `(location, row)` of a source; a row that cannot be parsed is an `InvalidRow`.
 
-    The location is `file:line` in JSON lines, else `file row N` (or of the Hub's), counted from 0 as `datasets` does.
+    The location is `file:line` in JSON lines and CSV, else `file row N` (or of the Hub's), from 0 as in `datasets`.
     """
     files = find_files(source.name)
     if not files:
         # As Arrow has it: what `datasets` makes of a value no longer tells the nulls of JSON from those of a table.
-        dataset = hub.load_hub_dataset(source.name, source.config, split).with_format("arrow")
-        yield from read_table(f"{source.name} ({split})", dataset.iter(batch_size=1000))
+        dataset = load_from_hub(source, split).with_format("arrow")
+        yield from read_table(f"{source.name} ({source.split or split})", dataset.iter(batch_size=1000))
     for path in files:
         try:
             if hub.is_lfs_pointer(path):
                 raise UserError(f"{path}: a git-lfs pointer, not the file itself; run: git lfs pull")
             with pyarrow.input_stream(str(path), compression=COMPRESSED.get(path.suffix.lower())) as stream:
-                yield from read_parquet(path, stream) if file_format(path) == ".parquet" else read_json(path, stream)
+                yield from READERS.get(file_format(path), read_json)(path, stream)
         except (OSError, EOFError, UnicodeEncodeError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
@@ -204,6 +253,52 @@ def read_json(path, stream):
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield from ((f"{path}:{number}", row) for row in split_array(parse_json(line)))
+
+
+def read_csv(path, stream, delimiter=","):
+    """Yield `(location, row)` of comma-separated values under a header, as strings; an empty cell is None.
+
+    Raises:
+        UserError: the quotation marks are not valid: where the next row begins is then unknown.
+    """
+    # Bytes that are not UTF-8 become surrogates, and their row invalid.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    rows, begin = csv.reader(text, delimiter=delimiter, strict=True), 1
+    header = None
+    try:
+        for cells in rows:
+            line, begin = begin, rows.line_num + 1
+            if header is None and cells:
+                header = check_header(cells, f"{path}:{line}")
+            elif len(cells) == len(header or ()) > 0 and all(map(is_unicode, cells)):
+                yield f"{path}:{line}", {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            elif cells:
+                ragged = f"it has {len(cells)} cells, and the header {len(header)}"
+                yield f"{path}:{line}", InvalidRow("not UTF-8" if len(cells) == len(header) else ragged)
+    except csv.Error as error:
+        advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
+        raise UserError(f"{path}:{begin}: not valid CSV: {error}; {advice}") from error
+
+
+def check_header(cells, location):
+    """The names of the columns of a CSV file; one without a name, as pandas writes for its index, gets a number."""
+    names = [cell or f"column {number}" for number, cell in enumerate(cells, 1)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice or not all(map(is_unicode, names)):
+        problem = f"two columns are named {twice[0]!r}" if twice else "not UTF-8; save it as UTF-8"
+        raise UserError(f"{location}: {problem}")
+    return names
+
+
+def is_unicode(text):
+    """Whether a text can be written as UTF-8."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+READERS = {".parquet": read_parquet, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t")}
 
 
 def is_conversation(value):

@@ -13,7 +13,7 @@ from config import UserError, rewrite_errors
 from conversations import templates
 from conversations.chatml import CONTROL, END, chatml_template, encode_prompt, is_chatml
 from conversations.templates import arguments_of
-from storage.hub import LOADING_ERRORS, explain_load_error
+from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
 NO_LIMIT = 2**31 - 1  # tokens, for a model without a context length
 PROBE = "Hi\n\n  there,\t12 é🙂 \n"  # a text in which tokenizers differ
@@ -32,10 +32,10 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         added it has more of them than the model has embeddings: `model.load_model` resizes.
     """
     try:
-        options = {"local_files_only": local_files_only, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(path, **options)
+        options = pretrained(path, local_files_only)
+        config = AutoConfig.from_pretrained(**options)
         text_config = config.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(**options)
     except LOADING_ERRORS as error:
         reason = explain_load_error(path, error)
         raise UserError(f"--model {path}: no usable tokenizer and configuration ({reason})") from error

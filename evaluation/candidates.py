@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import DATASET_SETTINGS, Config, UserError, flag_name, resolve
+from conversations.sources import pin_commits
 from storage import hub
 from storage.durable import MANIFEST, CorruptError, verify
 from storage.records import read_record
@@ -23,7 +24,8 @@ def find_candidate(name, overrides):
     model, run = find_model(name)
     if run is None:
         return Candidate(model, None, resolve({**overrides, "model": model}, hub.choose_preset(overrides)[0]))
-    settings = read_record(run)["config"]
+    record = read_record(run)
+    settings = pin_commits(record["config"], record.get("commits", {}))  # its data as it was, for the same splits
     if settings["chat_template"] not in ("chatml", "model"):  # a file, of which the run has its own copy
         settings |= {"chat_template": str(run / "best" / "chat_template.jinja"), "template_option": ()}
     if "dataset" in overrides:

@@ -39,11 +39,13 @@ def run_facts(run):
         "recipe": {name: format_value(config[name]) for name in RECIPE},
         "precision": record["precision"],
         "data": record["data"],
+        "commits": {kind: record.get("commits", {}).get(kind, {}) for kind in ("model", "dataset")},
         "versions": record["versions"],
         "metrics": metrics,
         "updates": updates,
         "best_step": best_step,
         "losses": {kind: compare_losses(kind, metrics, best_step, losses) for kind in ("eval", "test")},
+        "source_losses": compare_source_losses(metrics, best_step),
         "cost": training_cost([line for line in metrics if line["kind"] == "train"], updates),
         "answers": pair_answers(read_answers(run)),
     }
@@ -66,6 +68,14 @@ def compare_losses(kind, metrics, best_step, losses):
         if math.isclose(paired["after"], after["loss"], rel_tol=1e-6):  # else they are of another evaluation
             text = verdict(paired)
     return {"before": before, "after": after, "difference": text}
+
+
+def compare_source_losses(metrics, best_step):
+    """The losses on each of several `--eval-dataset`, by name: "before" training, and "after", of the best model."""
+    lines = {line["step"]: line for line in metrics if line["kind"] == "eval"}
+    before, after = lines.get(0, {}), lines.get(best_step, {})
+    names = [key for key in before if key.startswith("loss/") and key in after]
+    return {key.removeprefix("loss/"): {"before": before[key], "after": after[key]} for key in names}
 
 
 def training_cost(lines, updates):
@@ -100,8 +110,8 @@ def pair_answers(answers):
 
 
 def is_hub_id(name):
-    """True for a name of the form owner/name that is not a path that exists."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    """True for a name of the form owner/name, perhaps with a revision and more, that is not a path that exists."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+([:@~#].+)?", name)) and not Path(name).exists()
 
 
 def format_duration(seconds):

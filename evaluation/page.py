@@ -23,10 +23,11 @@ def page(facts, examples, tokenizer):
     """The page about a run, as HTML, from its `run_facts` and some training conversations, whose masks it shows."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=format_duration, bytes=format_bytes, flag=flag_name, value=format_value)
+    charts = CHARTS | {f"loss on {name}": [("eval", f"loss/{name}")] for name in facts["source_losses"]}
     template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         facts=facts,
-        charts=[chart for title, lines in CHARTS.items() if (chart := plot(title, lines, facts["metrics"]))],
+        charts=[chart for title, lines in charts.items() if (chart := plot(title, lines, facts["metrics"]))],
         defaults=vars(Config()),
         masks=["".join(token_spans(example, tokenizer)) for example in examples],  # escaped by `token_spans`
         page_start=PAGE,

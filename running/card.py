@@ -1,5 +1,6 @@
 """The model card of a run's best model. Its text is the template `card.md.jinja`."""
 
+import re
 from pathlib import Path
 
 import jinja2
@@ -19,12 +20,17 @@ def model_card(facts):
         pipeline_tag="text-generation",
         tags=["sft", "plain-sft"],
         license=find_license(settings["model"]),
-        base_model=settings["model"] if is_hub_id(settings["model"]) else None,
-        datasets=[name for name in settings["dataset"] if is_hub_id(name)] or None,
+        base_model=strip(settings["model"]) if is_hub_id(settings["model"]) else None,
+        datasets=list(dict.fromkeys(strip(name) for name in settings["dataset"] if is_hub_id(name))) or None,
     )
     environment = jinja2.Environment(finalize=escape_markdown, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
     return f"---\n{metadata.to_yaml()}\n---\n\n{template.render(facts=facts, loss=facts['losses']['eval'])}"
+
+
+def strip(name):
+    """A Hub id without its revision, configuration, split and amount."""
+    return re.split("[:@~#]", name)[0]
 
 
 def find_license(model):

@@ -135,6 +135,9 @@ def format_summary(facts):
                 before, after = ((loss[when] or {}).get(name, math.nan) for when in ("before", "after"))
                 change = f"   {loss['difference']}" if name == "loss" and loss["difference"] else ""
                 lines.append(f"  {kind + ' ' + name:<18}{before:>10{style}}{after:>22{style}}{change}")
+    for name, loss in facts["source_losses"].items():
+        change = f"   {loss['after'] - loss['before']:+.4f}"
+        lines.append(f"  {'loss on ' + name:<18}{loss['before']:>10.4f}{loss['after']:>22.4f}{change}")
     for answer in facts["answers"]:
         sampled = " (sampled)" if answer["decoding"] == "sampled" else ""
         lines += ["", f"  > {answer['prompt']}{sampled}", *side_by_side(answer["before"], answer["after"])]

@@ -117,7 +117,7 @@ def check_agreement(run):
     """Raise `UserError` unless all ranks are about to train the same run in the same directory."""
     described = describe(run.config, run.precision, run.data)
     settings = {flag_name(name): format_value(value) for name, value in described.pop("config").items()}
-    mine = {**settings, **described, "layout": run.layout.describe(), "step": run.step}
+    mine = {**settings, **described, "layout": run.layout.describe(), "step": run.step, "commits": run.commits}
     first, *others = all_gather(mine)
     for number, other in enumerate(others, 1):
         for name, value in other.items():

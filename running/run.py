@@ -33,6 +33,7 @@ class Run:
     log: Log | None = None
     eval_every: int = 1  # updates between two evaluations
     save_every: int = 1  # and between two checkpoints
+    commits: dict = field(default_factory=dict)  # of what is on the Hub: {"model": {name: commit}, "dataset": {…}}
     step: int = 0  # updates done; epoch, window and learning rate are arithmetic on it
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
@@ -78,5 +79,5 @@ class Run:
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         decided = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
         decided |= {"layout": self.layout.record(), "losses_left_out": list_extra_losses(self.model)}
-        decided |= {"eval_every": self.eval_every, "save_every": self.save_every}
+        decided |= {"commits": self.commits, "eval_every": self.eval_every, "save_every": self.save_every}
         return describe(self.config, self.precision, self.data) | decided

@@ -9,8 +9,8 @@ import torch
 from compute.distributed import all_gather, broadcast_from_rank0, rank
 from compute.memory import check_model_fits, keep_freed_memory
 from compute.self_check import choose_layout
-from config import TEMPLATE_SETTINGS, count_updates, resolve, with_absolute_paths, write_recipe
-from conversations.sources import check_sources
+from config import TEMPLATE_SETTINGS, Config, count_updates, resolve, with_absolute_paths, write_recipe
+from conversations.sources import check_sources, pin_commits
 from conversations.tokenizer import load_tokenizer
 from data import load_data
 from model import choose_precision, load_on_ranks, token_loss
@@ -49,12 +49,15 @@ def load_run(config, start=None, allow_changes=False):
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    check_sources(config)  # before a model is downloaded for data that is not there
+    recorded = start.described.get("commits", {}) if start else {}
+    commits = {"dataset": check_sources(config, recorded.get("dataset", ()))}  # before a model that lacks its data
+    commits["model"] = recorded.get("model", {}) if start else hub.find_model_commit(config.model)
+    pinned = Config(**pin_commits(vars(config), commits))
     precision = choose_precision(config.device, config.dtype)
     if precision.device.type == "cpu":
         keep_freed_memory()
-    path, local_files_only, tokenizer = load_run_tokenizer(config, start)
-    data = load_data(config, tokenizer)
+    path, local_files_only, tokenizer = load_run_tokenizer(pinned, start)
+    data = load_data(pinned, tokenizer)
     changes = []
     if start:
         described = describe(config, precision, data)
@@ -62,6 +65,7 @@ def load_run(config, start=None, allow_changes=False):
         changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
     longest = max(split.longest for split in data.splits.values())
     run = Run(config, precision, None, tokenizer, data, None, scaler=precision.grad_scaler(), changes=changes)
+    run.commits = commits
     run.eval_every, run.save_every = choose_cadence(run, start)
     print(report.plan_of_data(run))
     if precision.device.type == "cuda":

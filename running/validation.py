@@ -1,6 +1,9 @@
 """The evaluations of a run's model: its losses on the eval and test splits, its answers."""
 
 import contextlib
+import itertools
+
+import torch
 
 from compute.distributed import broadcast_from_rank0, is_rank0, is_sharded
 from compute.self_check import use_layout
@@ -24,11 +27,19 @@ def evaluate_split(run, split, signals):
     return evaluation
 
 
+def report_eval(run, evaluation):
+    """The metrics of an evaluation on the eval split to log: also the loss on each of several `--eval-dataset`."""
+    report, losses = evaluation.report(), iter(evaluation.token_losses)
+    for name, count in run.data.eval_sources.items():
+        report[f"loss/{name}"] = torch.cat(list(itertools.islice(losses, count))).mean().item()
+    return report
+
+
 def evaluate_untrained(run, signals):
     """Before the first update: log the untrained model's losses and answers."""
     if run.data.eval.examples:
         evaluation = evaluate_split(run, "eval", signals)
-        run.log.write("eval", 0, evaluation.report())
+        run.log.write("eval", 0, report_eval(run, evaluation))
         run.log.write_losses("eval", "before", evaluation)
     log_test_and_answers(run, "before", 0, signals)
 

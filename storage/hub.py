@@ -14,8 +14,15 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_session, httpx
 from safetensors import SafetensorError
 
@@ -30,7 +37,7 @@ LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.Da
 
 
 def find_model(name):
-    """The place to load a model from: `(path or Hub id, local_files_only)`."""
+    """The place to load a model from: `(path or Hub id, perhaps with @revision, local_files_only)`."""
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
@@ -40,16 +47,40 @@ def find_model(name):
         return str(directory), True
     if name == QUICKSTART_MODEL:
         return str(quickstart_model()), True
-    if directory.is_file() or looks_like_a_path(name):
+    repository, revision = split_revision(name)
+    if directory.is_file() or looks_like_a_path(repository):
         raise UserError(f"--model {name}: there is no such directory")
-    return name, must_use_cache("model", name)
+    return name, must_use_cache("model", repository, revision=revision)
+
+
+def split_revision(name):
+    """A model's Hub id and its revision, from `id@revision`; None without one, and where that is a directory."""
+    repository, at, revision = name.partition("@")
+    return (repository, revision) if at and not Path(name).is_dir() else (name, None)
+
+
+def find_model_commit(name):
+    """The commit of a model on the Hub, {name: commit}; empty for one on this disk."""
+    path, _ = find_model(name)
+    repository, revision = split_revision(path)
+    return {} if Path(path).is_dir() else {name: find_commit("model", repository, revision=revision)[0]}
+
+
+def pretrained(path, local_files_only):
+    """The arguments of transformers' `from_pretrained` for what `find_model` returned."""
+    repository, revision = split_revision(str(path))
+    options = {"revision": revision or "main", "local_files_only": local_files_only, "trust_remote_code": False}
+    return {"pretrained_model_name_or_path": repository, **options}
 
 
 def model_directory(path, local_files_only, patterns):
     """The directory of a model at `path`; for one on the Hub, that in the cache, with its files of these patterns."""
     if Path(path).is_dir():
         return Path(path)
-    return Path(snapshot_download(path, allow_patterns=patterns, local_files_only=local_files_only))
+    repository, revision = split_revision(path)
+    return Path(
+        snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+    )
 
 
 def explain_load_error(path, error):
@@ -73,11 +104,13 @@ def is_lfs_pointer(path):
 
 
 @functools.cache  # each is loaded once
-def load_hub_dataset(name, configuration, split):
+def load_hub_dataset(name, configuration, split, revision=None):
     """One split of a Hub dataset, in its configuration of that name (None: its default), as a `datasets.Dataset`."""
     try:
-        with offline() if must_use_cache("dataset", name, configuration) else contextlib.nullcontext():
-            return datasets.load_dataset(name, configuration, split=split)
+        commit, from_cache = find_commit("dataset", name, configuration, revision)
+        if from_cache:
+            return find_prepared(name, configuration, commit).as_dataset(split)
+        return datasets.load_dataset(name, configuration, split=split, revision=commit)
     except LOADING_ERRORS as error:
         named = name if configuration is None else f"{name}:{configuration}"
         raise UserError(f"--dataset {named} --split {split}: {first_line(error)}") from error
@@ -88,24 +121,35 @@ def looks_like_a_path(name):
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
-@functools.cache  # one request for each name
-def must_use_cache(kind, name, configuration=None):
+def must_use_cache(kind, name, configuration=None, revision=None):
     """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True without an answer."""
+    return find_commit(kind, name, configuration, revision)[1]
+
+
+@functools.cache  # one request for each name
+def find_commit(kind, name, configuration=None, revision=None):
+    """The commit of a "model" or "dataset" at a revision (None: its main branch), and whether only the cache has it."""
     if error := connection_error():
         advice = "name a local file" if kind == "dataset" else f"use the quickstart's: --model {QUICKSTART_MODEL}"
         problem = f"not on this disk, and the Hub does not answer ({first_line(error)}); check the network, or {advice}"
     else:
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
-            return False
+            commit = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT).sha
+            with contextlib.suppress(*LOADING_ERRORS):  # for the cache to know the commit of this revision, offline
+                file = "config.json" if kind == "model" else "README.md"
+                hf_hub_download(name, file, repo_type=kind, revision=revision)
+            return commit, False
+        except RevisionNotFoundError as error:
+            raise UserError(f"--{kind} {name}: it has no revision {revision} on the Hub") from error
         except (RepositoryNotFoundError, HFValidationError) as error:
             where = "neither on this disk nor on the Hub (if it is private or gated: hf auth login)"
             raise UserError(f"--{kind} {name}: {where}") from error
         except LOADING_ERRORS as error:
             problem = f"the Hub fails ({first_line(error)}); try again later"
-    if not is_cached(kind, name, configuration):
-        raise UserError(f"--{kind} {name}: {problem}")
-    return True
+    commit = find_cached_commit(kind, name, configuration, revision)
+    if commit is None:
+        raise UserError(f"--{kind} {name}{f' at {revision}' if revision else ''}: {problem}")
+    return commit, True
 
 
 @functools.cache
@@ -126,23 +170,37 @@ def connection_error():
     return results[0] if results else TimeoutError(f"no answer within {HUB_TIMEOUT} s")
 
 
-def is_cached(kind, name, configuration):
-    """Whether the Hub's cache on this disk has a complete "model", or a prepared "dataset", of that name."""
+def find_cached_commit(kind, name, configuration, revision):
+    """The commit of a complete "model", or a prepared "dataset", in the Hub's cache on this disk; None without one."""
     try:
         if kind == "dataset":
+            builder = find_prepared(name, configuration, revision)
             # Offline, `datasets` takes any configuration it finds; only "default" is surely what the Hub would give.
-            with offline():
-                builder = datasets.load_dataset_builder(name, configuration)
-                return builder.config.name == (configuration or "default")
-        config = try_to_load_from_cache(name, "config.json")
+            return builder.hash if builder.config.name == (configuration or "default") else None
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
     except LOADING_ERRORS:  # half prepared, never prepared, not a name
-        return False
+        return None
     if not isinstance(config, str):
-        return False
+        return None
     index, weights = Path(config).with_name("model.safetensors.index.json"), ["model.safetensors"]
     if index.exists():  # the weights are in several files
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return all(index.with_name(file).exists() for file in weights)
+    return index.parent.name if all(index.with_name(file).exists() for file in weights) else None
+
+
+def find_prepared(name, configuration, revision):
+    """The builder of a dataset in the cache of `datasets`, at a revision; None: main, or what was prepared last."""
+    with offline():
+        builder = datasets.load_dataset_builder(name, configuration)
+    ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"), "refs", revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision or builder.hash
+    directory = Path(builder.cache_dir).with_name(commit)
+    if not directory.is_dir():
+        if revision is None:
+            return builder
+        raise FileNotFoundError(f"{directory} is not prepared")
+    named = {"repo_id": name, "dataset_name": builder.dataset_name, "config_name": builder.config.name}
+    return Cache(**named, version=directory.parent.name, hash=commit)
 
 
 def push(directory, name):

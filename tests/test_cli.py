@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
---template-option --drop-columns --supervise --eval-fraction --test-fraction --epochs --max-steps
+--template-option --drop-columns --columns --supervise --eval-fraction --test-fraction --epochs --max-steps
 --batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2
 --weight-decay --max-grad-norm --seed --device --dtype --layout --micro-batch-tokens
 --shard --compile --deterministic --gradient-checkpointing
@@ -42,11 +42,12 @@ TRAIN_FLAGS = """
 """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
---template-option --drop-columns --supervise --eval-fraction --test-fraction --seed --show --json --html --config
+--template-option --drop-columns --columns --supervise --eval-fraction --test-fraction --seed --show --json --html
+--config
 """
 EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
---drop-columns --supervise --eval-fraction --test-fraction --seed --device --dtype
+--drop-columns --columns --supervise --eval-fraction --test-fraction --seed --device --dtype
 --layout --micro-batch-tokens --against --prompts --greedy --max-new-tokens --html --json
 --chat --system --temperature --top-p --repetition-penalty --text --push-to-hub --config
 """
@@ -237,7 +238,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {tmp_path}/bad.jsonl:1: no known format: it has none of messages, conversations, prompt+completion, "
-        "instruction+output; correct that row\n"
+        "instruction+output, input_ids+labels, text; correct that row\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 

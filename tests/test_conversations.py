@@ -316,7 +316,8 @@ def test_an_invalid_quantity_is_refused(text):
 # --- broken files: each with the line it must give
 
 
-NO_FORMAT = "no known format: it has none of messages, conversations, prompt+completion, instruction+output"
+NO_FORMAT = "no known format: it has none of messages, conversations, prompt+completion, instruction+output, "
+NO_FORMAT += "input_ids+labels, text"
 NO_REPLY = "no message is the assistant's: nothing would be supervised"
 DEEP = b'{"a":' * 100_000
 BROKEN = {  # file name: content, the line it must give after the path
@@ -375,8 +376,8 @@ BROKEN = {  # file name: content, the line it must give after the path
     "binary.jsonl": (b"\x00\x01\x02\n", ":1: column 1, "),
     "deep.jsonl": (DEEP + b"\n", ":1: not valid JSON: maximum recursion depth"),
     "other_keys.jsonl": (
-        lines(GOOD, {"text": "Hi"}),
-        ':2: no known format: it has "text"; write what the user and the assistant say as "messages", or as "prompt"',
+        lines(GOOD, {"chat": "Hi"}),
+        ':2: no known format: it has "chat"; use --columns messages=chat, if it is a list of objects with "role" and',
     ),
     "no_messages.jsonl": (lines(GOOD, {"messages": []}), ':2: "messages" is not a list of messages'),
     "messages_text.jsonl": (
@@ -460,7 +461,7 @@ UNREADABLE = {
     "cut.jsonl.gz": (gzip.compress(lines(GOOD) * 99)[:-20], r"/cut.jsonl.gz: cannot be read: "),
     "not_gzip.jsonl.gz": (lines(GOOD), r"/not_gzip.jsonl.gz: cannot be read: "),
     "not_parquet.parquet": (b"PAR1", r"/not_parquet.parquet: cannot be read: "),
-    "sheet.csv": (b"a,b\n", r"not a .jsonl, .json, .parquet file"),
+    "sheet.xlsx": (b"a,b\n", r"not a .jsonl, .json, .parquet, .csv, .tsv file"),
     "wide.jsonl": (lines(GOOD).decode().encode("utf-16"), r"not UTF-8"),
     "zipped.jsonl": (gzip.compress(lines(GOOD)), r"not UTF-8"),
     "columns.json": (b"PAR1....PAR1", r"not valid JSON"),
@@ -484,11 +485,11 @@ def test_a_missing_file_is_named(name):
 
 
 def test_a_directory_without_conversations_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file in this directory"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet, \.csv, \.tsv file in this directory"):
         read_file(tmp_path)
     for name in ("state.json", "dataset_info.json"):  # as `save_to_disk` writes them
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file in this directory"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet, \.csv, \.tsv file in this directory"):
         read_file(tmp_path)
 
 
@@ -600,7 +601,7 @@ def test_a_dataset_without_valid_rows_is_refused(tmp_path):
     path.write_bytes(lines({}))
     with pytest.raises(UserError, match="it has no valid conversations"):
         read_file(path, skip_bad_rows=1.0)
-    with pytest.raises(UserError, match=r"instruction\+output; correct that row$"):
+    with pytest.raises(UserError, match=r"labels, text; correct that row$"):
         read_file(path)
     path.write_bytes(lines({}, {}))
     with pytest.raises(UserError, match=r"^2 of 2 rows are invalid; correct them: 2 × no known format.*jsonl:2$"):

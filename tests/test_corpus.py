@@ -94,7 +94,7 @@ def test_columns_are_dropped_before_the_rows_are_read(tiny_tokenizer, write):
     dropped = prepared(tiny_tokenizer, path, drop_columns=["images", "system"])
     assert dropped.fingerprint == prepared(tiny_tokenizer, plain).fingerprint
     assert dropped.fingerprint != prepared(tiny_tokenizer, path, drop_columns=["images"]).fingerprint
-    own = prepared(tiny_tokenizer, path, drop_columns=["images", "system"], eval_dataset=plain + "#4")
+    own = prepared(tiny_tokenizer, path, drop_columns=["images", "system"], eval_dataset=[plain + "#4"])
     assert len(own.eval.examples) == 4  # whose rows have neither
     for _ in range(2):  # read, and then from the cache
         for load in (load_data, load_split):
@@ -156,7 +156,7 @@ def test_keep_duplicates_together():
 def test_an_eval_dataset_is_left_out_of_training(tiny_tokenizer, write):
     train = write("train.jsonl", [a_chat(f"{number}") for number in range(20)])
     own = write("eval.jsonl", [a_chat(f"{number}") for number in range(18, 24)])
-    data = prepared(tiny_tokenizer, train, eval_dataset=own, test_fraction=0.0)
+    data = prepared(tiny_tokenizer, train, eval_dataset=[own], test_fraction=0.0)
     assert (len(data.train.examples), len(data.eval.examples), len(data.test.examples)) == (18, 6, 0)
     assert not set(texts(data.train, tiny_tokenizer)) & set(texts(data.eval, tiny_tokenizer))
     assert "2 left out of training because they are in --eval-dataset" in data.notes
@@ -165,7 +165,9 @@ def test_an_eval_dataset_is_left_out_of_training(tiny_tokenizer, write):
 def test_an_error_in_an_eval_dataset_names_that_flag(tiny_tokenizer, write):
     with pytest.raises(UserError, match=r"^--eval-dataset nowhere\.jsonl: there is no such file"):
         prepared(
-            tiny_tokenizer, write("a.jsonl", [a_chat(f"{number}") for number in range(9)]), eval_dataset="nowhere.jsonl"
+            tiny_tokenizer,
+            write("a.jsonl", [a_chat(f"{number}") for number in range(9)]),
+            eval_dataset=["nowhere.jsonl"],
         )
 
 
@@ -293,10 +295,10 @@ def test_quantities_of_an_eval_dataset(tiny_tokenizer, write):
     chats = write("a.jsonl", [a_chat(f"{number}") for number in range(20)])
     others = write("b.jsonl", [a_chat(f"other {number}") for number in range(12)])
     for amount, count in (("", 12), ("#5", 5), (":0.5", 6)):
-        data = prepared(tiny_tokenizer, chats, eval_dataset=others + amount, max_examples=8, test_fraction=0.0)
+        data = prepared(tiny_tokenizer, chats, eval_dataset=[others + amount], max_examples=8, test_fraction=0.0)
         assert (len(data.train.examples), len(data.eval.examples)) == (8, count)
     with pytest.raises(UserError, match=r"--eval-dataset .*b\.jsonl:2: an evaluation uses each conversation once"):
-        prepared(tiny_tokenizer, chats, eval_dataset=others + ":2")
+        prepared(tiny_tokenizer, chats, eval_dataset=[others + ":2"])
 
 
 def test_a_page_overwrites_only_an_earlier_page(tiny_model_dir, write, tmp_path):

@@ -25,17 +25,19 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import datasets
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
+from huggingface_hub import ModelCard, hf_hub_download
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from config import PRESETS, UserError
+from config import PRESETS, Config, UserError
+from conversations.formats import read_conversations
+from conversations.sources import check_sources, parse_source, pin_commits
 from conversations.tokenizer import load_tokenizer
 from model import load_model
 from storage import hub
 
 PROJECT = Path(__file__).parents[1]
-COMMIT = "c0ffee" + "0" * 34
+COMMIT, OLDER = "c0ffee" + "0" * 34, "01d" + "0" * 37
 PROMISED_SECONDS = 10  # within which a name that cannot be had is refused
 
 
@@ -54,21 +56,30 @@ REQUESTS = []  # of all that were answered: path and user agent
 class Hub(BaseHTTPRequestHandler):
     """The requests of the libraries that look up and download a repository.
 
-    `server.repositories` maps ("models" or "datasets", id) to a directory. Whoever lists the files of those with the id
+    `server.repositories` maps ("models" or "datasets", id) to a directory, that of its main branch; `server.revisions`
+    maps (kind, id, revision) to a commit and its directory. Whoever lists the files of those with the id
     `server.severed` is cut off.
     """
 
     ADDRESS = re.compile(
         r"(?P<api>/api)?/((?P<kind>models|datasets)/)?(?P<name>[^/]+/[^/]+)"
-        r"(/(?P<what>tree|resolve|revision)/[^/]+(/(?P<path>.+))?)?"
+        r"(/(?P<what>tree|resolve|revision)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
     )
 
     def do_GET(self):
         url = urlsplit(self.path)
         asked = self.ADDRESS.fullmatch(unquote(url.path))
-        root = asked and self.server.repositories.get((asked["kind"] or "models", asked["name"]))
+        repository = asked and (asked["kind"] or "models", asked["name"])
+        root, self.commit = self.server.repositories.get(repository), COMMIT
+        moved = self.server.revisions.get((*(repository or ()), "main"))
+        if moved and asked["revision"] in (None, "main"):
+            self.commit, root = moved
         if root is None:
             return self.answer(404, error="RepoNotFound")
+        elif asked["revision"] not in (None, "main", COMMIT):
+            self.commit, root = self.server.revisions.get((*repository, asked["revision"]), (COMMIT, None))
+            if root is None:
+                return self.answer(404, error="RevisionNotFound")
         path = root / (asked["path"] or "")
         if asked["what"] == "tree" and asked["name"] == self.server.severed:
             self.close_connection = True
@@ -78,7 +89,7 @@ class Hub(BaseHTTPRequestHandler):
         elif asked["what"] == "resolve" and path.is_file():
             self.answer(200, path.read_bytes())
         elif asked["api"] and asked["what"] in (None, "revision"):
-            self.answer(200, json.dumps({"id": asked["name"], "sha": COMMIT}).encode())
+            self.answer(200, json.dumps({"id": asked["name"], "sha": self.commit}).encode())
         else:
             self.answer(404, error="EntryNotFound")
 
@@ -88,7 +99,7 @@ class Hub(BaseHTTPRequestHandler):
         REQUESTS.append((self.path, self.headers.get("User-Agent", "")))
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", getattr(self, "commit", COMMIT))
         self.send_header("X-Error-Code" if error else "ETag", error or f'"{checksum(body)}"')
         self.end_headers()
         if self.command == "GET":
@@ -111,10 +122,10 @@ def entry(root, path):
 
 
 @contextmanager
-def serve(repositories):
+def serve(repositories, revisions):
     """The address of a Hub with these repositories, which is up within the `with`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repositories, server.severed = repositories, "acme/severed"
+    server.repositories, server.revisions, server.severed = repositories, revisions, "acme/severed"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -162,8 +173,35 @@ def load(name):
     return [path, local_files_only, text, model.get_input_embeddings().weight[0].tolist()]
 
 
-def rows(name, split, configuration=None):
-    return hub.load_hub_dataset(name, configuration, split).to_list()
+def rows(name, split, configuration=None, revision=None):
+    return hub.load_hub_dataset(name, configuration, split, revision).to_list()
+
+
+def texts(*sources):
+    """The questions of all rows of some sources, as they are named on the command line."""
+    found = read_conversations([parse_source(text) for text in sources])
+    return [messages[0]["content"] for _, _, messages in found]
+
+
+def commits(name, *datasets):
+    """The commits of a model and of some datasets, as a run records them, and its settings with them."""
+    config = Config(model=name, dataset=datasets)
+    found = {"model": hub.find_model_commit(name), "dataset": check_sources(config)}
+    pinned = pin_commits(vars(config), found)
+    return [found, pinned["model"], *pinned["dataset"]]
+
+
+SOURCES = ["acme/moved@train[:2]+test_sft[1:2]", "acme/moved~v1@test_sft", f"acme/moved~{OLDER}@train[-1:]"]
+
+
+def by_revision():
+    """What is named with a revision and a split, in the order that leaves the newest commit in the cache first."""
+    gave = {"texts": attempt(texts, *SOURCES), "commits": attempt(commits, "acme/moved@v1", *SOURCES)}
+    for name in ("acme/moved@v1", "acme/moved", f"acme/moved@{OLDER}"):
+        gave[name] = attempt(load, name)
+    gave["no such model"] = attempt(hub.find_model, "acme/moved@v2")
+    gave["no such dataset"] = attempt(texts, "acme/moved~v2:default@train")
+    return gave
 
 
 def preset(gpu, model=PRESETS["ultrachat"]["model"], dataset=PRESETS["ultrachat"]["dataset"][0]):
@@ -206,7 +244,7 @@ def online():
     gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
     gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
     gave["contacted"] = list(CONTACTED)
-    return gave
+    return gave | by_revision()
 
 
 def offline():
@@ -221,7 +259,7 @@ def offline():
     gave["other dataset"] = attempt(rows, "acme/other", "train")
     gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
     gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
-    return gave
+    return gave | by_revision()
 
 
 def silent():
@@ -280,9 +318,9 @@ def repositories(tmp_path_factory, tiny_model_dir):
         '- {config_name: default, data_files: [{split: train, path: "data/train-*"}]}\n'
         '- {config_name: other, data_files: [{split: train, path: "data/test_sft-*"}]}\n---\n'
     )
-    models = {"acme/tiny": tiny_model_dir, "acme/severed": tiny_model_dir, "acme/sharded": root / "sharded"}
-    models["acme/pickled"] = root / "pickled"
-    chats = dict.fromkeys(("chats", "killed", "partly", "severed"), root / "chats")
+    models = dict.fromkeys(("acme/moved", "acme/tiny", "acme/severed"), tiny_model_dir)
+    models |= {"acme/sharded": root / "sharded", "acme/pickled": root / "pickled"}
+    chats = dict.fromkeys(("chats", "killed", "moved", "partly", "severed"), root / "chats")
     others = {name: root / name for name in ("scripted", "configured")}
     return {
         **{("models", name): directory for name, directory in models.items()},
@@ -293,10 +331,29 @@ def repositories(tmp_path_factory, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def answered(repositories, tmp_path_factory):
+def revisions(tmp_path_factory, tiny_model_dir):
+    """The earlier commit of "acme/moved", which the tag v1 names: another model, and other rows."""
+    root = tmp_path_factory.mktemp("revisions")
+    shutil.copytree(tiny_model_dir, root / "tiny")
+    weights = load_file(root / "tiny" / "model.safetensors")
+    save_file({name: 2 * one for name, one in weights.items()}, root / "tiny" / "model.safetensors", {"format": "pt"})
+    (root / "chats" / "data").mkdir(parents=True)
+    for split, conversations in CHATS.items():
+        older = [chat(f"older {row['messages'][0]['content']}") for row in conversations]
+        datasets.Dataset.from_list(older).to_parquet(root / "chats" / "data" / f"{split}-00000-of-00001.parquet")
+    directories = {"models": root / "tiny", "datasets": root / "chats"}
+    return {
+        (kind, "acme/moved", name): (OLDER, directory)
+        for kind, directory in directories.items()
+        for name in ("v1", OLDER)
+    }
+
+
+@pytest.fixture(scope="module")
+def answered(repositories, revisions, tmp_path_factory):
     """What `online` gave, with its cache and its Hub, which is gone."""
     home = tmp_path_factory.mktemp("answered") / "cache"
-    with serve(repositories) as endpoint:
+    with serve(repositories, revisions) as endpoint:
         gave = finish(start(scenario(online), home, endpoint))
     return gave, home, endpoint
 
@@ -417,6 +474,74 @@ def test_a_configuration_can_be_named(with_hub, without_hub):
     for gave in (with_hub, without_hub):
         assert gave["named configuration"] == CHATS["test_sft"]
         assert gave["unknown configuration"].startswith("refused: --dataset acme/configured")
+
+
+def test_a_revision_and_a_split_can_be_named_in_a_source(with_hub, without_hub):
+    for gave in (with_hub, without_hub):
+        older = [f"older test {n}" for n in range(4)] + ["older train 5"]
+        assert gave["texts"] == ["train 0", "train 1", "test 1", *older]
+
+
+def test_a_model_has_the_weights_of_its_revision(with_hub, without_hub, tiny_model_dir):
+    newest = first_embedding(tiny_model_dir)
+    for gave, local in ((with_hub, False), (without_hub, True)):
+        assert gave["acme/moved"] == ["acme/moved", local, "Hi there", newest]
+        for name in ("acme/moved@v1", f"acme/moved@{OLDER}"):
+            assert gave[name] == [name, local, "Hi there", [2 * weight for weight in newest]]
+
+
+def test_the_commits_of_revisions_are_found_and_pin_the_settings(with_hub, without_hub):
+    for gave in (with_hub, without_hub):
+        found, model, *sources = gave["commits"]
+        assert found["model"] == {"acme/moved@v1": OLDER}
+        assert found["dataset"] == {"acme/moved": COMMIT, "acme/moved~v1": OLDER, f"acme/moved~{OLDER}": OLDER}
+        assert model == f"acme/moved@{OLDER}"
+        assert sources == [
+            f"acme/moved~{COMMIT}@train[:2]+test_sft[1:2]",
+            f"acme/moved~{OLDER}@test_sft",
+            f"acme/moved~{OLDER}@train[-1:]",
+        ]
+
+
+def test_a_revision_that_is_not_there_is_refused(with_hub, without_hub):
+    for kind in ("model", "dataset"):
+        refusal = f"refused: --{kind} acme/moved"
+        assert with_hub[f"no such {kind}"] == f"{refusal}: it has no revision v2 on the Hub"
+        assert without_hub[f"no such {kind}"].startswith(f"{refusal} at v2: not on this disk, and the Hub does not")
+
+
+def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--model", "acme/moved", "--dataset", "acme/moved", "--eval-dataset", "acme/moved@test_sft"]
+    flags += ["--dtype", "fp32", "--max-steps", "1", "--batch-size", "2", "--output-dir", run]
+    moved = {**revisions, ("models", "acme/moved", "main"): revisions["models", "acme/moved", OLDER]}
+    moved["datasets", "acme/moved", "main"] = revisions["datasets", "acme/moved", OLDER]
+
+    def command(endpoint, program, *arguments):
+        process = start([PROJECT / program, *arguments], tmp_path / "cache", endpoint)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        return stdout
+
+    with serve(repositories, revisions) as endpoint:
+        command(endpoint, "train.py", *flags)
+    record = json.loads((run / "config.json").read_text())
+    commits = {"model": {"acme/moved": COMMIT}, "dataset": {"acme/moved": COMMIT}}
+    assert record["commits"] == commits
+    for file in ("best/README.md", "report.html"):
+        assert (run / file).read_text().count(COMMIT) == 2
+    card = ModelCard.load(run / "best" / "README.md").data
+    assert (card.base_model, card.datasets) == ("acme/moved", ["acme/moved"])
+    with serve(repositories, moved) as endpoint:
+        command(endpoint, "train.py", "--resume", run, "--max-steps", "2", "--allow-changes")
+        resumed = json.loads((run / "config.json").read_text())
+        assert (resumed["commits"], resumed["data"]) == (commits, record["data"])
+        assert "--max-steps 1 -> 2" in str(resumed["changes"])
+        assert "fingerprint" not in str(resumed["changes"])
+        again = command(endpoint, "eval.py", run, "--json", "--max-new-tokens", "1", "--greedy")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        best = min(line["loss"] for line in lines if line["kind"] == "eval" and line["step"])
+        assert json.loads(again)["splits"]["eval"]["loss"] == pytest.approx(best)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_conversations import GOOD, HELLO, READ, assistant, calling, lines, user
 
 from config import UserError
-from conversations.formats import ReadReport, read_conversations, read_file
+from conversations.formats import ReadReport, parse_columns, read_conversations, read_file
 from conversations.sources import Source
 from storage import hub
 
@@ -366,21 +366,18 @@ def test_a_file_of_another_shape_is_one_line_and_its_advice_works(read, row):
     line = refusal(read, *[row] * 12)
     assert line.startswith('12 of 12 rows are invalid; correct them: 12 × no known format: it has "')
     assert line.endswith(": a.jsonl:1, a.jsonl:2, a.jsonl:3, …")
-    names = re.findall(r'"(\w+)" to "(\w+)"', line)
+    names = re.search(r"--columns ((\w+=\w+ ?)+)", line)[1].split()
     if "chosen" in row:
-        names = [("chosen", "completion" if "prompt" in row else "messages")]
-        assert '"chosen" to "messages" if it is a list of them, or to "completion" if it is the answer to a' in line
-    names = dict(names or [re.search(r'"(\w+)"; rename it to "(\w+)"', line).groups()])
-    assert not names.keys() - row.keys()
-    (messages,) = read({names.get(name, name): value for name, value in row.items()})
+        names = ["completion=chosen" if "prompt" in row else "messages=chosen"]
+        assert "--columns messages=chosen if it is a list of messages, or --columns completion=chosen if it" in line
+    columns = parse_columns(names)
+    assert not columns.keys() - row.keys()
+    (messages,) = read(row, columns=columns)
     assert [message["content"] for message in messages] in (["q", "a"], ["Hi", "Hello."])
 
 
 def test_shapes_without_turns_say_so(read):
-    assert 'it has "text"; write what the user and the assistant say as "messages", or' in refusal(
-        read, {"text": "a b"}
-    )
-    assert 'it has "input_ids"; name the conversations' in refusal(read, {"input_ids": [1], "labels": [1]})
+    assert 'it has "input_ids"; it needs "labels"' in refusal(read, {"input_ids": [1]})
     assert "it has none of messages, conversations, " in refusal(read, {"question": ["q"], "answer": {"text": "a"}})
     assert "message 1: not an object with a role and a content" in refusal(read, {"conversations": ["q", "a"]})
 
@@ -418,9 +415,11 @@ KNOWN = {  # rows as these datasets have them: the texts trained on, or a part o
     ),
     "OpenThoughts": ({"system": "s", "conversations": shared("q", "<think>h</think>a")}, ["<think>h</think>a"]),
     "WildChat, renamed": ({"messages": [{**message, "toxic": False} for message in HELLO], "toxic": False}, ["Hello."]),
-    "guanaco": ({"text": "### Human: q### Assistant: a"}, 'has "text"'),
-    "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, 'rename "context" to "input", "response" to "out'),
-    "LMSYS": ({"conversation_id": "x", "conversation": HELLO, "openai_moderation": []}, '"conversation"; rename it to'),
+    "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, "use --columns input=context output=response"),
+    "LMSYS": (
+        {"conversation_id": "x", "conversation": HELLO, "openai_moderation": []},
+        '"conversation"; use --columns messages=conversation',
+    ),
     "xLAM": ({"id": 1, "query": "q", "answers": "[]", "tools": "[]"}, "none of messages, conversations, "),
     "Fireworks' weights": ({**GOOD, "weight": 2.0}, '"weight" does not tell'),
     "NeMo": ({"mask": "User", "conversations": shared("q", "a"), "system": ""}, '"mask" does not tell'),
