@@ -1,8 +1,8 @@
 """A corpus: the conversations of some sources, checked, encoded, and cached on disk.
 
 It is written once, under a key of everything it depends on: the bytes of the files, the tokenizer and its template, the
-options, the code. Any change gives another key, so a stale corpus is never used. It is memory-mapped and read row by
-row, however large it is.
+options, the code. Any change gives another key, so a stale corpus is never used. It is written batch by batch and
+memory-mapped, however large it is; what is counted of a row is a column of NumPy's or Arrow's, and not a Python object.
 """
 
 import functools
@@ -12,13 +12,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import torch
 from tqdm import tqdm
 
 from config import UserError
 from conversations.formats import ReadReport, read_conversations
-from conversations.masking import Example, encode_each
+from conversations.masking import IGNORE, encode_each
 from conversations.sources import InvalidRow, find_files
 from conversations.templates import TemplateError, stop_ids
 from conversations.tokenizer import CHATML
@@ -28,11 +29,10 @@ from storage.durable import sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
-SCHEMA = pyarrow.schema(
-    [("location", pyarrow.string()), ("digest", pyarrow.string()), ("has_stop", pyarrow.bool_())]
-    + [(name, pyarrow.int32()) for name in "source part tokens supervised_before supervised".split()]
-    + [("input_ids", IDS), ("labels", IDS)]
-)
+COUNTS = {name: pyarrow.int32() for name in "source part tokens supervised_before supervised".split()}
+COUNTS["has_stop"] = pyarrow.bool_()
+TEXTS = dict.fromkeys(("location", "digest", "conversation_digest"), pyarrow.string())
+SCHEMA = pyarrow.schema({**TEXTS, **COUNTS, "input_ids": IDS, "labels": IDS})
 BATCH = 100  # conversations that are encoded at once
 
 
@@ -42,7 +42,8 @@ class Corpus:
 
     Its columns: `input_ids` and `labels`, truncated to `max_length`; `supervised`, the number of supervised tokens;
     both numbers before truncation, `tokens` and `supervised_before`; `has_stop`, whether a stop token is supervised;
-    its `location`; the number of its `source`; a `digest` of ids and labels; its `part` of a conversation, from 0.
+    its `location`; the number of its `source`; its `part` of a conversation, from 0; a `digest` of its ids and labels,
+    and a `conversation_digest` of those of all parts.
     """
 
     rows: pyarrow.Table
@@ -51,25 +52,29 @@ class Corpus:
 
     @functools.cached_property
     def columns(self):
-        """Everything but the ids and labels, as lists: read once, however many splits are taken."""
-        return {name: self.rows[name].to_pylist() for name in SCHEMA.names if name not in ("input_ids", "labels")}
+        """What is counted of each row, as NumPy arrays, (rows,), and its `digest`, as Arrow's."""
+        return {name: self.rows[name].to_numpy() for name in COUNTS} | {"digest": self.rows["digest"].combine_chunks()}
 
     @functools.cached_property
-    def conversations(self):
-        """For each conversation the rows of its examples, a range."""
-        first = [row for row, part in enumerate(self.columns["part"]) if part == 0]
-        return [range(*bounds) for bounds in itertools.pairwise([*first, len(self.rows)])]
+    def bounds(self):
+        """For each conversation its first row, and at the end the number of rows: (conversations + 1,)."""
+        return np.append(np.flatnonzero(self.columns["part"] == 0), len(self.rows))
 
     @functools.cached_property
     def digests(self):
-        """For each conversation a digest of the ids and labels of its examples."""
-        parts = [[self.columns["digest"][row] for row in rows] for rows in self.conversations]
-        return [one[0] if len(one) == 1 else hashlib.sha256("".join(one).encode()).hexdigest()[:32] for one in parts]
+        """For each conversation a digest of the ids and labels of its examples, as an Arrow array."""
+        return self.rows["conversation_digest"].combine_chunks().take(self.bounds[:-1])
 
     @functools.cached_property
     def source_of(self):
-        """For each conversation the number of its source."""
-        return [self.columns["source"][rows[0]] for rows in self.conversations]
+        """For each conversation the number of its source, (conversations,)."""
+        return self.columns["source"][self.bounds[:-1]]
+
+    def rows_of(self, conversations):
+        """The rows of some conversations, one conversation after the other."""
+        counts = np.diff(self.bounds)[conversations]
+        before = counts.cumsum() - counts  # rows of earlier conversations
+        return np.arange(counts.sum()) + np.repeat(self.bounds[conversations] - before, counts)
 
 
 def load_corpus(sources, config, tokenizer, may_lack_columns=False):
@@ -110,18 +115,15 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
     for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
         pass
-    stops = torch.tensor(stop_ids(tokenizer))
+    stops = stop_ids(tokenizer)
     rows = iter(progress(read_conversations(sources, **reading), "encoding", report.rows))
     with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
-            encoded = []
-            for location, source, found in encode_rows(batch, tokenizer, supervise, reading["skip_bad_rows"], report):
-                conversations += 1
-                for part, example in enumerate(found):
-                    row = describe_example(example, stops, max_length)
-                    encoded.append({"location": location, "source": source, "part": part, **row})
-            examples += len(encoded)
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(encoded, SCHEMA))
+            if encoded := list(encode_rows(batch, tokenizer, supervise, reading["skip_bad_rows"], report)):
+                columns = make_columns(encoded, stops, max_length)
+                writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, SCHEMA))
+                conversations += len(encoded)
+                examples += len(columns["location"])
     report.check(reading["skip_bad_rows"])
     notes = list(report.notes())
     if conversations < examples:
@@ -149,16 +151,40 @@ def encode_rows(rows, tokenizer, supervise, skip, report):
             report.add_bad_row(InvalidRow(f"--chat-template: {problem.reason}", problem.where), locations[0])
 
 
-def describe_example(example, stops, max_length):
-    """The columns of an example, without its origin."""
-    kept = Example(example.input_ids[:max_length], example.labels[:max_length])
-    ids, labels = kept.input_ids.int(), kept.labels.int()
+def make_columns(encoded, stops, max_length):
+    """The columns of the examples of some `(location, source, examples)`."""
+    examples = [example for _, _, found in encoded for example in found]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    row_of = np.repeat(np.arange(len(examples)), lengths)  # of each token, as what follows is: (tokens,)
+    position = np.arange(len(row_of)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    ids, labels = (torch.cat(tensors).int().numpy() for tensors in zip(*examples, strict=True))
+    supervised = (labels != IGNORE) & (position > 0)  # as `Example.supervised_tokens` counts them
+    kept = position < max_length
+
+    def count(tokens):
+        return np.bincount(row_of[tokens], minlength=len(examples))
+
+    counts = {"supervised_before": count(supervised), "supervised": count(supervised & kept)}
+    counts["has_stop"] = count(np.isin(labels, stops) & kept) > 0
+    ids, labels, offsets = ids[kept], labels[kept], np.append(0, np.minimum(lengths, max_length).cumsum())
+    digests = [digest(ids[i:j].tobytes() + labels[i:j].tobytes()) for i, j in itertools.pairwise(offsets.tolist())]
+    parts = iter(digests)
+    of_conversation = [list(itertools.islice(parts, len(found))) for _, _, found in encoded]
+    of_conversation = [one[0] if len(one) == 1 else digest("".join(one).encode()) for one in of_conversation]
+    repeats = [len(found) for _, _, found in encoded]
     return {
-        "input_ids": ids.numpy(),
-        "labels": labels.numpy(),
-        "tokens": len(example.input_ids),
-        "supervised_before": example.supervised_tokens,
-        "supervised": kept.supervised_tokens,
-        "has_stop": bool(torch.isin(labels, stops).any()),
-        "digest": hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32],
+        "location": np.repeat(np.array([location for location, _, _ in encoded], dtype=object), repeats),
+        "source": np.repeat([source for _, source, _ in encoded], repeats),
+        "part": [part for count in repeats for part in range(count)],
+        "conversation_digest": np.repeat(np.array(of_conversation, dtype=object), repeats),
+        "digest": digests,
+        "tokens": lengths,
+        **counts,
+        "input_ids": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), ids),
+        "labels": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), labels),
     }
+
+
+def digest(content):
+    """128 bits of SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()[:32]
