@@ -1,8 +1,8 @@
 """A corpus: the conversations of some sources, checked, encoded, and cached on disk.
 
 It is written once, under a key of everything it depends on: the bytes of the files, the tokenizer and its template, the
-options, the code. Any change gives another key, so a stale corpus is never used. It is written batch by batch and
-memory-mapped, however large it is; what is counted of a row is a column of NumPy's or Arrow's, and not a Python object.
+options, the code. Any change gives another key, so a stale corpus is never used. However large it is, it is written
+batch by batch, and memory-mapped; its columns are arrays, as a million Python objects would take seconds.
 """
 
 import functools
@@ -29,10 +29,10 @@ from storage.durable import sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
-COUNTS = {name: pyarrow.int32() for name in "source part tokens supervised_before supervised".split()}
-COUNTS["has_stop"] = pyarrow.bool_()
+NUMBERS = {name: pyarrow.int32() for name in "source part tokens supervised_before supervised".split()}
+NUMBERS["has_stop"] = pyarrow.bool_()
 TEXTS = dict.fromkeys(("location", "digest", "conversation_digest"), pyarrow.string())
-SCHEMA = pyarrow.schema({**TEXTS, **COUNTS, "input_ids": IDS, "labels": IDS})
+SCHEMA = pyarrow.schema({**TEXTS, **NUMBERS, "input_ids": IDS, "labels": IDS})
 BATCH = 100  # conversations that are encoded at once
 
 
@@ -52,8 +52,8 @@ class Corpus:
 
     @functools.cached_property
     def columns(self):
-        """What is counted of each row, as NumPy arrays, (rows,), and its `digest`, as Arrow's."""
-        return {name: self.rows[name].to_numpy() for name in COUNTS} | {"digest": self.rows["digest"].combine_chunks()}
+        """The numbers of each row as NumPy arrays, (rows,), and its `digest` as an Arrow array."""
+        return {name: self.rows[name].to_numpy() for name in NUMBERS} | {"digest": self.rows["digest"].combine_chunks()}
 
     @functools.cached_property
     def bounds(self):
@@ -153,9 +153,10 @@ def encode_rows(rows, tokenizer, supervise, skip, report):
 
 def make_columns(encoded, stops, max_length):
     """The columns of the examples of some `(location, source, examples)`."""
+    origins = [(location, source, part) for location, source, found in encoded for part in range(len(found))]
     examples = [example for _, _, found in encoded for example in found]
     lengths = np.array([len(example.input_ids) for example in examples])
-    row_of = np.repeat(np.arange(len(examples)), lengths)  # of each token, as what follows is: (tokens,)
+    row_of = np.repeat(np.arange(len(examples)), lengths)  # of each token, as what follows: (tokens,)
     position = np.arange(len(row_of)) - np.repeat(lengths.cumsum() - lengths, lengths)
     ids, labels = (torch.cat(tensors).int().numpy() for tensors in zip(*examples, strict=True))
     supervised = (labels != IGNORE) & (position > 0)  # as `Example.supervised_tokens` counts them
@@ -164,25 +165,24 @@ def make_columns(encoded, stops, max_length):
     def count(tokens):
         return np.bincount(row_of[tokens], minlength=len(examples))
 
-    counts = {"supervised_before": count(supervised), "supervised": count(supervised & kept)}
-    counts["has_stop"] = count(np.isin(labels, stops) & kept) > 0
+    columns = dict(zip(("location", "source", "part"), zip(*origins, strict=True), strict=True))
+    columns |= {"tokens": lengths, "supervised_before": count(supervised), "supervised": count(supervised & kept)}
+    columns["has_stop"] = count(np.isin(labels, stops) & kept) > 0
     ids, labels, offsets = ids[kept], labels[kept], np.append(0, np.minimum(lengths, max_length).cumsum())
-    digests = [digest(ids[i:j].tobytes() + labels[i:j].tobytes()) for i, j in itertools.pairwise(offsets.tolist())]
-    parts = iter(digests)
-    of_conversation = [list(itertools.islice(parts, len(found))) for _, _, found in encoded]
-    of_conversation = [one[0] if len(one) == 1 else digest("".join(one).encode()) for one in of_conversation]
-    repeats = [len(found) for _, _, found in encoded]
-    return {
-        "location": np.repeat(np.array([location for location, _, _ in encoded], dtype=object), repeats),
-        "source": np.repeat([source for _, source, _ in encoded], repeats),
-        "part": [part for count in repeats for part in range(count)],
-        "conversation_digest": np.repeat(np.array(of_conversation, dtype=object), repeats),
-        "digest": digests,
-        "tokens": lengths,
-        **counts,
-        "input_ids": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), ids),
-        "labels": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), labels),
-    }
+    bounds = itertools.pairwise(offsets.tolist())
+    columns["digest"] = [digest(ids[start:end].tobytes() + labels[start:end].tobytes()) for start, end in bounds]
+    columns["conversation_digest"] = digest_conversations(columns["digest"], columns["part"])
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        columns[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets, pyarrow.int32()), values)
+    return columns
+
+
+def digest_conversations(digests, parts):
+    """For each row a digest of the conversation that it is a part of: its own, where it is the only one."""
+    bounds = [*np.flatnonzero(np.array(parts) == 0), len(parts)]
+    together = ["".join(digests[start:end]) for start, end in itertools.pairwise(bounds)]
+    whole = [text if len(text) == 32 else digest(text.encode()) for text in together]
+    return np.repeat(np.array(whole, dtype=object), np.diff(bounds))
 
 
 def digest(content):
