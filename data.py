@@ -114,8 +114,9 @@ def load_data(config, tokenizer):
         if len(rows) < len(chosen):
             notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     splits = split_rows(len(rows), eval_fraction, config.test_fraction, config.seed)
-    train, shared, test = keep_duplicates_together([rows[split] for split in splits], digests)
-    if duplicates := len(rows) - pyarrow.compute.count_distinct(digests.take(rows)).as_py():
+    group_of = digests.dictionary_encode().indices.to_numpy()  # conversations of one digest are a group
+    train, shared, test = keep_duplicates_together([rows[split] for split in splits], group_of)
+    if duplicates := len(rows) - len(np.unique(group_of[rows])):
         notes.append(f"{duplicates:,} are duplicates of another, always in the same split as it")
     splits = {
         "train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)),
@@ -241,15 +242,14 @@ def repeat_by_weight(rows, source_of, sources, seed):
     return np.concatenate(repeated)
 
 
-def keep_duplicates_together(splits, digests):
-    """Splits in which all rows of one digest are where its first row was put; without duplicates, unchanged."""
-    group_of = digests.dictionary_encode().indices.to_numpy()  # rows of one digest are a group
-    split_of = np.full(len(digests), -1)  # of each row
+def keep_duplicates_together(splits, group_of):
+    """Splits in which all rows of one group are where its first row was put; without duplicates, unchanged."""
+    split_of = np.full(len(group_of), -1)  # of each row
     for number, rows in enumerate(splits):
         split_of[rows] = number
     used = np.flatnonzero(split_of >= 0)
     groups, first = np.unique(group_of[used], return_index=True)
-    split_of_group = np.empty(len(digests), dtype=int)
+    split_of_group = np.empty(len(group_of), dtype=int)
     split_of_group[groups] = split_of[used[first]]
     together = []
     for number, rows in enumerate(splits):

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
@@ -150,8 +149,8 @@ def test_duplicates_are_never_in_two_splits(tiny_tokenizer, write):
 
 def test_keep_duplicates_together():
     splits = [[4, 2, 0], [1], [3]]
-    for digests, expected in (("abcde", splits), ("aacde", [[4, 2, 0, 1], [], [3]])):
-        together = keep_duplicates_together([np.array(rows) for rows in splits], pyarrow.array(list(digests)))
+    for groups, expected in (([0, 1, 2, 3, 4], splits), ([0, 0, 1, 2, 3], [[4, 2, 0, 1], [], [3]])):
+        together = keep_duplicates_together([np.array(rows) for rows in splits], np.array(groups))
         assert [rows.tolist() for rows in together] == expected
 
 
