@@ -249,7 +249,7 @@ def keep_duplicates_together(splits, group_of):
         split_of[rows] = number
     used = np.flatnonzero(split_of >= 0)
     groups, first = np.unique(group_of[used], return_index=True)
-    split_of_group = np.empty(len(group_of), dtype=int)
+    split_of_group = np.empty(group_of.max(initial=0) + 1, dtype=int)
     split_of_group[groups] = split_of[used[first]]
     together = []
     for number, rows in enumerate(splits):

@@ -108,7 +108,7 @@ def test_duplicates_are_kept_together_as_by_a_loop(rows, seed):
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     splits = [[row for row in order if rows[row][1] == number] for number in range(3)]
     arrays = [np.array(split, dtype=int) for split in splits]
-    together = keep_duplicates_together(arrays, np.array([*groups, 9]))
+    together = keep_duplicates_together(arrays, np.array(groups, dtype=int))
     assert [split.tolist() for split in together] == together_by_loop(splits, groups)
 
 
