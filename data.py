@@ -9,7 +9,6 @@ As a command: `python data.py --show 3` prints encoded conversations with the su
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow.compute
 import torch
-from datasets import Dataset
 
 from config import Config, Parser, UserError, explain_machine_errors, format_value, resolve, rewrite_errors, run_command
 from conversations.corpus import load_corpus
@@ -53,12 +53,12 @@ class Examples(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self.numbers[index]
+        row = int(self.numbers[index])
         return Example(*(torch.tensor(column[row].values.to_numpy(), dtype=torch.long) for column in self.columns))
 
     def location(self, index):
         """The file and line that the conversation of an example was read from."""
-        return self.locations[self.numbers[index]].as_py()
+        return self.locations[int(self.numbers[index])].as_py()
 
 
 class Split(NamedTuple):
@@ -108,14 +108,16 @@ def load_data(config, tokenizer):
     if config.eval_dataset:
         evaluated, known, eval_notes, eval_sources = load_eval_dataset(config, tokenizer)
         notes += eval_notes
-        eval_fraction, chosen, rows = 0.0, rows, [row for row in rows if digests[row] not in known]
-        if not rows:
+        is_known = pyarrow.compute.is_in(digests.take(rows), known).to_numpy(zero_copy_only=False)
+        eval_fraction, chosen, rows = 0.0, rows, rows[~is_known]
+        if not len(rows):
             raise UserError(f"--dataset {format_value(config.dataset)}: all of its conversations are in --eval-dataset")
         if len(rows) < len(chosen):
             notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
     splits = split_rows(len(rows), eval_fraction, config.test_fraction, config.seed)
-    train, shared, test = keep_duplicates_together([[rows[i] for i in split] for split in splits], digests)
-    if duplicates := len(rows) - len({digests[row] for row in rows}):
+    group_of = digests.dictionary_encode().indices.to_numpy()  # conversations of one digest are a group
+    train, shared, test = keep_duplicates_together([rows[split] for split in splits], group_of)
+    if duplicates := len(rows) - len(np.unique(group_of[rows])):
         notes.append(f"{duplicates:,} are duplicates of another, always in the same split as it")
     splits = {
         "train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)),
@@ -149,14 +151,14 @@ def load_eval_dataset(config, tokenizer):
         corpus, rows = load_once(config.eval_dataset, all_of_it, tokenizer, may_lack_columns=True)
     notes, examples = [f"--eval-dataset: {note}" for note in corpus.notes], {}
     for number, name in enumerate(name_sources(config.eval_dataset) if len(config.eval_dataset) > 1 else ()):
-        of_source = make_split(corpus, [row for row in rows if corpus.source_of[row] == number])
+        of_source = make_split(corpus, rows[corpus.source_of[rows] == number])
         examples[name] = len(of_source.examples)
         if not of_source.examples:
             raise UserError(f"--eval-dataset {config.eval_dataset[number]}: nothing in it is supervised")
     if examples:
         counts = ", ".join(f"{count:,} of {name}" for name, count in examples.items())
         notes.append(f"--eval-dataset: {counts}; the loss over all their tokens selects the best model")
-    return make_split(corpus, rows), {corpus.digests[row] for row in rows}, notes, examples
+    return make_split(corpus, rows), corpus.digests.take(rows), notes, examples
 
 
 def load_once(dataset, config, tokenizer, may_lack_columns=False):
@@ -173,28 +175,28 @@ def notes_on_quantities(rows, source_of, sources):
     """A line for each source with a quantity: how many of its conversations are used."""
     for number, source in enumerate(sources):
         if (source.weight, source.count) != (1.0, None):
-            found, used = source_of.count(number), sum(source_of[row] == number for row in rows)
+            found, used = (np.count_nonzero(of == number) for of in (source_of, source_of[rows]))
             times = f", {source.weight:g} times an epoch in training" if source.weight > 1 else ""
             yield f"{source.name}: {used:,} of {found:,} conversations used{times}"
 
 
 def make_split(corpus, conversations):
     """Some conversations of a corpus as a `Split`; examples with nothing supervised are counted and dropped."""
-    column = corpus.columns
-    numbers = [row for number in conversations for row in corpus.conversations[number]]
-    kept = [number for number in numbers if column["supervised"][number]]
-    lengths = [min(column["tokens"][number], corpus.max_length) for number in kept]
+    numbers = corpus.rows_of(conversations)
+    column = {name: corpus.columns[name][numbers] for name in ("tokens", "supervised", "supervised_before", "has_stop")}
+    is_kept = column["supervised"] > 0
+    kept, lengths = numbers[is_kept], np.minimum(column["tokens"][is_kept], corpus.max_length)
     return Split(
         Examples(corpus, kept),
         conversations=len(conversations),
-        truncated=sum(column["tokens"][number] > corpus.max_length for number in numbers),
+        truncated=int((column["tokens"] > corpus.max_length).sum()),
         dropped=len(numbers) - len(kept),
-        tokens=sum(lengths),
-        longest=max(lengths, default=0),
-        supervised=sum(column["supervised"][number] for number in kept),
-        supervised_lost=sum(column["supervised_before"][number] - column["supervised"][number] for number in numbers),
-        has_stop=any(column["has_stop"][number] for number in kept),
-        digest=hashlib.sha256("".join(column["digest"][number] for number in kept).encode()).hexdigest(),
+        tokens=int(lengths.sum()),
+        longest=int(lengths.max(initial=0)),
+        supervised=int(column["supervised"].sum()),
+        supervised_lost=int((column["supervised_before"] - column["supervised"]).sum()),
+        has_stop=bool(column["has_stop"][is_kept].any()),
+        digest=hashlib.sha256(corpus.columns["digest"].take(kept).buffers()[2] or b"").hexdigest(),  # the texts' bytes
     )
 
 
@@ -228,13 +230,13 @@ def choose_rows(source_of, sources, seed):
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for number, source in enumerate(sources):
-        rows = [row for row, of in enumerate(source_of) if of == number]
+        rows = np.flatnonzero(source_of == number)
         wanted = source.count or math.ceil(len(rows) * min(1.0, source.weight))
         if wanted > len(rows):
             raise UserError(f"--dataset {source.name}#{source.count}: {len(rows):,} conversations of it were read")
-        order = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.tolist()
-        chosen += [rows[i] for i in order]
-    return chosen
+        order = torch.randperm(len(rows), generator=generator)[:wanted].sort().values
+        chosen.append(rows[order.numpy()])
+    return np.concatenate(chosen)
 
 
 def repeat_by_weight(rows, source_of, sources, seed):
@@ -242,30 +244,34 @@ def repeat_by_weight(rows, source_of, sources, seed):
     generator = torch.Generator().manual_seed(seed)
     repeated = []
     for number, source in enumerate(sources):
-        of_source = [row for row in rows if source_of[row] == number]
+        of_source = rows[source_of[rows] == number]
         times, fraction = divmod(max(1.0, source.weight), 1)
-        extra = torch.randperm(len(of_source), generator=generator)[: round(fraction * len(of_source))].tolist()
-        repeated += of_source * int(times) + [of_source[i] for i in extra]
-    return repeated
+        extra = torch.randperm(len(of_source), generator=generator)[: round(fraction * len(of_source))]
+        repeated += [of_source] * int(times) + [of_source[extra.numpy()]]
+    return np.concatenate(repeated)
 
 
-def keep_duplicates_together(splits, digests):
-    """Splits in which all rows of one digest are where its first row was put; without duplicates, unchanged."""
-    split_of = {}
-    for row, number in sorted((row, number) for number, rows in enumerate(splits) for row in rows):
-        split_of.setdefault(digests[row], number)
+def keep_duplicates_together(splits, group_of):
+    """Splits in which all rows of one group are where its first row was put; without duplicates, unchanged."""
+    split_of = np.full(len(group_of), -1)  # of each row
+    for number, rows in enumerate(splits):
+        split_of[rows] = number
+    used = np.flatnonzero(split_of >= 0)
+    groups, first = np.unique(group_of[used], return_index=True)
+    split_of_group = np.empty(group_of.max(initial=0) + 1, dtype=int)
+    split_of_group[groups] = split_of[used[first]]
     together = []
     for number, rows in enumerate(splits):
-        own_first = itertools.chain(rows, *splits[:number], *splits[number + 1 :])
-        together.append([row for row in own_first if split_of[digests[row]] == number])
+        own_first = np.concatenate([rows, *splits[:number], *splits[number + 1 :]])
+        together.append(own_first[split_of_group[group_of[own_first]] == number])
     return together
 
 
 def split_rows(n, eval_fraction, test_fraction, seed):
     """Row numbers of the train, eval and test splits of `n` rows, shares rounded up.
 
-    `datasets.train_test_split` holds out eval and test together and then separates the two, as in the reference
-    experiment, whose 2,000 rows become the same 1,800 / 100 / 100.
+    Eval and test are held out together and then separated, as in the reference experiment, whose 2,000 rows become the
+    same 1,800 / 100 / 100.
     """
     n_eval, n_test = (math.ceil(round(share * n, 9)) for share in (eval_fraction, test_fraction))
     n_train = n - n_eval - n_test
@@ -275,16 +281,15 @@ def split_rows(n, eval_fraction, test_fraction, seed):
             f"{max(0, n_train)} to train on and {n_eval} to evaluate; "
             "use more conversations, other shares or --eval-dataset"
         )
-    train, held_out = hold_out(list(range(n)), n_eval + n_test, seed)
+    train, held_out = hold_out(np.arange(n), n_eval + n_test, seed)
     return train, *hold_out(held_out, n_test, seed)
 
 
 def hold_out(rows, count, seed):
-    """The rows without `count` of them, and those, shuffled."""
-    if count in (0, len(rows)):
-        return (rows, []) if count == 0 else ([], rows)
-    parts = Dataset.from_dict({"row": rows}).train_test_split(test_size=count, seed=seed)
-    return parts["train"]["row"][:], parts["test"]["row"][:]
+    """The rows without `count` of them, and those, shuffled as `datasets.train_test_split` does."""
+    if count not in (0, len(rows)):
+        rows = rows[np.random.default_rng(seed).permutation(len(rows))]
+    return rows[count:], rows[:count]
 
 
 # --- from a split to windows

@@ -1,8 +1,8 @@
 """A corpus: the conversations of some sources, checked, encoded, and cached on disk.
 
 It is written once, under a key of everything it depends on: the bytes of the files, the tokenizer and its template, the
-options, the code. Any change gives another key, so a stale corpus is never used. It is memory-mapped and read row by
-row, however large it is.
+options, the code. Any change gives another key, so a stale corpus is never used. However large it is, it is written
+batch by batch, and memory-mapped; its columns are arrays, as a million Python objects would take seconds.
 """
 
 import functools
@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import torch
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from config import UserError
 from conversations.chatml import is_chatml
 from conversations.formats import ReadReport, parse_columns, read_conversations
-from conversations.masking import Example, encode_each
+from conversations.masking import IGNORE, encode_each
 from conversations.sources import InvalidRow, find_files, load_from_hub
 from conversations.templates import TemplateError, stop_ids
 from storage.cache import cached
@@ -27,11 +28,10 @@ from storage.durable import sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
-SCHEMA = pyarrow.schema(
-    [("location", pyarrow.string()), ("digest", pyarrow.string()), ("has_stop", pyarrow.bool_())]
-    + [(name, pyarrow.int32()) for name in "source part tokens supervised_before supervised".split()]
-    + [("input_ids", IDS), ("labels", IDS)]
-)
+NUMBERS = {name: pyarrow.int32() for name in "source part tokens supervised_before supervised".split()}
+NUMBERS["has_stop"] = pyarrow.bool_()
+TEXTS = dict.fromkeys(("location", "digest", "conversation_digest"), pyarrow.string())
+SCHEMA = pyarrow.schema({**TEXTS, **NUMBERS, "input_ids": IDS, "labels": IDS})
 BATCH = 100  # conversations that are encoded at once
 
 
@@ -41,7 +41,8 @@ class Corpus:
 
     Its columns: `input_ids` and `labels`, truncated to `max_length`; `supervised`, the number of supervised tokens;
     both numbers before truncation, `tokens` and `supervised_before`; `has_stop`, whether a stop token is supervised;
-    its `location`; the number of its `source`; a `digest` of ids and labels; its `part` of a conversation, from 0.
+    its `location`; the number of its `source`; its `part` of a conversation, from 0; a `digest` of its ids and labels,
+    and a `conversation_digest` of those of all parts.
     """
 
     rows: pyarrow.Table
@@ -50,25 +51,29 @@ class Corpus:
 
     @functools.cached_property
     def columns(self):
-        """Everything but the ids and labels, as lists: read once, however many splits are taken."""
-        return {name: self.rows[name].to_pylist() for name in SCHEMA.names if name not in ("input_ids", "labels")}
+        """The numbers of each row as NumPy arrays, (rows,), and its `digest` as an Arrow array."""
+        return {name: self.rows[name].to_numpy() for name in NUMBERS} | {"digest": self.rows["digest"].combine_chunks()}
 
     @functools.cached_property
-    def conversations(self):
-        """For each conversation the rows of its examples, a range."""
-        first = [row for row, part in enumerate(self.columns["part"]) if part == 0]
-        return [range(*bounds) for bounds in itertools.pairwise([*first, len(self.rows)])]
+    def bounds(self):
+        """For each conversation its first row, and at the end the number of rows: (conversations + 1,)."""
+        return np.append(np.flatnonzero(self.columns["part"] == 0), len(self.rows))
 
     @functools.cached_property
     def digests(self):
-        """For each conversation a digest of the ids and labels of its examples."""
-        parts = [[self.columns["digest"][row] for row in rows] for rows in self.conversations]
-        return [one[0] if len(one) == 1 else hashlib.sha256("".join(one).encode()).hexdigest()[:32] for one in parts]
+        """For each conversation a digest of the ids and labels of its examples, as an Arrow array."""
+        return self.rows["conversation_digest"].combine_chunks().take(self.bounds[:-1])
 
     @functools.cached_property
     def source_of(self):
-        """For each conversation the number of its source."""
-        return [self.columns["source"][rows[0]] for rows in self.conversations]
+        """For each conversation the number of its source, (conversations,)."""
+        return self.columns["source"][self.bounds[:-1]]
+
+    def rows_of(self, conversations):
+        """The rows of some conversations, one conversation after the other."""
+        counts = np.diff(self.bounds)[conversations]
+        before = counts.cumsum() - counts  # rows of earlier conversations
+        return np.arange(counts.sum()) + np.repeat(self.bounds[conversations] - before, counts)
 
 
 def load_corpus(sources, config, tokenizer, may_lack_columns=False):
@@ -110,18 +115,15 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
     for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
         pass
-    stops, options = torch.tensor(stop_ids(tokenizer)), (supervise, max_length)
+    stops, options = stop_ids(tokenizer), (supervise, max_length)
     rows = iter(progress(read_conversations(sources, **reading), "encoding", report.rows))
     with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
-            encoded = []
-            for location, source, found in encode_rows(batch, tokenizer, options, reading["skip_bad_rows"], report):
-                conversations += 1
-                for part, example in enumerate(found):
-                    row = describe_example(example, stops, max_length)
-                    encoded.append({"location": location, "source": source, "part": part, **row})
-            examples += len(encoded)
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(encoded, SCHEMA))
+            if encoded := list(encode_rows(batch, tokenizer, options, reading["skip_bad_rows"], report)):
+                columns = make_columns(encoded, stops, max_length)
+                writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, SCHEMA))
+                conversations += len(encoded)
+                examples += len(columns["location"])
     report.check(reading["skip_bad_rows"])
     notes = list(report.notes())
     if conversations < examples:
@@ -156,16 +158,40 @@ def encode_rows(rows, tokenizer, options, skip, report):
             report.add_bad_row(InvalidRow(f"--chat-template: {problem.reason}", problem.where), locations[0])
 
 
-def describe_example(example, stops, max_length):
-    """The columns of an example, without its origin."""
-    kept = Example(example.input_ids[:max_length], example.labels[:max_length])
-    ids, labels = kept.input_ids.int(), kept.labels.int()
-    return {
-        "input_ids": ids.numpy(),
-        "labels": labels.numpy(),
-        "tokens": len(example.input_ids),
-        "supervised_before": example.supervised_tokens,
-        "supervised": kept.supervised_tokens,
-        "has_stop": bool(torch.isin(labels, stops).any()),
-        "digest": hashlib.sha256(torch.cat([ids, labels]).numpy().tobytes()).hexdigest()[:32],
-    }
+def make_columns(encoded, stops, max_length):
+    """The columns of the examples of some `(location, source, examples)`."""
+    origins = [(location, source, part) for location, source, found in encoded for part in range(len(found))]
+    examples = [example for _, _, found in encoded for example in found]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    row_of = np.repeat(np.arange(len(examples)), lengths)  # of each token, as what follows: (tokens,)
+    position = np.arange(len(row_of)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    ids, labels = (torch.cat(tensors).int().numpy() for tensors in zip(*examples, strict=True))
+    supervised = (labels != IGNORE) & (position > 0)  # as `Example.supervised_tokens` counts them
+    kept = position < max_length
+
+    def count(tokens):
+        return np.bincount(row_of[tokens], minlength=len(examples))
+
+    columns = dict(zip(("location", "source", "part"), zip(*origins, strict=True), strict=True))
+    columns |= {"tokens": lengths, "supervised_before": count(supervised), "supervised": count(supervised & kept)}
+    columns["has_stop"] = count(np.isin(labels, stops) & kept) > 0
+    ids, labels, offsets = ids[kept], labels[kept], np.append(0, np.minimum(lengths, max_length).cumsum())
+    bounds = itertools.pairwise(offsets.tolist())
+    columns["digest"] = [digest(ids[start:end].tobytes() + labels[start:end].tobytes()) for start, end in bounds]
+    columns["conversation_digest"] = digest_conversations(columns["digest"], columns["part"])
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        columns[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets, pyarrow.int32()), values)
+    return columns
+
+
+def digest_conversations(digests, parts):
+    """For each row a digest of the conversation that it is a part of: its own, where it is the only one."""
+    bounds = [*np.flatnonzero(np.array(parts) == 0), len(parts)]
+    together = ["".join(digests[start:end]) for start, end in itertools.pairwise(bounds)]
+    whole = [text if len(text) == 32 else digest(text.encode()) for text in together]
+    return np.repeat(np.array(whole, dtype=object), np.diff(bounds))
+
+
+def digest(content):
+    """128 bits of SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()[:32]

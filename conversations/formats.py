@@ -235,8 +235,8 @@ def check_columns(row, unused):
 
 def check_supported(unused, where=""):
     """Raise `InvalidRow` for a key without which a row or message would mean something else, unless it is empty."""
-    for name in UNSUPPORTED:
-        value = unused.get(name)
+    for name in filter(unused.__contains__, UNSUPPORTED):
+        value = unused[name]
         is_switch = name in REASONING_KEYS and str(value).lower() in SWITCHES  # of a dataset, and not the reasoning
         if value not in EMPTY and not is_switch:
             advice = "write it into the content, or remove it" + f" (--drop-columns {name})" * (not where)

@@ -520,7 +520,8 @@ def encode_texts(texts, tokenizer):
     """Ids of plain texts, a list each; what looks like a special token in them stays text."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(texts, **options, verbose=False)["input_ids"]
 
 
 def encode_prompt(messages, tokenizer):

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
@@ -149,8 +150,9 @@ def test_duplicates_are_never_in_two_splits(tiny_tokenizer, write):
 
 def test_keep_duplicates_together():
     splits = [[4, 2, 0], [1], [3]]
-    assert keep_duplicates_together(splits, list("abcde")) == splits
-    assert keep_duplicates_together(splits, list("aacde")) == [[4, 2, 0, 1], [], [3]]
+    for groups, expected in (([0, 1, 2, 3, 4], splits), ([0, 0, 1, 2, 3], [[4, 2, 0, 1], [], [3]])):
+        together = keep_duplicates_together([np.array(rows) for rows in splits], np.array(groups))
+        assert [rows.tolist() for rows in together] == expected
 
 
 def test_an_eval_dataset_is_left_out_of_training(tiny_tokenizer, write):

@@ -54,7 +54,7 @@ def test_the_preview_shows_control_characters_instead_of_obeying_them(real_token
 def test_the_splits_equal_the_reference_experiments():
     first = Dataset.from_dict({"row": range(2000)}).train_test_split(test_size=0.1, seed=42)
     second = first["test"].train_test_split(test_size=0.5, seed=42)
-    train, evaluation, test = split_rows(2000, 0.05, 0.05, 42)
+    train, evaluation, test = (rows.tolist() for rows in split_rows(2000, 0.05, 0.05, 42))
     assert (train, evaluation, test) == (first["train"]["row"][:], second["train"]["row"][:], second["test"]["row"][:])
     assert [len(train), len(evaluation), len(test)] == [1800, 100, 100]
     assert windows_per_epoch(1800, 32) == 57

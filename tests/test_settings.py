@@ -443,8 +443,8 @@ def clips_to(most):
 
 def fits_into(tokens):
     def shows(_, run):
-        numbers, tokens = (itertools.chain(*all_values(run, name)) for name in ("windows", "tokens"))
-        lengths = dict(zip(numbers, map(len, tokens), strict=True))
+        numbers, ids = (itertools.chain(*all_values(run, name)) for name in ("windows", "tokens"))
+        lengths = dict(zip(numbers, map(len, ids), strict=True))
         batches = [numbers for update in run["micro_batches"].values() for _, numbers in update]
         return all(len(numbers) == 1 or sum(map(lengths.get, numbers)) <= tokens for numbers in batches)
 
