@@ -40,12 +40,8 @@ RESERVED = {"messages", "tools", "add_generation_prompt", "raise_exception", "st
 # What a run is: a control token, or a text: the first of all, after a control token, or what continues another.
 TOKEN, FIRST, NEXT, CONTINUED = "token", "first", "next", "continued"
 SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # to tokenizers
-# What writes a space before a run, by its type in a tokenizer's JSON, and the setting with which it does not.
-SPACES = {
-    "Metaspace": {"prepend_scheme": "never"},
-    "ByteLevel": {"add_prefix_space": False},
-    "Prepend": {"prepend": ""},
-}
+# The settings, in a tokenizer's JSON, with which Metaspace, ByteLevel and Prepend write no space before a run.
+NO_SPACE = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
 
 CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
 CHAT_PROBE += [{"role": "user", "content": "So"}]
@@ -384,8 +380,9 @@ def make_encoder(tokenizer, control, kind):
     """A tokenizer of runs of a kind, to which no text is a control token, even one that is not marked "special"."""
 
     def edit(part):
-        if kind == CONTINUED or (kind == NEXT and part.get("prepend_scheme") == "first"):
-            part |= SPACES.get(part.get("type"), {})
+        places = [CONTINUED, NEXT] if part.get("prepend_scheme") == "first" else [CONTINUED]
+        if kind in places and isinstance(part.get("type"), str):  # else it is the vocabulary
+            part |= {name: NO_SPACE[name] for name in part.keys() & NO_SPACE.keys()}
         return part
 
     state = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=edit)

@@ -141,7 +141,7 @@ def check_fuzzed(tokenizer, plain, lossy, examples):
 
     for chat in PLAIN + SPACED:
         check(chat)
-    assert refused[""] >= (2 if lossy else 5)
+    assert refused[""] >= (2 if lossy or clash else 5)
     quiet = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
     settings(max_examples=examples, phases=[Phase.generate], **quiet)(given(CHATS)(check))()
     return refused
