@@ -345,7 +345,7 @@ def test_one_system_text_in_several_places_is_one_and_two_are_refused(read):
 # --- shapes that are not read
 
 
-TURNS = {"conversation", "dialog", "dialogue", "chat", "turns", "items"}
+TURNS = ["conversation", "dialog", "dialogue", "chat", "turns", "items"]
 PAIRS = [
     {"question": "q", "answer": "a"},
     {"query": "q", "response": "a", "original_question": "q"},

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import train as train_command
 from config import PRESETS, Config, Parser, UserError, flag_name
-from conversations.tokenizer import CHATML
+from conversations.chatml import MESSAGES as CHATML
 from evaluation import generation
 from running import checkpoint, report, validation
 from storage import hub
