@@ -48,6 +48,7 @@ class Evaluation:
     tokens: int
     correct: int  # supervised tokens that the model ranks first
     token_losses: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)  # of each example
+    source_losses: dict[str, float] = field(default_factory=dict, compare=False)  # of several --eval-dataset, by name
 
     @property
     def loss(self) -> float:
@@ -60,6 +61,7 @@ class Evaluation:
             "perplexity": math.exp(min(self.loss, 700.0)),  # exp(710) overflows
             "accuracy": self.correct / self.tokens,
             "supervised_tokens": self.tokens,
+            **{f"loss/{name}": loss for name, loss in self.source_losses.items()},
         }
 
 

@@ -36,7 +36,7 @@ from running.estimate import estimate
 from running.metrics import peak_memory
 from running.progress import Progress
 from running.signals import Signals, Stopped
-from running.validation import answer_prompts, evaluate_best, evaluate_split, evaluate_untrained, report_eval
+from running.validation import answer_prompts, evaluate_best, evaluate_split, evaluate_untrained
 from storage import hub
 from storage.records import is_finished
 
@@ -226,7 +226,7 @@ def evaluate_and_log(run, signals):
     began = time.perf_counter()
     evaluation = evaluate_split(run, "eval", signals)
     seconds = time.perf_counter() - began
-    run.log.write("eval", run.step, {**report_eval(run, evaluation), "seconds": seconds})
+    run.log.write("eval", run.step, {**evaluation.report(), "seconds": seconds})
     run.log.show_answers("answers", run.step, answer_prompts(run))
     run.evaluated = run.step
     is_best = evaluation.loss < run.best_loss

@@ -23,6 +23,7 @@ METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 csv.field_size_limit(2**31 - 1)  # a text may be long
 QUANTITY = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
 HUB_NAME = re.compile(r"(?P<name>[^:@~#]+)(~(?P<revision>[^:@~#]+))?(:(?P<config>[^:@~#/]+))?(@(?P<split>[^@~#]+))?")
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 BOM = b"\xef\xbb\xbf"
 
 
@@ -261,16 +262,14 @@ def read_csv(path, stream, delimiter=","):
     Raises:
         UserError: the quotation marks are not valid: where the next row begins is then unknown.
     """
-    # Bytes that are not UTF-8 become surrogates, and their row invalid.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    rows, begin = csv.reader(text, delimiter=delimiter, strict=True), 1
-    header = None
+    rows, begin, header = csv.reader(text, delimiter=delimiter, strict=True), 1, None
     try:
         for cells in rows:
             line, begin = begin, rows.line_num + 1
             if header is None and cells:
                 header = check_header(cells, f"{path}:{line}")
-            elif len(cells) == len(header or ()) > 0 and all(map(is_unicode, cells)):
+            elif len(cells) == len(header or ()) > 0 and not NOT_UTF8.search("".join(cells)):
                 yield f"{path}:{line}", {name: cell or None for name, cell in zip(header, cells, strict=True)}
             elif cells:
                 ragged = f"it has {len(cells)} cells, and the header {len(header)}"
@@ -284,18 +283,10 @@ def check_header(cells, location):
     """The names of the columns of a CSV file; one without a name, as pandas writes for its index, gets a number."""
     names = [cell or f"column {number}" for number, cell in enumerate(cells, 1)]
     twice = [name for name in names if names.count(name) > 1]
-    if twice or not all(map(is_unicode, names)):
+    if twice or NOT_UTF8.search("".join(names)):
         problem = f"two columns are named {twice[0]!r}" if twice else "not UTF-8; save it as UTF-8"
         raise UserError(f"{location}: {problem}")
     return names
-
-
-def is_unicode(text):
-    """Whether a text can be written as UTF-8."""
-    try:
-        return text.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 READERS = {".parquet": read_parquet, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t")}

@@ -1,6 +1,7 @@
 """The evaluations of a run's model: its losses on the eval and test splits, its answers."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import torch
@@ -24,22 +25,19 @@ def evaluate_split(run, split, signals):
     with explain_out_of_memory(run, lambda: examples):
         evaluation = evaluate(run.model, examples, run.layout, run.precision, signals.check)
     check_finite(run, split, evaluation.loss)
-    return evaluation
-
-
-def report_eval(run, evaluation):
-    """The metrics of an evaluation on the eval split to log: also the loss on each of several `--eval-dataset`."""
-    report, losses = evaluation.report(), iter(evaluation.token_losses)
-    for name, count in run.data.eval_sources.items():
-        report[f"loss/{name}"] = torch.cat(list(itertools.islice(losses, count))).mean().item()
-    return report
+    if split != "eval":
+        return evaluation
+    losses = iter(evaluation.token_losses)  # of each of several evaluation datasets
+    counts = run.data.eval_sources.items()
+    means = {name: torch.cat(list(itertools.islice(losses, count))).mean().item() for name, count in counts}
+    return dataclasses.replace(evaluation, source_losses=means)
 
 
 def evaluate_untrained(run, signals):
     """Before the first update: log the untrained model's losses and answers."""
     if run.data.eval.examples:
         evaluation = evaluate_split(run, "eval", signals)
-        run.log.write("eval", 0, report_eval(run, evaluation))
+        run.log.write("eval", 0, evaluation.report())
         run.log.write_losses("eval", "before", evaluation)
     log_test_and_answers(run, "before", 0, signals)
 
