@@ -202,13 +202,16 @@ def watch(place, settings, observer=None):
     compile = torch.nn.Module.compile
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
         patch.chdir(place)
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as --deterministic sets it, for good
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.nn.Module, "compile", lambda *a, **o: compile(*a, **o, backend="eager"))
         patch.setattr(generation, "generate", generate)
         patch.setattr(hub, "must_use_cache", lambda *_: False)
         patch.setattr(hub, "load_hub_dataset", load_hub_dataset)
-        if "--compile" not in arguments:
+        if "--compile" in arguments:
+            torch.compiler.reset()
+        else:  # a counter would be compiled too
             patch.setattr(LlamaMLP, "forward", forward)
         for module, name in [
             (train_command, "build_run"),
@@ -381,7 +384,7 @@ def each_chat(base, run, name):
 
 
 def are_shifted(base, run):
-    """Whether the conversations of a run are those of the other, in the same places, but by 100 higher numbers."""
+    """Whether a run has the other's conversations in the same places, with numbers that are higher by 100."""
     pairs = [*zip(all_values(base, "windows"), all_values(run, "windows"), strict=True)]
     pairs += [(base[name], run[name]) for name in ("train", "eval", "test")]
     return all([number + 100 for number in one] == list(other) for one, other in pairs)
@@ -548,6 +551,7 @@ LAW = {
     "max_steps": [
         Row(4, OTHER_LENGTH, {"schedule": "constant"}, shows=has(windows=[1, 2, 3, 4])),
         Row(4, at_other_length(3), shows=has_rates(0, 1, 0.75, 0.25)),
+        Row(8, OTHER_LENGTH, {"schedule": "constant"}, shows=has(windows=list(range(1, 9)))),  # in a second epoch
     ],
     "batch_size": Row(
         10,
