@@ -138,7 +138,7 @@ class Config:
     test_fraction: float = setting(0.05, "fraction of them held out for the final loss; 0: none", FRACTION)
 
     epochs: int = setting(2, "passes over the training conversations", AT_LEAST_ONE)
-    max_steps: int = setting(0, "stop after N updates, and fit the schedule to them; 0: all epochs", NOT_NEGATIVE)
+    max_steps: int = setting(0, "make N updates whatever --epochs is, and fit the schedule; 0: --epochs", NOT_NEGATIVE)
     batch_size: int = setting(32, "conversations an update sees: its window", AT_LEAST_ONE)
     lr: float = setting(2e-4, "peak learning rate", NOT_NEGATIVE)
     schedule: str = setting(
