@@ -107,9 +107,10 @@ def search_tokens(measure, tokens, taken, room, unit):
     over, wanted = None, max(SAMPLE, tokens * room / taken)
     for _ in range(PROBES if taken < room else 0):
         wanted = int(min(wanted, GPU_TOKENS))
-        wanted -= wanted % 2 ** max(0, wanted.bit_length() - 5)  # the same for about the same memory
-        wanted -= wanted % unit
-        if wanted <= tokens:
+        grid = 2 ** max(0, wanted.bit_length() - 5)  # the same result for about the same memory
+        wanted -= wanted % grid
+        wanted = max(wanted - wanted % unit, tokens + unit if unit > grid else 0)
+        if not tokens < wanted < (over or GPU_TOKENS + 1):
             break
         found = measure(wanted)
         slope = (found - taken) / (wanted - tokens)

@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compute import layout as layout_module
-from compute.self_check import choose_layout, vocabulary_size
+from compute.layout import vocabulary_size
+from compute.self_check import choose_layout
 from config import Config, UserError
 from conversations.masking import IGNORE, Example
 from model import Precision, token_loss

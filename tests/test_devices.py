@@ -147,6 +147,7 @@ def synchronized(device_is_gpu):
     gradients = GradientAllReduce(tiny_llama(259), passes=0)
     if device_is_gpu:  # whose waiting only orders streams
         gradients.remaining = [SimpleNamespace(is_cuda=True)]
+        gradients.drop_unreached = lambda: None
     gradients.unsent = []
     gradients.__exit__(None)
     return gradients.sync_seconds
