@@ -683,7 +683,8 @@ def test_a_setting_does_what_it_says_and_nothing_else(name, row, run):
         return
     base, changed = run(**row.base), run(**settings)
     assert differences(base, changed, row.within) == row.differs
-    assert row.shows(base, changed)
+    shown = row.shows(base, changed)
+    assert shown, f"{flag_name(name)} {row.value} does not do what its help says"
     before, after = base["record config"], changed["record config"]
     assert {each for each in after if before[each] != after[each]} - {"output_dir"} == {name} - {"output_dir"}
 
