@@ -264,12 +264,12 @@ def read_run(observer):
 @pytest.fixture(scope="module")
 def run(place):
     """A function: the observed run of some settings, changes of those of `BASE`; each run is made once."""
-    made = {}
+    made, numbers = {}, itertools.count()
 
     def run(**changes):
         key = repr(sorted(changes.items()))
         if key not in made:
-            settings = {**BASE, "output_dir": f"run-{len(made)}", **changes}
+            settings = {**BASE, "output_dir": f"run-{next(numbers)}", **changes}
             made[key] = read_run(watch(place, settings))
         return made[key]
 
