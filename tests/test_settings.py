@@ -264,12 +264,12 @@ def read_run(observer):
 @pytest.fixture(scope="module")
 def run(place):
     """A function: the observed run of some settings, changes of those of `BASE`; each run is made once."""
-    made = {}
+    made, numbers = {}, itertools.count()
 
     def run(**changes):
         key = repr(sorted(changes.items()))
         if key not in made:
-            settings = {**BASE, "output_dir": f"run-{len(made)}", **changes}
+            settings = {**BASE, "output_dir": f"run-{next(numbers)}", **changes}
             made[key] = read_run(watch(place, settings))
         return made[key]
 
@@ -683,7 +683,8 @@ def test_a_setting_does_what_it_says_and_nothing_else(name, row, run):
         return
     base, changed = run(**row.base), run(**settings)
     assert differences(base, changed, row.within) == row.differs
-    assert row.shows(base, changed)
+    shown = row.shows(base, changed)
+    assert shown, f"{flag_name(name)} {row.value} does not do what its help says"
     before, after = base["record config"], changed["record config"]
     assert {each for each in after if before[each] != after[each]} - {"output_dir"} == {name} - {"output_dir"}
 
