@@ -20,8 +20,8 @@ import eval as eval_command
 import train as train_command
 from compute import distributed
 from config import Config, Parser, UserError, count_updates, flag_name, read_recipe, resolve, with_absolute_paths
-from conversations.masking import encode
 from conversations.chatml import MESSAGES as CHATML
+from conversations.masking import encode
 from conversations.tokenizer import load_tokenizer
 from running import report, setup
 from storage import hub
