@@ -17,6 +17,8 @@ from storage import hub
 from storage.quickstart import quickstart_model
 
 hub.quiet_libraries()
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each of the processes that share the tests has a core
 

@@ -322,16 +322,20 @@ def test_a_base_on_the_hub_keeps_its_small_files(base, monkeypatch, tmp_path):
     (base / "preprocessor_config.json").write_bytes(b"{}")
     asked = []
 
-    def snapshot(name, allow_patterns, local_files_only):
-        asked.append((name, local_files_only))
+    def snapshot(name, revision, allow_patterns, local_files_only):
+        asked.append((name, revision, local_files_only))
         assert not any(Path("model.safetensors").match(pattern) for pattern in allow_patterns)
         return str(base)
 
     monkeypatch.setattr("storage.hub.snapshot_download", snapshot)
     tokenizer = load_tokenizer(str(base), True)
     real = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _path, **options: real(base, **options))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda **options: real(**options | {"pretrained_model_name_or_path": base}),
+    )
     model = load_model("acme/tiny", tokenizer, torch.device("cpu"), False)
     save_model(model, tokenizer, tmp_path / "saved")
-    assert asked == [("acme/tiny", False)]
+    assert asked == [("acme/tiny", None, False)]
     assert (tmp_path / "saved" / "preprocessor_config.json").read_bytes() == b"{}"

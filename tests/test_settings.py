@@ -176,8 +176,13 @@ class Observer:
         write(model, tokenizer, snapshot)
         self.saved.append(snapshot.about["step"])
 
-    def plan(self, run, plan=report.plan):
-        text = plan(run)
+    def plan_of_data(self, run, plan=report.plan_of_data):
+        return self.see_plan(plan(run))
+
+    def plan_of_model(self, run, plan=report.plan_of_model):
+        return self.see_plan(plan(run))
+
+    def see_plan(self, text):
         for line in text.splitlines():
             self.seen[f"plan {line[2:12].strip()}"] = line[12:]
         return text
@@ -218,7 +223,8 @@ def watch(place, settings, observer=None):
             (train_command, "train_step"),
             (validation, "evaluate"),
             (checkpoint, "write_checkpoint"),
-            (report, "plan"),
+            (report, "plan_of_data"),
+            (report, "plan_of_model"),
             (report, "headline"),
         ]:
             patch.setattr(module, name, getattr(observer, name))

@@ -209,7 +209,7 @@ def test_a_start_executes_no_python_for_each_row(tiny_tokenizer, numbered):
     counts = []
     for n in (100, 1000):
         path = numbered(n)
-        config = resolve({"dataset": [f"{path}:2.5"], "eval_dataset": f"{path}#10", "test_fraction": 0.1}, "none")
+        config = resolve({"dataset": [f"{path}:2.5"], "eval_dataset": [f"{path}#10"], "test_fraction": 0.1}, "none")
         load_data(config, tiny_tokenizer)
         executed, before = 0, sys.gettrace()
         sys.settrace(trace)

@@ -33,12 +33,12 @@ def test_saving_in_the_background_changes_nothing(flags, uninterrupted, start_pr
     process = start_process([*flags, "--output-dir", run], saving_in_background, partial(hold_checkpoint, 3, 8))
     assert process.wait() == 0, process.stderr
     assert_same(run, uninterrupted)
-    assert steps_saved(run) == [8, 9, 10]  # 8 is the best of 9
-    states = [torch.load(each / "checkpoints/step-9/training.pt", weights_only=True) for each in (run, uninterrupted)]
+    assert steps_saved(run)[-1] == 10  # 9 is saved only if 8 is written by then
+    states = [torch.load(each / "checkpoints/step-10/training.pt", weights_only=True) for each in (run, uninterrupted)]
     logs = [{**state.pop("log"), "digest": "of lines with their timings"} for state in states]
     assert logs[0] == logs[1]
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    for part in ("best", "checkpoints/step-9/model", "checkpoints/step-10/model"):
+    for part in ("best", "checkpoints/step-10/model"):
         ours, theirs = [{path.name: path for path in (each / part).iterdir()} for each in (run, uninterrupted)]
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"README.md"}:
@@ -64,7 +64,8 @@ def test_killed_while_a_checkpoint_is_written_in_the_background(
     killing = partial(on_call, "storage.durable.write_manifest", 1, kill)
     hold = partial(hold_checkpoint, which, number, killing, name)
     assert start_process([*flags, "--output-dir", run], saving_in_background, hold).wait() == 137
-    assert list(run.glob(f"checkpoints/.step-{step}.partial-*"))
+    (partial_path,) = run.glob("checkpoints/.step-*.partial-*")  # a due one waits for the one before it
+    assert int(re.search(r"step-(\d+)", partial_path.name)[1]) >= step
     assert_resumes(start_process, flags, run, uninterrupted)
 
 
