@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -79,6 +79,7 @@ def place(tmp_path_factory):
     write_rows(place / "others.jsonl", [chat(number) for number in range(100, 100 + ALL)])
     write_rows(place / "eval.jsonl", [chat(number) for number in range(200, 205)])
     write_rows(place / "systems.jsonl", [chat(number, system="Be brief.") for number in range(ALL)])
+    write_rows(place / "personas.jsonl", [chat(number, persona="Be brief.") for number in range(ALL)])
     write_rows(place / "bad.jsonl", [*chats, {"messages": "none"}])  # 1 of 41: 2.4 %
     (place / "spaced.jinja").write_text(CHATML.replace("\n", "\n\n"))
     system = "{% if name %}{{ '<|im_start|>system\n' + name + '<|im_end|>\n' }}{% endif %}"
@@ -101,7 +102,7 @@ def read_micro_batch(batch):
         yield tuple(flat[start:end].tolist()), labels
 
 
-def load_hub_dataset(_name, _configuration, split):
+def load_hub_dataset(_name, _configuration, split, _revision=None):
     """A dataset that the Hub has: conversations from 0 on in the split "train", from 100 on in others."""
     first = 0 if split == "train" else 100
     return Dataset.from_list([chat(number) for number in range(first, first + ALL)])
@@ -184,7 +185,7 @@ class Observer:
 
     def see_plan(self, text):
         for line in text.splitlines():
-            self.seen[f"plan {line[2:12].strip()}"] = line[12:]
+            self.seen[f"plan {line[2:12].strip()}"] = line[12:].partition("; a window in ")[0]  # see micro_batches
         return text
 
     def headline(self, *arguments, headline=report.headline):
@@ -212,7 +213,7 @@ def watch(place, settings, observer=None):
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.nn.Module, "compile", lambda *a, **o: compile(*a, **o, backend="eager"))
         patch.setattr(generation, "generate", generate)
-        patch.setattr(hub, "must_use_cache", lambda *_: False)
+        patch.setattr(hub, "find_commit", lambda *_: ("c0ffee", False))
         patch.setattr(hub, "load_hub_dataset", load_hub_dataset)
         if "--compile" in arguments:
             torch.compiler.reset()
@@ -509,9 +510,15 @@ LAW = {
     ],
     "drop_columns": Row(
         ("system",),
-        OTHER_TOKENS | names("plan updates"),
+        OTHER_TOKENS,
         {"dataset": "systems.jsonl"},
         shows=lambda base, run: all(one[-len(other) :] == other for one, other in each_chat(base, run, "tokens")),
+    ),
+    "columns": Row(
+        ("system=persona",),
+        OTHER_TOKENS | names("plan rows"),
+        {"dataset": "personas.jsonl"},
+        shows=lambda base, run: all(other[-len(one) :] == one for one, other in each_chat(base, run, "tokens")),
     ),
     "chat_template": Row("spaced.jinja", OTHER_TOKENS | names("sampled answers before"), shows=has_newlines_doubled),
     "template_option": Row(
@@ -524,7 +531,7 @@ LAW = {
         "last", ANOTHER_MODEL | {"labels": 1} | names("plan tokens", "record data"), shows=has_last_answer_only
     ),
     "eval_dataset": Row(
-        "eval.jsonl",
+        ("eval.jsonl",),
         OTHER_SPLITS | names("plan rows"),
         {"max_steps": UPDATES},
         shows=lambda _, run: (
@@ -616,7 +623,7 @@ LAW = {
     ),
     "micro_batch_tokens": Row(
         100,
-        {"micro_batches": 1} | names("record micro_batch_tokens", "plan layout", "plan updates"),
+        {"micro_batches": 1} | names("record micro_batch_tokens", "plan layout"),
         within=SAME_BUT_ROUNDED,
         shows=fits_into(100),
     ),
