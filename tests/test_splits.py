@@ -89,6 +89,7 @@ amounts = st.one_of(
 some_sources = st.lists(amounts, min_size=1, max_size=4)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data(), some_sources, st.integers(0, 200), st.integers(0, 2**31))
 def test_rows_are_chosen_and_repeated_as_by_a_loop(draws, sources, n, seed):
     numbers = st.integers(0, len(sources) - 1)
@@ -101,6 +102,7 @@ def test_rows_are_chosen_and_repeated_as_by_a_loop(draws, sources, n, seed):
     assert repeat_by_weight(shuffled, source_of, sources, seed).tolist() == expected
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(0, 2**31))
 def test_duplicates_are_kept_together_as_by_a_loop(rows, seed):
     """Of rows in some groups, each in a split or, with number 3, in none."""
@@ -112,7 +114,7 @@ def test_duplicates_are_kept_together_as_by_a_loop(rows, seed):
     assert [split.tolist() for split in together] == together_by_loop(splits, groups)
 
 
-@settings(max_examples=25)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(10, 300), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.0, 0.05, 0.5]), st.integers(0, 99))
 def test_rows_are_split_as_datasets_splits_them(n, eval_fraction, test_fraction, seed):
     counts = [math.ceil(round(share * n, 9)) for share in (eval_fraction, test_fraction)]
@@ -136,6 +138,7 @@ def encoded_conversations(draw):
     return encoded
 
 
+@settings(max_examples=50, deadline=None)
 @given(encoded_conversations(), st.integers(1, 12))
 def test_the_columns_and_counts_are_those_of_each_example(encoded, max_length):
     stops, conversations = [3, 7], range(len(encoded))
