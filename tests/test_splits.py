@@ -143,16 +143,16 @@ def encoded_conversations(draw):
 def test_the_columns_and_counts_are_those_of_each_example(encoded, max_length):
     stops, conversations = [3, 7], range(len(encoded))
     batch = pyarrow.RecordBatch.from_pydict(make_columns(encoded, stops, max_length), corpus.SCHEMA)
-    rows, expected = batch.to_pylist(), []
+    rows, expected, digests = batch.to_pylist(), [], []
     for location, source, found in encoded:
         parts = [row_by_loop(example, stops, max_length) for example in found]
-        text = "".join(row["digest"] for row in parts)
-        whole = text if len(found) == 1 else hashlib.sha256(text.encode()).hexdigest()[:32]
-        origin = {"location": location, "source": source, "conversation_digest": whole}
-        expected += [{**origin, "part": part, **row} for part, row in enumerate(parts)]
+        expected += [{"location": location, "source": source, "part": part, **row} for part, row in enumerate(parts)]
+        digests.append("".join(row["digest"] for row in parts))
     assert rows == expected
+    encoded_corpus = Corpus(pyarrow.Table.from_batches([batch]), [], max_length)
+    assert encoded_corpus.digests.to_pylist() == digests
     chosen = [number for number in conversations if number % 3 != 1][::-1]
-    split = make_split(Corpus(pyarrow.Table.from_batches([batch]), [], max_length), np.array(chosen))
+    split = make_split(encoded_corpus, np.array(chosen))
     of_split = [row for number in chosen for row in rows if row["location"] == encoded[number][0]]
     kept = [row for row in of_split if row["supervised"]]
     assert [example.input_ids.tolist() for example in split.examples] == [row["input_ids"] for row in kept]
