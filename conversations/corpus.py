@@ -30,8 +30,9 @@ SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a cor
 IDS = pyarrow.list_(pyarrow.int32())
 NUMBERS = {name: pyarrow.int32() for name in "source part tokens supervised_before supervised".split()}
 NUMBERS["has_stop"] = pyarrow.bool_()
-TEXTS = dict.fromkeys(("location", "digest", "conversation_digest"), pyarrow.string())
+TEXTS = {"location": pyarrow.string(), "digest": pyarrow.large_string()}
 SCHEMA = pyarrow.schema({**TEXTS, **NUMBERS, "input_ids": IDS, "labels": IDS})
+DIGITS = 32  # of a digest, in hexadecimal
 BATCH = 100  # conversations that are encoded at once
 
 
@@ -41,8 +42,7 @@ class Corpus:
 
     Its columns: `input_ids` and `labels`, truncated to `max_length`; `supervised`, the number of supervised tokens;
     both numbers before truncation, `tokens` and `supervised_before`; `has_stop`, whether a stop token is supervised;
-    its `location`; the number of its `source`; its `part` of a conversation, from 0; a `digest` of its ids and labels,
-    and a `conversation_digest` of those of all parts.
+    its `location`; the number of its `source`; a `digest` of ids and labels; its `part` of a conversation, from 0.
     """
 
     rows: pyarrow.Table
@@ -61,8 +61,9 @@ class Corpus:
 
     @functools.cached_property
     def digests(self):
-        """For each conversation a digest of the ids and labels of its examples, as an Arrow array."""
-        return self.rows["conversation_digest"].combine_chunks().take(self.bounds[:-1])
+        """For each conversation the digests of its examples, joined, as an Arrow array."""
+        offsets, joined = pyarrow.py_buffer(DIGITS * self.bounds), self.columns["digest"].buffers()[2]
+        return pyarrow.LargeStringArray.from_buffers(len(self.bounds) - 1, offsets, joined)
 
     @functools.cached_property
     def source_of(self):
@@ -177,21 +178,8 @@ def make_columns(encoded, stops, max_length):
     columns["has_stop"] = count(np.isin(labels, stops) & kept) > 0
     ids, labels, offsets = ids[kept], labels[kept], np.append(0, np.minimum(lengths, max_length).cumsum())
     bounds = itertools.pairwise(offsets.tolist())
-    columns["digest"] = [digest(ids[start:end].tobytes() + labels[start:end].tobytes()) for start, end in bounds]
-    columns["conversation_digest"] = digest_conversations(columns["digest"], columns["part"])
+    contents = (ids[start:end].tobytes() + labels[start:end].tobytes() for start, end in bounds)
+    columns["digest"] = [hashlib.sha256(content).hexdigest()[:DIGITS] for content in contents]
     for name, values in (("input_ids", ids), ("labels", labels)):
         columns[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets, pyarrow.int32()), values)
     return columns
-
-
-def digest_conversations(digests, parts):
-    """For each row a digest of the conversation that it is a part of: its own, where it is the only one."""
-    bounds = [*np.flatnonzero(np.array(parts) == 0), len(parts)]
-    together = ["".join(digests[start:end]) for start, end in itertools.pairwise(bounds)]
-    whole = [text if len(text) == 32 else digest(text.encode()) for text in together]
-    return np.repeat(np.array(whole, dtype=object), np.diff(bounds))
-
-
-def digest(content):
-    """128 bits of SHA-256, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()[:32]

@@ -89,6 +89,7 @@ amounts = st.one_of(
 some_sources = st.lists(amounts, min_size=1, max_size=4)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data(), some_sources, st.integers(0, 200), st.integers(0, 2**31))
 def test_rows_are_chosen_and_repeated_as_by_a_loop(draws, sources, n, seed):
     numbers = st.integers(0, len(sources) - 1)
@@ -101,6 +102,7 @@ def test_rows_are_chosen_and_repeated_as_by_a_loop(draws, sources, n, seed):
     assert repeat_by_weight(shuffled, source_of, sources, seed).tolist() == expected
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(0, 2**31))
 def test_duplicates_are_kept_together_as_by_a_loop(rows, seed):
     """Of rows in some groups, each in a split or, with number 3, in none."""
@@ -112,7 +114,7 @@ def test_duplicates_are_kept_together_as_by_a_loop(rows, seed):
     assert [split.tolist() for split in together] == together_by_loop(splits, groups)
 
 
-@settings(max_examples=25)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(10, 300), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.0, 0.05, 0.5]), st.integers(0, 99))
 def test_rows_are_split_as_datasets_splits_them(n, eval_fraction, test_fraction, seed):
     counts = [math.ceil(round(share * n, 9)) for share in (eval_fraction, test_fraction)]
@@ -136,20 +138,21 @@ def encoded_conversations(draw):
     return encoded
 
 
+@settings(max_examples=50, deadline=None)
 @given(encoded_conversations(), st.integers(1, 12))
 def test_the_columns_and_counts_are_those_of_each_example(encoded, max_length):
     stops, conversations = [3, 7], range(len(encoded))
     batch = pyarrow.RecordBatch.from_pydict(make_columns(encoded, stops, max_length), corpus.SCHEMA)
-    rows, expected = batch.to_pylist(), []
+    rows, expected, digests = batch.to_pylist(), [], []
     for location, source, found in encoded:
         parts = [row_by_loop(example, stops, max_length) for example in found]
-        text = "".join(row["digest"] for row in parts)
-        whole = text if len(found) == 1 else hashlib.sha256(text.encode()).hexdigest()[:32]
-        origin = {"location": location, "source": source, "conversation_digest": whole}
-        expected += [{**origin, "part": part, **row} for part, row in enumerate(parts)]
+        expected += [{"location": location, "source": source, "part": part, **row} for part, row in enumerate(parts)]
+        digests.append("".join(row["digest"] for row in parts))
     assert rows == expected
+    encoded_corpus = Corpus(pyarrow.Table.from_batches([batch]), [], max_length)
+    assert encoded_corpus.digests.to_pylist() == digests
     chosen = [number for number in conversations if number % 3 != 1][::-1]
-    split = make_split(Corpus(pyarrow.Table.from_batches([batch]), [], max_length), np.array(chosen))
+    split = make_split(encoded_corpus, np.array(chosen))
     of_split = [row for number in chosen for row in rows if row["location"] == encoded[number][0]]
     kept = [row for row in of_split if row["supervised"]]
     assert [example.input_ids.tolist() for example in split.examples] == [row["input_ids"] for row in kept]
