@@ -387,7 +387,7 @@ FAMILIES = {
     "HuggingFaceTB/SmolLM2-135M": LlamaConfig,
     "HuggingFaceTB/SmolLM2-1.7B": LlamaConfig,
     "allenai/Olmo-3-7B-Think-SFT": Olmo3Config,
-    "HuggingFaceTB/SmolLM3-3B-checkpoints": SmolLM3Config,
+    "HuggingFaceTB/SmolLM3-3B-checkpoints@it-mid-training": SmolLM3Config,
     "mistralai/Mistral-7B-v0.1": MistralConfig,
 }
 WHAT_A_RECIPE_STATES = """
