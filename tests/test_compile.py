@@ -71,6 +71,7 @@ def test_a_model_of_which_nothing_is_compiled_is_refused():
         choose_layout(model, token_loss, Config(model="mine", compile=True), 0, Precision("fp32", CPU))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [False, True], ids=["by default", "--compile"])
 def test_a_machine_without_a_compiler_trains_unless_asked_to_compile(tiny_model_dir, chats, tmp_path, asked):
     """In a process of its own, as what is compiled once stays compiled."""

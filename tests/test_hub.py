@@ -510,6 +510,7 @@ def test_a_revision_that_is_not_there_is_refused(with_hub, without_hub):
         assert without_hub[f"no such {kind}"].startswith(f"{refusal} at v2: not on this disk, and the Hub does not")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, tmp_path):
     run = tmp_path / "run"
     flags = ["--model", "acme/moved", "--dataset", "acme/moved", "--eval-dataset", "acme/moved@test_sft"]

@@ -155,6 +155,7 @@ def test_a_run_on_local_files_contacts_nothing(watch, tiny_model_dir, chats):
     assert counts in ([0, 0], None)
 
 
+@pytest.mark.slow
 def test_processes_on_local_files_contact_each_other_alone(watch, tiny_model_dir, chats):
     train = [ROOT / "train.py", "--model", tiny_model_dir, "--dataset", chats, "--max-steps", "2"]
     reported, counts = watch([*TORCHRUN, *train, "--output-dir", "run", "--shard", "2"])

@@ -256,6 +256,7 @@ def test_a_head_that_only_the_configuration_ties_is_not_sharded(flags, start_gro
     assert len(group.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_sharded_mixture_of_experts_is_saved_as_transformers_reads_it(flags, start_group, tiny_model_dir, tmp_path):
     """Its experts are joined in memory and apart in the files."""
     directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
@@ -456,6 +457,7 @@ def test_torchrun_ends_a_blocked_process_when_another_is_killed(flags, torchrun,
     assert re.search(rf"rank +: {1 - blocked} .*\n +exitcode +: -9 .*SIGKILL", agent.printed)
 
 
+@pytest.mark.slow
 def test_a_killed_torchrun_leaves_no_process(flags, torchrun, tmp_path):
     run = tmp_path / "run"
     agent = torchrun(TWO, [*flags, *ENDLESS, "--output-dir", run])
