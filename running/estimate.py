@@ -37,7 +37,7 @@ def measure_update(run, train_step):
     """The seconds of an average update, and the peak memory of a full micro-batch in bytes, about.
 
     Measured are updates over the shortest conversations of the first window, twice as many each time, until one takes
-    `ENOUGH` seconds; from the last two it is told what more tokens take.
+    `ENOUGH` seconds; the last two tell what more tokens take.
     """
     config, train = run.config, run.data.train
     settings = {"precision": run.precision, "scaler": run.precision.grad_scaler()}
@@ -54,14 +54,17 @@ def measure_update(run, train_step):
     run.model.train()
     with explain_failed_update(run):
         measure(1)  # compiles, and allocates what stays
-        count, before, last = 1, measure(1), measure(min(2, len(window)))
+        count, before, last = 2, measure(1), measure(min(2, len(window)))
         while last[1] < ENOUGH and count < len(window):
             count *= 2
             before, last = last, measure(min(count, len(window)))
-    seconds, bytes_ = ((max(0, last[of] - before[of]) / max(1, last[0] - before[0])) for of in (1, 2))
+    tokens, seconds, peak = last
     per_update = train.tokens / run.steps_per_epoch
     full = min(run.layout.tokens * world_size(), per_update)
-    return last[1] + seconds * (per_update - last[0]), round(last[2] + bytes_ * max(0, full - last[0]))
+    if tokens == before[0]:  # the window is one conversation
+        return seconds * per_update / tokens, peak
+    seconds_per_token, bytes_per_token = (max(0, last[of] - before[of]) / (tokens - before[0]) for of in (1, 2))
+    return seconds + seconds_per_token * (per_update - tokens), round(peak + bytes_per_token * max(0, full - tokens))
 
 
 def device_memory(device):

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 import train as train_command
+from compute.layout import random_examples
+from config import Config
 from evaluation.facts import format_duration
+from model import Precision
 from running import estimate as estimate_module
+from tests.conftest import layout_of
 
 
 @pytest.fixture
@@ -73,6 +77,36 @@ def test_the_memory_of_a_gpu_is_what_other_processes_leave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20)  # of this process
     assert estimate_module.device_memory(torch.device("cuda")) == 50
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "per_token"),
+    [([10] * 64, 32, 0.1482), ([10] * 64, 32, 0.01), ([10] * 3, 3, 1.0), ([10, 30], 1, 0.5)],
+)
+def test_an_average_update_is_extrapolated_from_the_last_two(monkeypatch, lengths, batch_size, per_token):
+    """By a clock on which an update takes a second, so much a token, and each a little longer than the last."""
+    now, calls = [0.0], [0]
+
+    def timed_step(_model, _optimizer, window, _lr, **_settings):
+        calls[0] += 1
+        tokens = sum(batch.tokens for batch in window)
+        now[0] += 1 + per_token * tokens + 0.01 * calls[0]
+        return {"tokens": tokens}
+
+    monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: now[0])
+    train = SimpleNamespace(examples=random_examples(lengths, 100), tokens=sum(lengths))
+    run = SimpleNamespace(
+        config=Config(batch_size=batch_size),
+        data=SimpleNamespace(train=train),
+        precision=Precision("fp32", torch.device("cpu")),
+        model=torch.nn.Identity(),
+        optimizer=None,
+        layout=layout_of(packed=True),
+        step=0,
+        steps_per_epoch=len(lengths) / batch_size,
+    )
+    seconds, _ = estimate_module.measure_update(run, timed_step)
+    assert seconds == pytest.approx(1 + per_token * train.tokens / run.steps_per_epoch, rel=0.1)
 
 
 def test_too_little_memory_is_one_line(flags, monkeypatch):
