@@ -31,19 +31,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         The tokenizer. Its eos token ends a turn, `model_max_length` is the model's context length. Where tokens were
         added it has more of them than the model has embeddings: `model.load_model` resizes.
     """
-    try:
-        options = pretrained(path, local_files_only)
-        config = AutoConfig.from_pretrained(**options)
-        text_config = config.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(**options)
-    except LOADING_ERRORS as error:
-        reason = explain_load_error(path, error)
-        raise UserError(f"--model {path}: no usable tokenizer and configuration ({reason})") from error
-    if hasattr(tokenizer, "legacy"):
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # transformers 5.23 does not save Llama's
-    if not tokenizer.is_fast:
-        problem = f"its tokenizer, {type(tokenizer).__name__}, is not of the tokenizers library; it cannot be used"
-        raise UserError(f"--model {path}: {problem}")
+    tokenizer, config, text_config = load_unchanged(path, local_files_only)
     if chat_template == "chatml":
         control, end = CONTROL, END
         if template_options:
@@ -71,6 +59,24 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     for problem in find_problems(tokenizer, list(map(str, control or [end])), config):
         raise UserError(f"--model {path}: {problem}; it cannot be used")
     return tokenizer
+
+
+def load_unchanged(path, local_files_only):
+    """The tokenizer, configuration and text configuration of a model as they came; `UserError` if of no use."""
+    try:
+        options = pretrained(path, local_files_only)
+        config = AutoConfig.from_pretrained(**options)
+        text_config = config.get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+    except LOADING_ERRORS as error:
+        reason = explain_load_error(path, error)
+        raise UserError(f"--model {path}: no usable tokenizer and configuration ({reason})") from error
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # transformers 5.23 does not save Llama's
+    if not tokenizer.is_fast:
+        problem = f"its tokenizer, {type(tokenizer).__name__}, is not of the tokenizers library; it cannot be used"
+        raise UserError(f"--model {path}: {problem}")
+    return tokenizer, config, text_config
 
 
 def find_problems(tokenizer, control, config):
