@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+from compute.adapters import frozen_dtype
 from compute.attention import PACKED
 from compute.distributed import full_tensor, is_sharded
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs, in_eval_mode, without_router_loss
@@ -46,7 +47,8 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
         UserError: no layout is exact, or the requested or recorded one is not, or it cannot be compiled.
     """
     check_positions(model, config, longest)
-    exact = precision if is_sharded(model) else replace(precision, name="fp32")  # sharded layers keep their precision
+    keeps_precision = is_sharded(model) or frozen_dtype(model)  # of sharded layers, and of matrices beside adapters
+    exact = precision if keeps_precision else replace(precision, name="fp32")
     own = Layout(False, 2**20, pad_id, own_logits=True, pinned=precision.device.type == "cuda")
     alone = replace(own, tokens=1)  # each conversation is a micro-batch by itself
     try:

@@ -69,6 +69,10 @@ def push(name, repository):
     run = Path(name).expanduser()
     if not is_run(run):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
+    base = (read_record(run).get("base") or {"model": ""})["model"]
+    if Path(base).is_absolute():
+        why = f"the base model of its adapters is on this disk alone ({base}); merge them: --merge DIR"
+        raise UserError(f"--push-to-hub {repository}: {why}")
     address, private = hub.push(find_best(run).resolve(), repository)
     who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
     print(f"uploaded to {address}: {who}")

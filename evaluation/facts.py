@@ -15,6 +15,7 @@ RECIPE = (
     "epochs max_steps batch_size lr schedule warmup_steps min_lr weight_decay adam_beta2 max_grad_norm max_length "
     "supervise seed"
 ).split()
+LORA = ["lora_rank", "lora_alpha"]  # of a run that trains adapters
 
 
 def run_facts(run):
@@ -36,9 +37,10 @@ def run_facts(run):
         "model": model,
         "datasets": datasets,
         "settings": config,
-        "recipe": {name: format_value(config[name]) for name in RECIPE},
+        "recipe": {name: format_value(config[name]) for name in RECIPE + LORA * bool(config["lora_rank"])},
         "precision": record["precision"],
         "data": record["data"],
+        "base": record.get("base"),  # the model that adapters belong to
         "commits": {kind: record.get("commits", {}).get(kind, {}) for kind in ("model", "dataset")},
         "versions": record["versions"],
         "metrics": metrics,

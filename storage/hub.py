@@ -36,13 +36,13 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Attrib
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.DatasetsError)
 
 
-def find_model(name):
+def find_model(name, may_be_adapter=False):
     """The place to load a model from: `(path or Hub id, perhaps with @revision, local_files_only)`."""
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise UserError(f"--model {name}: a PEFT adapter; merge it into its base model first")
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists() and not may_be_adapter:
+        raise UserError(f"--model {name}: these are adapters; merge them first: python eval.py {name} --merge DIR")
     if directory.is_dir():
         return str(directory), True
     if name == QUICKSTART_MODEL:
