@@ -142,7 +142,7 @@ class Config:
     epochs: int = setting(2, "passes over the training conversations", AT_LEAST_ONE)
     max_steps: int = setting(0, "make N updates whatever --epochs is, and fit the schedule; 0: --epochs", NOT_NEGATIVE)
     batch_size: int = setting(32, "conversations an update sees: its window", AT_LEAST_ONE)
-    lr: float = setting(2e-4, f"peak learning rate; with --lora-rank {LORA_RATE} times this default", NOT_NEGATIVE)
+    lr: float = setting(2e-4, "peak learning rate", NOT_NEGATIVE)
     schedule: str = setting(
         "cosine",
         "decay of the learning rate after the warm-up; wsd: constant, and a half cosine at the end",
@@ -157,7 +157,10 @@ class Config:
     weight_decay: float = setting(0.1, "AdamW's weight decay; biases and norms have none", NOT_NEGATIVE)
     max_grad_norm: float = setting(1.0, "gradient norm above which the gradient is clipped; 0: never", NOT_NEGATIVE)
     lora_rank: int = setting(
-        0, "train adapters (LoRA) of this rank beside each matrix, which stays as it is; 0: all weights", NOT_NEGATIVE
+        0,
+        "rank of adapters (LoRA) that are trained beside each frozen matrix; their default --lr is ten times as high; "
+        "0: none, all weights are trained",
+        NOT_NEGATIVE,
     )
     lora_alpha: int | float = setting(32, "what adapters give is multiplied by this number / rank", POSITIVE)
     seed: int = setting(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)

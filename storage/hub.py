@@ -41,7 +41,10 @@ def find_model(name, may_be_adapter=False):
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists() and not may_be_adapter:
+    is_adapter, is_model = ((directory / file).exists() for file in ("adapter_config.json", "config.json"))
+    if is_adapter and is_model:
+        raise UserError(f"--model {name}: it holds a model and adapters, which libraries add to it; remove one of them")
+    if is_adapter and not may_be_adapter:
         raise UserError(f"--model {name}: these are adapters; merge them first: python eval.py {name} --merge DIR")
     if directory.is_dir():
         return str(directory), True

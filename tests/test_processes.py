@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import compute.layout
 import train
+from compute.adapters import Lora, add_adapters
 from compute.distributed import all_reduce_sum, full_tensor, is_rank0, partition_by_tokens, rank, world_size
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
@@ -47,6 +48,7 @@ class Case:
     unevaluated: bool = False
     shard: int = 1
     device: str = "cpu"
+    rank: int = 0  # of adapters; 0: all weights are trained
 
 
 def examples(vocabulary):
@@ -76,8 +78,10 @@ def updates(case):
     if case.device == "cuda":
         torch.cuda.set_device(device)
     model = tiny_llama(case.vocabulary, tie_word_embeddings=case.tied).to(getattr(torch, case.dtype))
+    if case.rank:
+        add_adapters(model, Lora(case.rank, 8), Precision(case.precision, device).dtype)
     if is_initialized() and (case.shard > 1 or case.shard == world_size()):
-        model = divided(model, case.shard, device)
+        model = divided(model, case.shard, device, case.precision)
     model.to(device).train()
     layout, precision = layout_of(case.packed, case.budget, case.own_logits), Precision(case.precision, device)
     use_layout(model, layout)
@@ -146,6 +150,9 @@ CASES = {
     "own logits": (Case(packed=False, own_logits=True), 3, (2, 2)),
     "own logits, untied": (Case(packed=False, own_logits=True, tied=False), 2, (4, 2)),
     "recomputed activations": (Case(checkpointing=True), 3, (4, 2)),
+    "adapters": (Case(rank=4), 3, (3, 3)),
+    "adapters, recomputed, untied": (Case(rank=4, checkpointing=True, tied=False), 2, (4, 2)),
+    "adapters, own logits": (Case(rank=4, packed=False, own_logits=True), 2, (2, 2)),
     "fp32, recomputed, untied": (Case(dtype="float32", checkpointing=True, tied=False), 2, (2, 2)),
     "fp32, recomputed, untied, three": (Case(dtype="float32", checkpointing=True, tied=False), 3, (3, 3)),
 }

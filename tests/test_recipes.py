@@ -64,6 +64,7 @@ NUMBERS = {
     "at least 1": st.integers(1, 2**62 - 1),
     "0 or more": st.integers(0, 2**62 - 1),
     "a whole number, or a fraction below 1": st.integers(0, 2**62 - 1) | st.floats(0, 1, exclude_max=True),
+    "above 0": st.integers(1, 99) | st.floats(0, 2.0**61, exclude_min=True),
     "at least 0 and below 1": st.floats(0, 1, exclude_max=True),
     "above 0 and below 1": st.floats(0, 1, exclude_min=True, exclude_max=True),
 }

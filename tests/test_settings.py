@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import train as train_command
+from compute.adapters import trained_parameters
 from config import PRESETS, Config, Parser, UserError, flag_name
 from conversations.chatml import MESSAGES as CHATML
 from evaluation import generation
@@ -127,7 +128,7 @@ class Observer:
             self.seen[name][step] = value
 
     def note_weights(self, step):
-        weights = dict(self.run.model.named_parameters())
+        weights = trained_parameters(self.run.model)
         self.note(step, weights=torch.cat([weights[name].detach().flatten() for name in sorted(weights)]))
 
     def build_run(self, *arguments, build=train_command.build_run, **options):
@@ -256,7 +257,8 @@ def read_run(observer):
     seen["kept"] = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(directory)]
     best = (directory / "best").resolve()
     seen["best"] = checkpoint.step_of(best.parent)
-    weights = load_file(best / "model.safetensors")
+    (file,) = best.glob("*.safetensors")  # the model's, or its adapters'
+    weights = load_file(file)
     assert torch.equal(torch.cat([weights[name].flatten() for name in sorted(weights)]), seen["weights"][seen["best"]])
     files = [*directory.glob("*"), *best.parent.rglob("*")]
     seen["files"] = sorted({re.sub(r"tfevents.*|step-.*?/", "", str(path.relative_to(directory))) for path in files})
@@ -301,6 +303,8 @@ DIFFERS = "differs"
 
 def is_same(one, other, tolerance=0):
     if torch.is_tensor(one):
+        if one.shape != other.shape:
+            return False
         return (one - other).norm() <= tolerance * one.norm()
     if tolerance and isinstance(one, list):
         return all(map(is_same, one, other, [tolerance] * len(one)))
@@ -601,6 +605,16 @@ LAW = {
     "max_grad_norm": [
         Row(0.01, learned(2) | {"moments": 1}, shows=clips_to(0.01)),
         Row(0, learned(2) | {"moments": 1}, shows=clips_to(float("inf"))),
+    ],
+    "lora_rank": Row(  # B is zero until the second update, so that the first two losses are the same
+        4,
+        learned(2, gradient=1)
+        | {"weights": 0, "losses": 3}
+        | names("plan model", "plan adapters", "record base", "files"),
+    ),
+    "lora_alpha": [
+        Row(64, learned(2, gradient=1) | {"losses": 3} | names("plan adapters"), {"lora_rank": 4}),
+        Row(64, refused="--lora-alpha has no effect without --lora-rank"),
     ],
     "seed": Row(4, OTHER_CHATS | names("sampled answers before"), shows=lambda _, run: has_splits(run, 30, 8, 2)),
     # --- memory and speed
