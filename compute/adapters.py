@@ -6,6 +6,7 @@ and a forward hook adds what they give. The experts of a mixture are often one t
 frozen.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -75,6 +76,20 @@ def list_matrices(model):
         and not name.endswith((".lora_A", ".lora_B"))
         and all(module.weight is not end for end in ends)
     }
+
+
+@contextlib.contextmanager
+def frozen_as(model, precision):
+    """A context in which a model's frozen matrices are in fp32, too, if that is the `Precision` it computes in."""
+    widened = precision.dtype is None and frozen_dtype(model)
+    held = {layer: layer.weight for layer in list_matrices(model).values() if widened}
+    for layer, weight in held.items():
+        layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in held.items():
+            layer.weight = weight
 
 
 def merge_adapters(model):

@@ -77,6 +77,9 @@ def plan_of_model(run):
         "(gradient accumulation)",
     }
     if config.lora_rank:
+        lines["device"] = lines["device"].replace(
+            "fp32 weights", f"fp32 adapters, beside matrices in {run.precision.name}"
+        )
         lines["model"] = f"{config.model}: {frozen:,} parameters, frozen"
         lines["adapters"] = describe_adapters(run.model, trained, held)
     if others := list_extra_losses(run.model):
@@ -162,10 +165,11 @@ def format_summary(facts):
         sampled = " (sampled)" if answer["decoding"] == "sampled" else ""
         lines += ["", f"  > {answer['prompt']}{sampled}", *side_by_side(answer["before"], answer["after"])]
     run = shlex.quote(facts["directory"])
+    merge, served = (f"python eval.py {run} --merge merged; ", "merged") if facts["base"] else ("", f"{run}/best")
     lines += [
         "",
         f"  chat with it     python eval.py {run} --chat",
-        f"  serve it         transformers serve {run}/best   (needs: pip install 'transformers[serving]')",
+        f"  serve it         {merge}transformers serve {served}   (needs: pip install 'transformers[serving]')",
         f"  read its report  {facts['directory']}/{REPORT}",
         f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(facts['directory']).parent))}",
     ]

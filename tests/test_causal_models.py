@@ -246,7 +246,7 @@ def result_with_adapters(model, frozen_dtype, precision):
 
 @pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_frozen_matrices_in_16_bits_are_those_that_autocast_makes(kind):
-    """Beside adapters they are cast once instead of at each use: the loss and each gradient are the same, bit for bit."""
+    """Beside adapters they are cast once instead of at each use: loss and gradients are the same, bit for bit."""
     model, (_, bf16) = build(kind, 1.0), PRECISIONS
     loss, gradient = result_with_adapters(copy.deepcopy(model), None, bf16)
     loss_held, gradient_held = result_with_adapters(model, bf16.dtype, bf16)

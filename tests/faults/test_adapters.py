@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import eval as eval_command
 from config import UserError
@@ -199,3 +202,52 @@ def test_new_tokens_are_refused_and_the_advice_works(flags, start_process, tmp_p
     process = start_process([*arguments, "--chat-template", "model", "--max-steps", "2"])
     assert process.wait() == 0, process.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["base"]["model"] == str(model)
+
+
+def pass_by(layer="down_proj"):
+    """Let the model take the weight of a layer past its call, as Mamba's kernels do."""
+
+    def forward(self, x):
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return torch.nn.functional.linear(hidden, getattr(self, layer).weight)
+
+    LlamaMLP.forward = forward
+
+
+def test_a_layer_that_the_model_passes_by_is_named(adapted, start_process, tmp_path):
+    process = start_process([*adapted, "--output-dir", tmp_path / "run", "--max-steps", "3"], pass_by)
+    assert process.wait() == 0, process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("warning:")]
+    names = "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
+    assert line.endswith(f"not called by the model, so that their adapters stay without effect: {names}")
+
+
+def test_the_plan_says_what_is_trained_and_at_which_rate(flags, start_process, tmp_path):
+    without_rate = [
+        part for name, part in zip(flags[::2], flags[1::2], strict=True) if name != "--lr" for part in (name, part)
+    ]
+    process = start_process([*without_rate, "--lora-rank", "32", "--output-dir", tmp_path / "run", "--max-steps", "1"])
+    assert process.wait() == 0, process.stderr
+    assert "to a learning rate of 0.002 (10 times the default of all weights)" in process.stdout
+    assert " parameters, frozen\n" in process.stdout
+    assert "of rank 32, alpha 32; " in process.stdout
+    assert "; vLLM needs --max-lora-rank 32\n" in process.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == 2e-3
+
+
+def test_the_card_is_pefts_and_its_lines_stop(uninterrupted_adapters):
+    best = uninterrupted_adapters / "best"
+    card = ModelCard.load(best / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    files = json.loads((best / "base_model.json").read_text())["files"]
+    assert set(files) == {"config.json", "model.safetensors"}
+    assert all(f"- {name}, SHA-256 {sha256}\n" in card.text for name, sha256 in files.items())
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace("PATH_OR_ID_OF_THIS_DIRECTORY", str(best))
+    names = {}
+    exec(code.replace("print(", "str("), names)
+    assert (
+        names["settings"].eos_token_id
+        == names["tokenizer"].eos_token_id
+        == names["tokenizer"].convert_tokens_to_ids("<|im_end|>")
+    )
+    assert names["output"].shape[1] <= names["inputs"]["input_ids"].shape[1] + 100
