@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compute.distributed import full_tensor
+from config import UserError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def add_adapters(model, lora, frozen_dtype=None):
         frozen_dtype: autocast's, in which the frozen matrices are held, with the result of casting them at each use;
             what autocast does not cast, such as embeddings and norms, keeps its precision. None: all of it does.
     """
-    model.lora, generator = lora, torch.Generator().manual_seed(lora.seed)
+    model.lora, generator, frozen = lora, torch.Generator().manual_seed(lora.seed), {}
     model.requires_grad_(False)
     for layer in list_matrices(model).values():
         weight = layer.weight
@@ -57,8 +58,9 @@ def add_adapters(model, lora, frozen_dtype=None):
             layer.lora_B.weight = nn.Parameter(weight.new_zeros(outputs, lora.rank))
         layer.lora_scale = lora.scale
         layer.lora_hook = layer.register_forward_hook(add_adapter_output)
-        if frozen_dtype:
-            layer.weight = nn.Parameter(weight.to(frozen_dtype), requires_grad=False)
+        if frozen_dtype and weight not in frozen:  # layers may share a matrix
+            frozen[weight] = nn.Parameter(weight.to(frozen_dtype), requires_grad=False)
+        layer.weight = frozen.get(weight, weight)
 
 
 def add_adapter_output(layer, inputs, output):
@@ -93,8 +95,17 @@ def frozen_as(model, precision):
 
 
 def merge_adapters(model):
-    """Add to each matrix of a model, in fp32, what its adapters are together, and remove them."""
-    for layer in list_matrices(model).values():
+    """Add to each matrix of a model, in fp32, what its adapters are together, and remove them.
+
+    Raises:
+        UserError: layers share a matrix, to which each would add its own.
+    """
+    layers = list_matrices(model)
+    if len({layer.weight for layer in layers.values()}) < len(layers):
+        raise UserError(
+            "--merge: layers of this model share a matrix and have adapters of their own; use them as they are"
+        )
+    for layer in layers.values():
         change = layer.lora_B.weight.data @ layer.lora_A.weight.data * layer.lora_scale  # (outputs, inputs)
         layer.weight.data += change.T if isinstance(layer, Conv1D) else change
         layer.lora_hook.remove()

@@ -378,6 +378,17 @@ def test_merged_adapters_change_nothing_but_rounding(kind, settings):
     torch.testing.assert_close(logits(model, torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_layers_that_share_a_matrix_share_the_frozen_one_and_are_not_merged():
+    model = build("llama", SMALL)
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    add_adapters(model, Lora(4, 8), torch.bfloat16)
+    assert second.mlp.up_proj.weight is first.mlp.up_proj.weight
+    assert second.mlp.up_proj.lora_A.weight is not first.mlp.up_proj.lora_A.weight
+    with pytest.raises(UserError, match="layers of this model share a matrix"):
+        merge_adapters(model)
+
+
 def test_merged_adapters_are_what_peft_merges(base, tiny_tokenizer, tmp_path):
     directory = tmp_path / "adapters"
     save_adapters_of(base, tiny_tokenizer, directory)
