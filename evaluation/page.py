@@ -3,10 +3,8 @@
 import math
 from pathlib import Path
 
-import jinja2
-
 from config import Config, flag_name, format_value
-from conversations.preview import PAGE, STYLE, token_spans
+from conversations.preview import render_page, token_spans
 from evaluation.facts import format_bytes, format_duration
 
 REPORT = "report.html"  # in a run's directory
@@ -21,17 +19,18 @@ CHARTS = {  # title: its lines, (kind, name) of the metrics
 
 def page(facts, examples, tokenizer):
     """The page about a run, as HTML, from its `run_facts` and some training conversations, whose masks it shows."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=format_duration, bytes=format_bytes, flag=flag_name, value=format_value)
     charts = CHARTS | {f"loss on {name}": [("eval", f"loss/{name}")] for name in facts["source_losses"]}
-    template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        Path(__file__).with_name("page.html.jinja"),
+        facts["title"],
         facts=facts,
         charts=[chart for title, lines in charts.items() if (chart := plot(title, lines, facts["metrics"]))],
         defaults=vars(Config()),
         masks=["".join(token_spans(example, tokenizer)) for example in examples],  # escaped by `token_spans`
-        page_start=PAGE,
-        style=STYLE,
+        format_duration=format_duration,
+        format_bytes=format_bytes,
+        flag_name=flag_name,
+        format_value=format_value,
     )
 
 
