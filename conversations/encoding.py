@@ -152,9 +152,3 @@ def make_encoder(tokenizer, control, kind):
 def normalize(text):
     """A text without what tokenizers may normalize."""
     return unicodedata.normalize("NFKC", text).strip()
-
-
-def encode_text(text, tokenizer):
-    """The ids of a plain text, a list; what looks like a special token in it stays text."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    return tokenizer(text, **options, verbose=False)["input_ids"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversations import chatml
 from conversations.chatml import encode_chatml, find_opening, is_chatml
-from conversations.encoding import encode_text
+from conversations.encoding import FIRST
 from conversations.templates import get_template
 
 IGNORE = -100  # torch's cross_entropy skips this label
@@ -75,7 +75,8 @@ def encode_without_turns(messages, tokenizer, max_length=None):
     if message["role"] == "tokens":
         return [Example(torch.tensor(message["content"]), torch.tensor(message["labels"]))]
     opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
-    ids = torch.tensor([*opening, *encode_text(message["content"], tokenizer), tokenizer.eos_token_id])
+    (ids,) = get_template(tokenizer).encoder.encode_runs([message["content"]], FIRST)
+    ids = torch.tensor([*opening, *ids, tokenizer.eos_token_id])
     examples = slice_text(ids, max_length or tokenizer.model_max_length, 1)
     examples[0].labels[: len(opening)] = IGNORE
     return examples

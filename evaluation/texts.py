@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from conversations.encoding import encode_text
+from conversations.encoding import FIRST
 from conversations.masking import slice_text
+from conversations.templates import get_template
 
 MAX_SLICE = 2048  # tokens of a text that are read together, unless --max-length or the context length is smaller
 
@@ -42,7 +43,7 @@ def load_text(path, tokenizer, max_length=0):
 
     Each token is predicted from at least half an example, except at the beginning of the text.
     """
-    ids = encode_text(read_file("--text", path), tokenizer)
+    (ids,) = get_template(tokenizer).encoder.encode_runs([read_file("--text", path)], FIRST)
     if len(ids) < 2:
         raise UserError(f"--text {path}: there is no text in it")
     length = min(MAX_SLICE, tokenizer.model_max_length, max_length or MAX_SLICE)

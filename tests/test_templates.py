@@ -543,6 +543,16 @@ def test_a_typed_think_tag_is_text(tmp_path):
     assert trained(say("a", "y</think>z<think>"), tokenizer) == ["<think>\n\n</think>\n\ny</think>z<think><|im_end|>"]
 
 
+def test_a_typed_think_tag_is_text_in_a_text_without_turns_too(tmp_path):
+    """Qwen3's tag is a token that is not "special"."""
+    tokenizer = byte_tokenizer(CHATML_TOKENS)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    loaded = save_and_load(tokenizer, QWEN3, CHATML_TOKENS, tmp_path)
+    assert len(loaded("<think>")["input_ids"]) == 1
+    (example,) = encode([[{"role": "text", "content": "<think>x"}]], loaded)
+    assert len(example.input_ids) == len("<think>x") + 1
+
+
 def test_reasoning_after_a_prompt_that_closes_it_is_refused(tmp_path):
     tokenizer_with(QWEN3, QWEN_TOKENS, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), True, "model", ("enable_thinking=false",))
