@@ -53,9 +53,10 @@ def encode_each(conversations: list, tokenizer, supervise="all", max_length=None
     """
     chats = [mark_supervised(messages, supervise) for messages in conversations if is_chat(messages)]
     encoded = encode_chatml(chats, tokenizer) if is_chatml(tokenizer) else map(get_template(tokenizer).encode, chats)
-    of_chats = iter(encoded)
+    encoded, length = iter(encoded), max_length or tokenizer.model_max_length
+    opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
     return [
-        make_examples(*next(of_chats)) if is_chat(messages) else encode_without_turns(messages, tokenizer, max_length)
+        make_examples(*next(encoded)) if is_chat(messages) else encode_plain(*messages, tokenizer, opening, length)
         for messages in conversations
     ]
 
@@ -65,19 +66,17 @@ def is_chat(messages):
     return not messages or messages[0]["role"] not in ("text", "tokens")
 
 
-def encode_without_turns(messages, tokenizer, max_length=None):
+def encode_plain(message, tokenizer, opening, length):
     """The `Example`s of a text, or the one of token ids with labels.
 
-    A text ends with the stop token, and begins with what the tokenizer puts before one. A longer one is cut; each part
-    begins with the last token of the one before it, so that every token but the first is predicted once.
+    A text begins with `opening`, the ids that the tokenizer puts before one, and ends with the stop token. It is cut
+    into parts of `length` tokens, each beginning with the last token of the one before it.
     """
-    (message,) = messages
     if message["role"] == "tokens":
         return [Example(torch.tensor(message["content"]), torch.tensor(message["labels"]))]
-    opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
     (ids,) = get_template(tokenizer).encoder.encode_runs([message["content"]], FIRST)
     ids = torch.tensor([*opening, *ids, tokenizer.eos_token_id])
-    examples = slice_text(ids, max_length or tokenizer.model_max_length, 1)
+    examples = slice_text(ids, length, overlap=1)
     examples[0].labels[: len(opening)] = IGNORE
     return examples
 
