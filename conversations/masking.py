@@ -56,7 +56,7 @@ def encode_each(conversations: list, tokenizer, supervise="all", max_length=None
     encoded, length = iter(encoded), max_length or tokenizer.model_max_length
     opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
     return [
-        make_examples(*next(encoded)) if is_chat(messages) else encode_plain(*messages, tokenizer, opening, length)
+        make_examples(*next(encoded)) if is_chat(messages) else encode_plain(messages[0], tokenizer, opening, length)
         for messages in conversations
     ]
 
