@@ -94,7 +94,7 @@ def load_unchanged(path, local_files_only):
 
 def find_problems(tokenizer, control, config):
     """Yield why what is trained would not be what transformers makes of the same messages with this tokenizer."""
-    encoded = templates.get_template(tokenizer).encode_runs(control)
+    encoded = templates.get_template(tokenizer).encoder.encode_runs(control)
     for token, ids in zip(control, encoded, strict=True):
         if tokenizer.convert_tokens_to_ids(token) in ids:
             yield f"its tokenizer reads {token} in a message as a control token"
@@ -151,11 +151,12 @@ def with_options(template, options):
     """A chat template, or a dict of them, with other defaults; an option is `name=value`, in JSON or else a string."""
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
+    known = arguments_of(template)  # checks its syntax too
     for option in options:
         name, equals, value = option.partition("=")
         if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)):
             raise UserError(f"--template-option {option}: write it as name=value, such as enable_thinking=false")
-        if name not in arguments_of(template):
+        if name not in known:
             raise UserError(f"--template-option {option}: the chat template has no argument {name}")
         with contextlib.suppress(ValueError):  # else a string without quotation marks
             value = json.loads(value)

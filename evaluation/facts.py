@@ -31,6 +31,9 @@ def run_facts(run):
         best_step = updates
     # A Hub id is shown as it is, of a path only its last part.
     model, *datasets = (name if is_hub_id(name) else Path(name).name for name in (config["model"], *config["dataset"]))
+    losses = {kind: compare_losses(kind, metrics, best_step, losses) for kind in ("eval", "test")}
+    before, after = (losses["eval"][when] or {} for when in ("before", "after"))
+    sources = [key for key in before if key.startswith("loss/") and key in after]  # of several --eval-dataset
     return {
         "directory": str(run),
         "title": f"{model} on {', '.join(datasets)}",
@@ -46,8 +49,8 @@ def run_facts(run):
         "metrics": metrics,
         "updates": updates,
         "best_step": best_step,
-        "losses": {kind: compare_losses(kind, metrics, best_step, losses) for kind in ("eval", "test")},
-        "source_losses": compare_source_losses(metrics, best_step),
+        "losses": losses,
+        "source_losses": {key.removeprefix("loss/"): {"before": before[key], "after": after[key]} for key in sources},
         "cost": training_cost([line for line in metrics if line["kind"] == "train"], updates),
         "answers": pair_answers(read_answers(run)),
     }
@@ -70,14 +73,6 @@ def compare_losses(kind, metrics, best_step, losses):
         if math.isclose(paired["after"], after["loss"], rel_tol=1e-6):  # else they are of another evaluation
             text = verdict(paired)
     return {"before": before, "after": after, "difference": text}
-
-
-def compare_source_losses(metrics, best_step):
-    """The losses on each of several `--eval-dataset`, by name: "before" training, and "after", of the best model."""
-    lines = {line["step"]: line for line in metrics if line["kind"] == "eval"}
-    before, after = lines.get(0, {}), lines.get(best_step, {})
-    names = [key for key in before if key.startswith("loss/") and key in after]
-    return {key.removeprefix("loss/"): {"before": before[key], "after": after[key]} for key in names}
 
 
 def training_cost(lines, updates):

@@ -118,7 +118,7 @@ MODEL, DATASET = {"model": "mine"}, {"dataset": ("mine.jsonl",)}
 def gpu(request, monkeypatch):
     """With and without a GPU; the Hub answers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
-    monkeypatch.setattr(hub, "must_use_cache", lambda *_: False)
+    monkeypatch.setattr(hub, "find_commit", lambda *_: ("c0ffee", False))
     return request.param
 
 
