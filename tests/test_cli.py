@@ -15,7 +15,6 @@ import eval as eval_command
 import train as train_command
 from config import (
     PRESETS,
-    QUICKSTART_MODEL,
     RUN_FORMAT,
     Config,
     Parser,
@@ -230,13 +229,13 @@ def test_a_directory_that_holds_a_run_or_cannot_be_one_is_refused(tmp_path):
     assert "--output-dir /proc/run: cannot write to it (" in refused("--output-dir", "/proc/run")
 
 
-def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tmp_path):
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tiny_model_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    flags = ["--dataset", tmp_path / "bad.jsonl", "--model", QUICKSTART_MODEL]
-    command = [sys.executable, ROOT / "train.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == (
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "bad.jsonl", "--model", str(tiny_model_dir)])
+    with pytest.raises(SystemExit, match="1"):
+        run_command(train_command.main)
+    assert capfd.readouterr().err == (
         f"error: {tmp_path}/bad.jsonl:1: no known format: it has none of messages, conversations, prompt+completion, "
         "instruction+output, input_ids+labels, text; correct that row\n"
     )

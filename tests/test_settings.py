@@ -26,7 +26,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import train as train_command
 from config import PRESETS, Config, Parser, UserError, flag_name
 from conversations.chatml import MESSAGES as CHATML
-from evaluation import generation
 from running import checkpoint, report, validation
 from storage import hub
 from storage.records import read_record
@@ -195,11 +194,8 @@ class Observer:
 
 def watch(place, settings, observer=None):
     """Run train.py in a directory and observe it; `UserError`s are raised. Returns the observer."""
-    observer, real, stdout = observer or Observer(), generation.generate, io.StringIO()
+    observer, stdout = observer or Observer(), io.StringIO()
     arguments = to_arguments(settings)
-
-    def generate(model, tokenizer, prompts, sampling, _, **options):
-        return real(model, tokenizer, prompts, sampling, 4, **options)
 
     def forward(self, x, forward=LlamaMLP.forward):
         observer.forward_passes += 1
@@ -212,7 +208,6 @@ def watch(place, settings, observer=None):
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.nn.Module, "compile", lambda *a, **o: compile(*a, **o, backend="eager"))
-        patch.setattr(generation, "generate", generate)
         patch.setattr(hub, "find_commit", lambda *_: ("c0ffee", False))
         patch.setattr(hub, "load_hub_dataset", load_hub_dataset)
         if "--compile" in arguments:

@@ -44,6 +44,11 @@ LOST = r"another process ended \(torchrun's summary names it\), or did not answe
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
+def answer_nothing():
+    """An answer of three processes that share the weights takes as long as many updates."""
+    running.validation.DEFAULT_PROMPTS = ()
+
+
 def assert_resumes(start_group, run, uninterrupted_group):
     again = start_group(2, ["--resume", run])
     assert again.wait() == [0, 0], again.stderr
@@ -224,11 +229,12 @@ def test_a_mistake_is_reported_once_and_nothing_is_left(flags, start_group, tmp_
 def test_a_failure_of_one_ends_all_with_shards_too(flags, start_group, tmp_path, rank, fault):
     run = tmp_path / "run"
     faulty = partial(on_call, "train.train_step", 5, partial(on_call, "model.supervised_states", 1, fault))
-    group = start_group(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty))
+    silent = [(each, answer_nothing) for each in range(3)]
+    group = start_group(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty), *silent)
     assert group.wait() == [137 if fault is kill and each == rank else 1 for each in range(3)]
     assert group.stderr.count("rror: ") == 1
     assert steps_saved(run) == [3, 4]
-    again = start_group(3, ["--resume", run])
+    again = start_group(3, ["--resume", run], *silent)
     assert again.wait() == [0, 0, 0], again.stderr
 
 
@@ -584,11 +590,6 @@ def test_one_process_needs_no_variables(flags, tmp_path, environment):
 
 
 # --- memory
-
-
-def answer_nothing():
-    """An answer of three processes that share the weights takes as long as many updates."""
-    running.validation.DEFAULT_PROMPTS = ()
 
 
 @pytest.mark.slow
