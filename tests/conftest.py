@@ -27,8 +27,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def shorten_answers():
-    """Have a run's answers end after 8 tokens: with 50 they are half of what a small run computes."""
-    generate_answers.__defaults__ = (GREEDY, 8, "")
+    """Have a run's answers end after 4 tokens: with 50 they are half of what a small run computes."""
+    generate_answers.__defaults__ = (GREEDY, 4, "")
 
 
 def pytest_collection_finish():

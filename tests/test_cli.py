@@ -209,17 +209,10 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path):
     assert "--allow-changes needs --resume" in refused("--allow-changes")
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    assert "it has no valid conversations" in refused("--dataset", tmp_path / "empty.jsonl")
-
-
-def test_a_file_that_is_too_small_to_split_is_refused(chats):
-    assert "of 2 conversations leave 0 to train on" in refused("--dataset", chats, "--max-examples", 2)
-
-
-def test_a_length_that_leaves_nothing_supervised_is_refused():
-    assert "nothing is supervised in the train split" in refused("--max-length", 4)
+def test_data_that_leave_nothing_to_train_on_are_refused(tiny_model_dir, chats):
+    data = "--model", tiny_model_dir, "--dataset", chats
+    assert "of 2 conversations leave 0 to train on" in refused(*data, "--max-examples", 2)
+    assert "nothing is supervised in the train split" in refused(*data, "--max-length", 4)
 
 
 def test_a_directory_that_holds_a_run_or_cannot_be_one_is_refused(tmp_path):

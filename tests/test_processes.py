@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def updates(case):
         checkpoint_activations(model)
     optimizer, numbers, evaluations = train.make_optimizer(model, weight_decay=0.1), [], []
     settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
-    with pytest.MonkeyPatch.context() as patch, GradientFloor(model) as floor:
+    alone = contextlib.nullcontext(SimpleNamespace(values=None)) if is_initialized() else GradientFloor(model)
+    with pytest.MonkeyPatch.context() as patch, alone as floor:
         BREAKAGES.get(case.breakage, lambda _: None)(patch)
         for window in windows(case.vocabulary):
             numbers.append(

@@ -478,7 +478,7 @@ def rates_of_transformers(config, total):
         scheduler.step()
 
 
-@pytest.mark.parametrize("total", [1, 57, 114, 3447, 14_662])
+@pytest.mark.parametrize("total", [1, 57, 3447])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_schedule_of_a_recipe_is_that_of_transformers(recipe, total):
     config = resolve(read_recipe(str(recipe)), "none")

@@ -1,5 +1,6 @@
 """Several processes: whatever happens to one of them ends all, with one line that explains, and the run can resume."""
 
+import itertools
 import json
 import os
 import re
@@ -12,12 +13,14 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import running.distributed
+import running.resume
 import running.setup
 import running.validation
 from config import UserError
@@ -309,10 +312,15 @@ def test_ranks_with_different_settings_are_refused(flags, start_group, tmp_path)
     assert not (run / "config.json").exists()
 
 
+def pass_time_quickly():
+    """A process that waits for a file to appear looks for it four times instead of ten seconds long."""
+    running.resume.time = SimpleNamespace(monotonic=itertools.count(step=3).__next__, sleep=lambda _: None)
+
+
 def test_a_directory_that_one_rank_cannot_read_is_refused(flags, start_group, tmp_path):
     run = tmp_path / "run"
     blind = partial(pretend, "running.resume.read_owner", "")
-    group = start_group(2, [*flags, "--output-dir", run], (1, blind))
+    group = start_group(2, [*flags, "--output-dir", run], (1, blind), (1, pass_time_quickly))
     assert group.wait() == [1, 1]
     assert group.stderr == (
         f"error: --output-dir {run}: process 1 does not see it; "
