@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from compute.layout import Layout
 from config import QUICKSTART_MODEL, UserError
+from conversations.formats import parse_columns, read_file
 from conversations.masking import Example
 from conversations.tokenizer import load_tokenizer
 from evaluation.generation import GREEDY, generate_answers
@@ -50,6 +51,11 @@ def cache_of_their_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+
+
+def to_flags(settings):
+    """Settings as a command line names them."""
+    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
 
 
 def byte_tokenizer(control):
@@ -133,15 +139,38 @@ def one_batch(examples, packed=False):
     return batch
 
 
+def write_rows(path, rows):
+    """Write a file of JSON lines; returns its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def a_chat(text, answer="Yes."):
+    """A row with a conversation of a question and an answer."""
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+
+
+def write_chats(directory):
+    """Write a file of 40 small conversations of different lengths; returns its path."""
+    chats = [a_chat(f"Count to {number}", " ".join(map(str, range(number % 7 + 1)))) for number in range(40)]
+    return write_rows(directory / "chats.jsonl", chats)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a file of rows; returns its path, a text."""
+    return lambda name, rows: str(write_rows(tmp_path / name, rows))
+
+
+@pytest.fixture
+def read(write):
+    """A function that reads rows from a file of JSON lines, with columns renamed as the command line has it."""
+    return lambda *rows, columns=(), **options: read_file(
+        write("a.jsonl", rows), columns=parse_columns(columns), **options
+    )
+
+
 @pytest.fixture
 def chats(tmp_path):
     """A file of 40 small conversations of different lengths."""
-    path = tmp_path / "chats.jsonl"
-    with open(path, "w") as file:
-        for number in range(40):
-            messages = [
-                {"role": "user", "content": f"Count to {number}"},
-                {"role": "assistant", "content": " ".join(map(str, range(number % 7 + 1)))},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_chats(tmp_path)

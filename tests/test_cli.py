@@ -161,13 +161,14 @@ def test_config_cannot_be_changed():
 
 
 BAD_VALUES = {
-    "--batch-size": ["0", "-1", "two", "1.5"],
+    "--batch-size": ["0", "-1", "two", "1.5", str(2**63)],
+    "--seed": [str(2**63)],
     "--micro-batch-tokens": ["-1"],
     "--epochs": ["0"],
     "--max-steps": ["-1"],
     "--max-examples": ["-5"],
     "--max-length": ["-1"],
-    "--lr": ["-1e-4", "nan", "inf"],
+    "--lr": ["-1e-4", "nan", "inf", "1e400"],
     "--weight-decay": ["-0.1"],
     "--max-grad-norm": ["-1"],
     "--warmup-steps": ["-1"],
@@ -180,8 +181,9 @@ BAD_VALUES = {
     "--preset": ["llama"],
     "--device": ["cuda:7", "abacus"],
     "--model": ["./nowhere"],
-    "--dataset": ["./nowhere.jsonl", "."],
-    "--resume": ["nowhere"],
+    "--dataset": ["./nowhere.jsonl", ".", ""],
+    "--resume": ["nowhere", ""],
+    "--output-dir": [""],
 }
 
 
@@ -262,25 +264,10 @@ def test_data_shows_conversations_as_text_and_as_json(chats, tiny_model_dir, cap
     assert all(len(example["input_ids"]) == len(example["labels"]) for example in encoded)
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--dataset", "--output-dir"])
-def test_an_empty_value_is_refused(flag):
-    assert refused(flag, "") == f"{flag} is empty; leave it out, or name something"
-
-
 def test_a_dataset_named_twice_is_both():
     parser = Parser()
     parser.add_config_flags(["dataset"])
     assert parser.parse(["--dataset", "a", "b", "--dataset", "c"])[0] == {"dataset": ("a", "b", "c")}
-
-
-@pytest.mark.parametrize("flag", ["--seed", "--batch-size"])
-def test_a_number_beyond_64_bits_is_refused(flag):
-    assert refused(flag, 2**63) == f"{flag} must be below 2**62, not {2**63}"
-
-
-@pytest.mark.parametrize(("value", "message"), [("nan", "0 or more, not nan"), ("1e400", "below 2**62, not inf")])
-def test_a_rate_that_is_not_a_number_or_too_large_is_refused(value, message):
-    assert refused("--lr", value) == f"--lr must be {message}"
 
 
 def test_output_that_cannot_be_encoded_is_escaped(monkeypatch, tmp_path):

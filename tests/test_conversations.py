@@ -61,18 +61,6 @@ FORMATS = {
 }
 
 
-@pytest.fixture
-def read(tmp_path):
-    """A function that reads rows from a file of JSON lines."""
-
-    def read(*rows, **options):
-        path = tmp_path / "a.jsonl"
-        path.write_bytes(lines(*rows))
-        return read_file(path, **options)
-
-    return read
-
-
 @pytest.mark.parametrize("row", FORMATS.values(), ids=FORMATS.keys())
 def test_each_format_is_read_with_and_without_a_system_prompt(read, row):
     beside = {"system": "Be brief.", "tools": [], "function_call": None}

@@ -77,12 +77,6 @@ def test_an_untied_head_that_should_be_tied_is_detected(tiny_model):
     assert not has_expected_tying(tiny_model)
 
 
-def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, tiny_model):
-    save_model(tiny_model.bfloat16(), tiny_tokenizer, tmp_path)
-    model = load_model(tmp_path, tiny_tokenizer, torch.device("cpu"))
-    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
-
-
 def test_a_stop_token_that_was_the_padding_token_gets_its_gradient(tiny_model_dir, tiny_tokenizer):
     model = load_model(tiny_model_dir, tiny_tokenizer, torch.device("cpu"))
     stop = tiny_tokenizer.eos_token_id

@@ -104,15 +104,6 @@ def test_a_run_is_resumed_from_another_directory_without_its_original_model(monk
     assert [line["step"] for line in logged if line["kind"] == "train"] == [1, 2]
 
 
-def test_a_finished_run_without_checkpoints_does_not_start_again():
-    assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
-    shutil.rmtree("run/checkpoints")
-    before = content("run")
-    said = refused("--resume", "run", "--max-steps", "3", "--allow-changes")
-    assert said == "--resume run: it logged update 2 but has no checkpoint; restore them, or start a new run"
-    assert content("run") == before
-
-
 def test_a_home_directory_is_expanded(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     assert train_command.main([*FLAGS, "--output-dir=~/run"]) == 0

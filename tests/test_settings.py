@@ -29,7 +29,7 @@ from conversations.chatml import MESSAGES as CHATML
 from running import checkpoint, report, validation
 from storage import hub
 from storage.records import read_record
-from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
+from tests.conftest import CONTROL, byte_tokenizer, tiny_llama, write_rows
 
 ROOT = Path(__file__).parents[1]
 ALL = 40  # conversations: 30 to train on, 8 to evaluate, 2 to test; 6 updates, the first of them with a rate of 0
@@ -59,10 +59,6 @@ def chat(number, **columns):
     texts = [f"Count to {number}", counted, "Again", counted[::-1]]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return {"messages": messages, **columns}
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
