@@ -55,7 +55,27 @@ CHATS = {"train": [chat(f"train {n}") for n in range(6)], "test_sft": [chat(f"te
 REQUESTS = []  # of all that were answered: path and user agent
 
 
-class Hub(BaseHTTPRequestHandler):
+class QuietHandler(BaseHTTPRequestHandler):
+    """Does not log requests."""
+
+    def log_message(self, *_):
+        """Print nothing."""
+
+
+@contextlib.contextmanager
+def serve(handler, **attributes):
+    """A server on the loopback, with some attributes, which is up within the `with`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(attributes)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()  # from here on the port refuses
+
+
+class Hub(QuietHandler):
     """The requests of the libraries that look up and download a repository.
 
     `server.repositories` maps ("models" or "datasets", id) to a directory, that of its main branch; `server.revisions`
@@ -107,9 +127,6 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def log_message(self, *_):
-        """Say nothing: the server's log would be noise between the tests' lines."""
-
 
 def checksum(content):
     return hashlib.sha1(content).hexdigest()
@@ -124,16 +141,10 @@ def entry(root, path):
 
 
 @contextlib.contextmanager
-def serve(repositories, revisions):
-    """The address of a Hub with these repositories, which is up within the `with`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repositories, server.revisions, server.severed = repositories, revisions, "acme/severed"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
+def serve_hub(repositories, revisions):
+    """The address of a Hub with these repositories."""
+    with serve(Hub, repositories=repositories, revisions=revisions, severed="acme/severed") as server:
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()  # from here on the port refuses
 
 
 # --- the scenarios, each in a process of its own
@@ -374,7 +385,7 @@ def unanswered(tmp_path_factory):
 def answered(repositories, revisions, tmp_path_factory, unanswered):  # noqa: ARG001 (it waits meanwhile)
     """What `online` gave, with its cache and its Hub, which is gone."""
     home = tmp_path_factory.mktemp("answered") / "cache"
-    with serve(repositories, revisions) as endpoint:
+    with serve_hub(repositories, revisions) as endpoint:
         gave = finish(start(scenario(online), home, endpoint))
     return gave, home, endpoint
 
@@ -538,7 +549,7 @@ def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, 
         assert process.returncode == 0, stderr
         return stdout
 
-    with serve(repositories, revisions) as endpoint:
+    with serve_hub(repositories, revisions) as endpoint:
         command(endpoint, "train.py", *flags)
     record = json.loads((run / "config.json").read_text())
     commits = {"model": {"acme/moved": COMMIT}, "dataset": {"acme/moved": COMMIT}}
@@ -547,7 +558,7 @@ def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, 
         assert (run / file).read_text().count(COMMIT) == 2
     card = ModelCard.load(run / "best" / "README.md").data
     assert (card.base_model, card.datasets) == ("acme/moved", ["acme/moved"])
-    with serve(repositories, moved) as endpoint:
+    with serve_hub(repositories, moved) as endpoint:
         command(endpoint, "train.py", "--resume", run, "--max-steps", "2", "--allow-changes")
         resumed = json.loads((run / "config.json").read_text())
         assert (resumed["commits"], resumed["data"]) == (commits, record["data"])

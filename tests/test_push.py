@@ -5,9 +5,6 @@ import json
 import shutil
 import socket
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import constants
@@ -16,12 +13,12 @@ import eval as eval_command
 from config import UserError, run_command
 from storage import hub
 from storage.durable import atomic_directory, replace_link
-from tests.test_hub import COMMIT
+from tests.test_hub import COMMIT, QuietHandler, serve
 
 TOKEN = "hf_of_somebody"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(QuietHandler):
     """Answers the requests that make a repository and upload to it, and keeps them in `server.requests`."""
 
     def do_GET(self):
@@ -54,21 +51,6 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def log_message(self, *_):
-        """Print nothing."""
-
-
-@contextmanager
-def serve(public=False):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.public = [], public
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -104,7 +86,7 @@ def push(run_dir, tmp_path, monkeypatch, capfd):
 
 
 def test_the_best_model_is_uploaded_to_a_private_repository(run_dir, push):
-    with serve() as server:
+    with serve(Hub, requests=[], public=False) as server:
         status, stdout, stderr = push(server.server_port)
         assert (status, stderr) == (0, "")
     address = f"http://127.0.0.1:{server.server_port}/me/tuned"
@@ -123,7 +105,7 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir, push):
 
 
 def test_a_public_repository_stays_public(push):
-    with serve(public=True) as server:
+    with serve(Hub, requests=[], public=True) as server:
         status, stdout, _ = push(server.server_port)
     assert status == 0
     assert stdout.endswith("/me/tuned: everybody sees it\n")
@@ -138,7 +120,7 @@ def test_a_public_repository_stays_public(push):
     ],
 )
 def test_a_refusal_is_one_line(push, token, name, message):
-    with serve() as server:
+    with serve(Hub, requests=[], public=False) as server:
         status, stdout, stderr = push(server.server_port, token, name)
     assert (status, stdout) == (1, "")
     assert stderr.startswith(f"error: {message}")

@@ -34,21 +34,9 @@ from tests.conftest import CONTROL, byte_tokenizer, tiny_llama, write_rows
 ROOT = Path(__file__).parents[1]
 ALL = 40  # conversations: 30 to train on, 8 to evaluate, 2 to test; 6 updates, the first of them with a rate of 0
 UPDATES = 6
-BASE = {
-    "model": "model",
-    "dataset": "chats.jsonl",
-    "eval_fraction": 0.2,
-    "epochs": 1,
-    "batch_size": 5,
-    "lr": 1e-2,
-    "warmup_steps": 1,
-    "seed": 3,
-    "device": "cpu",
-    "dtype": "fp32",
-    "micro_batch_tokens": 250,
-    "eval_every": 2,
-    "save_every": 3,
-}
+BASE = {"model": "model", "dataset": "chats.jsonl", "eval_fraction": 0.2, "epochs": 1, "batch_size": 5, "lr": 1e-2}
+BASE |= {"warmup_steps": 1, "seed": 3, "device": "cpu", "dtype": "fp32", "micro_batch_tokens": 250}
+BASE |= {"eval_every": 2, "save_every": 3}
 
 # --- one run, observed
 
