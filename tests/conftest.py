@@ -19,6 +19,7 @@ from conversations.tokenizer import load_tokenizer
 from evaluation.generation import GREEDY, generate_answers
 from storage import hub
 from storage.quickstart import quickstart_model
+from tests.worker_pool import WorkerPool
 
 hub.quiet_libraries()
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -113,6 +114,15 @@ def real_tokenizer():
         return load_tokenizer(*hub.find_model(QUICKSTART_MODEL))
     except UserError as why:
         pytest.skip(str(why))
+
+
+@pytest.fixture(scope="session")
+def worker_pools():
+    """A function: a group of processes of some size, which is started when it is first needed."""
+    started = {}
+    yield lambda size: started.get(size) or started.setdefault(size, WorkerPool(size))
+    for pool in started.values():
+        pool.close()
 
 
 @pytest.fixture

@@ -103,21 +103,6 @@ def updates(case):
     return numbers, evaluations, flatten(model.parameters()), floor.values, compiled_graphs()
 
 
-@pytest.fixture(scope="session")
-def worker_pools():
-    """Groups of processes, by their size, each started when it is needed."""
-    started = {}
-
-    def of(size):
-        if size not in started:
-            started[size] = WorkerPool(size)
-        return started[size]
-
-    yield of
-    for pool in started.values():
-        pool.close()
-
-
 def assert_equal(ours, alone):
     """Assert that the updates of one of several ranks are those of a process alone."""
     (numbers, evaluations, weights, *_), (numbers_alone, evaluations_alone, weights_alone, floor, _) = ours, alone
