@@ -106,17 +106,6 @@ def test_only_the_completion_is_trained(read):
     assert [message["train"] for message in messages] == [False, False, False, True]
 
 
-def test_train_and_weight_exclude_a_message(read):
-    answers = assistant("x", train=False), assistant("y", weight=0), assistant("z", weight=1)
-    assert [message["train"] for message in read({"messages": [*HELLO, *answers]})[0]] == [
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
-
-
 def test_roles_may_come_in_any_order(read):
     roles = ["assistant", "system", "user", "user", "tool", "assistant", "system", "user"]
     (messages,) = read({"messages": [{"role": role, "content": role} for role in roles]})
@@ -265,27 +254,6 @@ def test_rows_of_an_array_over_many_lines_are_numbered(tmp_path):
     assert locations == [f"{tmp_path}/a.json row 0", f"{tmp_path}/a.json row 1"]
 
 
-@pytest.mark.parametrize(
-    ("text", "source"),
-    [
-        ("a.jsonl", Source("a.jsonl")),
-        ("a.jsonl:2", Source("a.jsonl", weight=2.0)),
-        ("a.jsonl:0.5", Source("a.jsonl", weight=0.5)),
-        ("a.jsonl#500", Source("a.jsonl", count=500)),
-        ("acme/chats", Source("acme/chats")),
-        ("acme/chats:en", Source("acme/chats", "en")),
-        ("acme/chats:en:3", Source("acme/chats", "en", 3.0)),
-        ("acme/chats:v1.0-en#20", Source("acme/chats", "v1.0-en", count=20)),
-        ("C:/chats.jsonl", Source("C:/chats.jsonl")),
-        (r"C:\chats.jsonl", Source(r"C:\chats.jsonl")),
-        ("a b.jsonl#2", Source("a b.jsonl", count=2)),
-        ("a#1.jsonl:2", Source("a#1.jsonl", weight=2.0)),
-    ],
-)
-def test_parse_source(text, source):
-    assert parse_source(text) == source
-
-
 def test_an_existing_name_has_no_quantity(tmp_path):
     path = tmp_path / "a.jsonl:2"
     path.touch()
@@ -334,10 +302,6 @@ BROKEN_ROWS = [  # a row, and the line it must give after the file's and the row
         chat(user("Hi"), calling("f", id="a"), {**RESULT, "tool_call_id": "b"}, assistant("x")),
         "message 3: a tool's result without a call that it answers",
     ),
-    (
-        {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"},
-        "different system texts beside the messages, or beside and among them",
-    ),
     ({"instruction": "a", "output": "b", "history": [["q"]]}, '"history" is not supported'),
     (
         {"chat": "Hi"},
@@ -345,10 +309,6 @@ BROKEN_ROWS = [  # a row, and the line it must give after the file's and the row
     ),
     ({"messages": []}, '"messages" is not a list of messages'),
     ({"messages": "Hi"}, '"messages" is a string, not a list of messages; if it is JSON, decode it'),
-    (
-        {"prompt": "Hi", "completion": "No.", "label": False},
-        '"label": false, which says that the completion is not wanted; remove the row',
-    ),
     ({"prompt": 7, "completion": "No."}, '"prompt" and "completion" are not both strings'),
     (chat("Hi"), "message 1: not an object with a role and a content"),
     (chat({"content": "Hi"}), 'message 1: no "role"'),
@@ -365,10 +325,6 @@ BROKEN_ROWS = [  # a row, and the line it must give after the file's and the row
     (chat(user([{"type": "image"}])), "message 1: its content has parts that are not "),
     (chat(user("Hi")), NO_REPLY),
     (chat(user("Hi"), assistant("x", train=False)), "every message of the assistant's is excluded from training"),
-    (
-        chat(user("Hi"), assistant("x", weight=0.5)),
-        'message 2: "weight" does not tell clearly whether to train on it; write "train"',
-    ),
     (chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])), "message 2: a tool call without a name"),
     (
         {"conversations": [{"from": "alice", "value": "Hi"}]},

@@ -33,7 +33,7 @@ from tests.conftest import a_chat, to_flags
 
 @pytest.mark.parametrize("amount", ["", ":2", ":0.5", "#500"])
 @pytest.mark.parametrize("split", ["", "@train", "@train[:50%]+test", "@train[10:20]", "@test[-1:]"])
-@pytest.mark.parametrize("config", ["", ":all", ":20231101.en"])
+@pytest.mark.parametrize("config", ["", ":all", ":v1.0-en", ":20231101.en"])
 @pytest.mark.parametrize("revision", ["", "~main", "~v1.0", "~refs/convert/parquet", f"~{'0123abcd' * 5}"])
 def test_each_part_of_a_hub_name_is_read_as_it_is_written(revision, config, split, amount):
     weight, count = {"": (1.0, None), ":2": (2.0, None), ":0.5": (0.5, None), "#500": (1.0, 500)}[amount]
@@ -41,10 +41,13 @@ def test_each_part_of_a_hub_name_is_read_as_it_is_written(revision, config, spli
     assert parse_source(f"acme/chats{revision}{config}{split}{amount}") == expected
 
 
-@pytest.mark.parametrize("name", ["a@b.jsonl", "a~b.csv", "v1@2/a.tsv.gz", "a:b@c~d#e.json"])
+FILES = ["a.jsonl", "a b.jsonl", "a#1.jsonl", "a@b.jsonl", "a~b.csv", "v1@2/a.tsv.gz", "a:b@c~d#e.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "C:/chats.jsonl", r"C:\chats.jsonl"])
 def test_what_ends_as_a_file_is_a_file_whatever_is_in_its_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for amount, more in (("", {}), (":2", {"weight": 2.0}), ("#7", {"count": 7})):
+    for amount, more in (("", {}), (":2", {"weight": 2.0}), (":0.5", {"weight": 0.5}), ("#7", {"count": 7})):
         assert parse_source(name + amount) == Source(name, **more)
         assert parse_source(f"{tmp_path}/{name}{amount}") == Source(f"{tmp_path}/{name}", **more)
 
