@@ -44,12 +44,17 @@ def test_each_part_of_a_hub_name_is_read_as_it_is_written(revision, config, spli
 FILES = ["a.jsonl", "a b.jsonl", "a#1.jsonl", "a@b.jsonl", "a~b.csv", "v1@2/a.tsv.gz", "a:b@c~d#e.json"]
 
 
-@pytest.mark.parametrize("name", [*FILES, "C:/chats.jsonl", r"C:\chats.jsonl"])
+@pytest.mark.parametrize("name", FILES)
 def test_what_ends_as_a_file_is_a_file_whatever_is_in_its_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for amount, more in (("", {}), (":2", {"weight": 2.0}), (":0.5", {"weight": 0.5}), ("#7", {"count": 7})):
         assert parse_source(name + amount) == Source(name, **more)
         assert parse_source(f"{tmp_path}/{name}{amount}") == Source(f"{tmp_path}/{name}", **more)
+
+
+@pytest.mark.parametrize("name", ["C:/chats.jsonl", r"C:\chats.jsonl"])
+def test_a_drive_is_not_a_quantity(name):
+    assert parse_source(name) == Source(name)
 
 
 def test_what_exists_is_a_file_and_has_no_split(tmp_path, monkeypatch):
