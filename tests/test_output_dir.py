@@ -165,7 +165,7 @@ def test_a_run_writes_only_into_its_directory_and_the_cache(here):
     writable = [here / "run", here / "scratch", os.environ["XDG_CACHE_HOME"]]
     command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--save-every", "1", "--output-dir", "run"]
     script = [*(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(path))}" for path in writable)]
-    script += ["mount -o remount,ro,bind /", f"cd {shlex.quote(str(here))}", "! touch other", shlex.join(command)]
+    script += ["mount -o remount,ro,bind /", f"cd {shlex.quote(str(here))}", "! touch other 2>&1", shlex.join(command)]
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace wants root")
     before = content(here)
