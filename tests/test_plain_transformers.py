@@ -40,24 +40,8 @@ FEW = [
     for shift in (0, 3)
 ]
 FRAGMENTS = ["Hi", "hello there", " ", "  ", "\n", "\n\n", "\n\n\n", "\t", "    ", "é", "e\u0301", "🙂", "你好", "שלום"]
-FRAGMENTS += [
-    "\u00a0",
-    "\u3000",
-    "12",
-    ":",
-    "'s",
-    ".",
-    "ﬁ",
-    "▁",
-    "<|im_",
-    "im_end|>",
-    "<",
-    "[",
-    "[INST",
-    "<s",
-    "user\n",
-]
-FRAGMENTS += ["assistant\n", "ASSISTANT:", "### Response:\n"]
+FRAGMENTS += ["\u00a0", "\u3000", "12", ":", "'s", ".", "ﬁ", "▁", "<|im_", "im_end|>", "<", "[", "[INST"]
+FRAGMENTS += ["<s", "user\n", "assistant\n", "ASSISTANT:", "### Response:\n"]
 OTHERS = st.text(st.characters(codec="utf-8", exclude_characters=SENTINEL), max_size=3)
 CONTENTS = st.lists(st.sampled_from(FRAGMENTS) | OTHERS, min_size=1, max_size=5).map("".join).filter(str.strip)
 CHATS = st.builds(
@@ -168,7 +152,7 @@ def test_the_quickstarts_tokenizer(template, tmp_path):
     except UserError as why:
         pytest.skip(str(why))
     tokenizer.save_pretrained(tmp_path)
-    check_fuzzed(tokenizer, AutoTokenizer.from_pretrained(tmp_path), lossy=True, examples=60)
+    check_fuzzed(tokenizer, AutoTokenizer.from_pretrained(tmp_path), lossy=True, examples=25)
 
 
 # --- answers that join with their header

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def updates(case):
         checkpoint_activations(model)
     optimizer, numbers, evaluations = train.make_optimizer(model, weight_decay=0.1), [], []
     settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
-    with pytest.MonkeyPatch.context() as patch, GradientFloor(model) as floor:
+    alone = contextlib.nullcontext(SimpleNamespace(values=None)) if is_initialized() else GradientFloor(model)
+    with pytest.MonkeyPatch.context() as patch, alone as floor:
         BREAKAGES.get(case.breakage, lambda _: None)(patch)
         for window in windows(case.vocabulary):
             numbers.append(
@@ -103,21 +105,6 @@ def updates(case):
         if isinstance(module, FSDPModule):
             module.reshard()
     return numbers, evaluations, flatten(model.parameters()), floor.values, compiled_graphs()
-
-
-@pytest.fixture(scope="session")
-def worker_pools():
-    """Groups of processes, by their size, each started when it is needed."""
-    started = {}
-
-    def of(size):
-        if size not in started:
-            started[size] = WorkerPool(size)
-        return started[size]
-
-    yield of
-    for pool in started.values():
-        pool.close()
 
 
 def assert_equal(ours, alone):

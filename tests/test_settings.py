@@ -27,30 +27,17 @@ import train as train_command
 from compute.adapters import trained_parameters
 from config import PRESETS, Config, Parser, UserError, flag_name
 from conversations.chatml import MESSAGES as CHATML
-from evaluation import generation
 from running import checkpoint, report, validation
 from storage import hub
 from storage.records import read_record
-from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
+from tests.conftest import CONTROL, byte_tokenizer, tiny_llama, write_rows
 
 ROOT = Path(__file__).parents[1]
 ALL = 40  # conversations: 30 to train on, 8 to evaluate, 2 to test; 6 updates, the first of them with a rate of 0
 UPDATES = 6
-BASE = {
-    "model": "model",
-    "dataset": "chats.jsonl",
-    "eval_fraction": 0.2,
-    "epochs": 1,
-    "batch_size": 5,
-    "lr": 1e-2,
-    "warmup_steps": 1,
-    "seed": 3,
-    "device": "cpu",
-    "dtype": "fp32",
-    "micro_batch_tokens": 250,
-    "eval_every": 2,
-    "save_every": 3,
-}
+BASE = {"model": "model", "dataset": "chats.jsonl", "eval_fraction": 0.2, "epochs": 1, "batch_size": 5, "lr": 1e-2}
+BASE |= {"warmup_steps": 1, "seed": 3, "device": "cpu", "dtype": "fp32", "micro_batch_tokens": 250}
+BASE |= {"eval_every": 2, "save_every": 3}
 
 # --- one run, observed
 
@@ -61,10 +48,6 @@ def chat(number, **columns):
     texts = [f"Count to {number}", counted, "Again", counted[::-1]]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return {"messages": messages, **columns}
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +179,8 @@ class Observer:
 
 def watch(place, settings, observer=None):
     """Run train.py in a directory and observe it; `UserError`s are raised. Returns the observer."""
-    observer, real, stdout = observer or Observer(), generation.generate, io.StringIO()
+    observer, stdout = observer or Observer(), io.StringIO()
     arguments = to_arguments(settings)
-
-    def generate(model, tokenizer, prompts, sampling, _, **options):
-        return real(model, tokenizer, prompts, sampling, 4, **options)
 
     def forward(self, x, forward=LlamaMLP.forward):
         observer.forward_passes += 1
@@ -213,7 +193,6 @@ def watch(place, settings, observer=None):
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.nn.Module, "compile", lambda *a, **o: compile(*a, **o, backend="eager"))
-        patch.setattr(generation, "generate", generate)
         patch.setattr(hub, "find_commit", lambda *_: ("c0ffee", False))
         patch.setattr(hub, "load_hub_dataset", load_hub_dataset)
         if "--compile" in arguments:
