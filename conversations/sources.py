@@ -307,7 +307,7 @@ def parse_json(content):
     """The JSON value in some bytes, or an `InvalidRow`, with the number of its `line`."""
     line = 1
     try:
-        text = content.decode("utf-8-sig").rstrip()
+        text = content.removeprefix(BOM).decode().rstrip()
         return json.loads(text)
     except UnicodeDecodeError as error:
         *earlier, last = content[: error.start].split(b"\n")
