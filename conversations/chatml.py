@@ -4,10 +4,11 @@ It begins with what the tokenizer puts before a text by itself, such as the BOS 
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import AddedToken
 
-from conversations.templates import get_template, join_turns, with_conversation
+from conversations.templates import NEXT, get_template, join_turns, with_conversation
 
 START, END = "<|im_start|>", "<|im_end|>"
 # Without the flags of some models' own, as Phi 4's, which absorb the space beside them.
@@ -40,16 +41,24 @@ def is_chatml(tokenizer):
 
 
 def encode_chatml(conversations, tokenizer):
-    """Conversations in ChatML: for each its examples, as `join_turns` returns them.
+    """Conversations in ChatML: an iterator over the examples of each, as `join_turns` returns them.
 
     The texts between control tokens are encoded as plain text, in one call, and those tokens are inserted as ids. So no
-    text can become a control token.
+    text can become a control token. The call begins at once, in a thread, and runs beside Python.
     """
+    texts = [f"{message['role']}\n{message['content']}" for messages in conversations for message in messages]
+    encoder, thread = get_template(tokenizer).get_encoder(NEXT), ThreadPoolExecutor(1)
+    encodings = thread.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)
+    thread.shutdown(wait=False)  # when it has encoded the texts
+    return join_runs(conversations, encodings, tokenizer)
+
+
+def join_runs(conversations, encodings, tokenizer):
+    """Yield the examples of each conversation, of a future with the encodings of their texts."""
     template = get_template(tokenizer)
     opening, (start, end) = map(tokenizer.convert_tokens_to_ids, (find_opening(tokenizer), [START, END]))
     header, newline = template.encode_runs(["assistant\n", "\n"])
-    runs = iter(template.encode_runs([f"{m['role']}\n{m['content']}" for messages in conversations for m in messages]))
-    encoded = []
+    runs = (encoding.ids for encoding in encodings.result())
     for messages in conversations:
         ids, turns = list(opening), []
         with with_conversation(messages):
@@ -60,8 +69,7 @@ def encode_chatml(conversations, tokenizer):
                     template.check_decoded(answer, message["content"], number)
                     turns.append(([*ids, start, *header], [*answer, end, *newline]))
                 ids += [start, *run, end, *newline]
-        encoded.append(join_turns(turns, ids))
-    return encoded
+        yield join_turns(turns, ids)
 
 
 def encode_prompt(messages, tokenizer):

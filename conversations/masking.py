@@ -5,6 +5,7 @@ context, with the label -100. A conversation is one example, or a few where its 
 once others follow it. docs/masking.md has the definition.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,16 @@ def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: s
 
 
 def encode_each(conversations: list, tokenizer, supervise="all", max_length=None) -> list[list[Example]]:
-    """Conversations to their `Example`s: for each a list of one, or of as few as its template needs.
+    """Conversations to their `Example`s, for each a list; the arguments and errors are those of `encode_as_lists`."""
+    encoded = encode_as_lists(conversations, tokenizer, supervise, max_length)
+    tensor = functools.partial(torch.tensor, dtype=torch.long)
+    return [[Example(tensor(ids), tensor(labels)) for ids, labels in examples] for examples in encoded]
+
+
+def encode_as_lists(conversations, tokenizer, supervise="all", max_length=None):
+    """Conversations to their examples, pairs of lists `(ids, labels)`: for each one, or as few as its template needs.
+
+    The tokenizer begins at once, in a thread; an iterator makes the examples. A million tensors would take a minute.
 
     Args:
         conversations: lists of messages, as `conversations.formats` makes them.
@@ -55,11 +65,11 @@ def encode_each(conversations: list, tokenizer, supervise="all", max_length=None
     marked = [mark_supervised(messages, supervise) for messages in chats]
     encode_marked = encode_chatml if is_chatml(tokenizer) else templates.encode
     encoded = iter(encode_marked(marked, tokenizer))
-    return [found or [make_example(*example) for example in next(encoded)] for found in without_turns]
+    return (found or [(ids, make_labels(ids, spans)) for ids, spans in next(encoded)] for found in without_turns)
 
 
 def encode_without_turns(messages, tokenizer, max_length=None):
-    """The `Example`s of a text or of token ids with labels, as `conversations.formats` has them; None for a chat.
+    """The examples of a text or of token ids with labels, as `conversations.formats` has them; None for a chat.
 
     A text ends with the stop token, and begins with BOS where the tokenizer writes one. A longer one is cut; each
     part begins with the last token of the one before it, so that every token but the first is predicted once.
@@ -67,17 +77,16 @@ def encode_without_turns(messages, tokenizer, max_length=None):
     message = messages[0] if messages else {}
     role = message.get("role")
     if role == "tokens":
-        return [Example(torch.tensor(message["content"]), torch.tensor(message["labels"]))]
+        return [(message["content"], message["labels"])]
     if role != "text":
         return None
     has_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     begin = [tokenizer.bos_token_id] if has_bos else []
-    ids = torch.tensor(begin + encode_texts([message["content"]], tokenizer)[0] + [tokenizer.eos_token_id])
+    ids = begin + encode_texts([message["content"]], tokenizer)[0] + [tokenizer.eos_token_id]
     length = max_length or tokenizer.model_max_length
-    labels = ids.clone()
-    labels[: len(begin)] = IGNORE
+    labels = [IGNORE] * len(begin) + ids[len(begin) :]
     starts = range(0, max(1, len(ids) - 1), max(1, length - 1))
-    return [Example(ids[start : start + length], labels[start : start + length]) for start in starts]
+    return [(ids[start : start + length], labels[start : start + length]) for start in starts]
 
 
 def mark_supervised(messages, supervise):
@@ -89,13 +98,12 @@ def mark_supervised(messages, supervise):
     ]
 
 
-def make_example(ids, spans):
-    """An `Example` of ids in which some spans `(begin, end)` are supervised."""
-    input_ids = torch.tensor(ids, dtype=torch.long)
-    labels = torch.full_like(input_ids, IGNORE)
+def make_labels(ids, spans):
+    """The labels of ids of which some spans `(begin, end)` are supervised; lists."""
+    labels = [IGNORE] * len(ids)
     for begin, end in spans:
-        labels[begin:end] = input_ids[begin:end]
-    return Example(input_ids, labels)
+        labels[begin:end] = ids[begin:end]
+    return labels
 
 
 def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:

@@ -330,10 +330,14 @@ class Template:
 
     def encode_runs(self, texts, kind=NEXT):
         """The ids of texts of a kind, a list each; what looks like a control token in them stays text."""
+        encodings = self.get_encoder(kind).encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def get_encoder(self, kind):
+        """The tokenizer of runs of a kind."""
         if kind not in self.encoders:
             self.encoders[kind] = make_encoder(self.tokenizer, self.control, kind)
-        encodings = self.encoders[kind].encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self.encoders[kind]
 
     def encode_answer(self, turn):
         """The ids of an answer, as they follow its prompt."""
@@ -533,12 +537,11 @@ def encode_prompt(messages, tokenizer):
 
 
 def encode(conversations, tokenizer):
-    """Conversations by the tokenizer's own template: for each its examples, as `join_turns` returns them."""
-    template, encoded = get_template(tokenizer), []
+    """Yield the examples of each conversation, by the tokenizer's own template, as `join_turns` returns them."""
+    template = get_template(tokenizer)
     for messages in conversations:
         with with_conversation(messages):
-            encoded.append(template.examples(template.extract_inline(messages)))
-    return encoded
+            yield template.examples(template.extract_inline(messages))
 
 
 def arguments_of(template):
