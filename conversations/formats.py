@@ -13,10 +13,13 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from config import UserError
-from conversations.sources import InvalidRow, Source, is_conversation, read_rows
+from conversations.sources import InvalidRow, Source, read_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
@@ -50,11 +53,10 @@ FLAG_NAME = re.compile(  # of others, which may mean either, as `mask` does, or 
 # The keys of shapes that are not read, and what to do.
 QUESTION_KEYS = "prompt question query problem instruction input inputs user human".split()
 ANSWER_KEYS = "completion response answer output outputs target targets solution assistant gpt".split()
-SHAPES = {
-    **{
-        name: f'use --columns messages={name}, if it is a list of objects with "role" and "content"'
-        for name in "conversation dialog dialogue chat turns items".split()
-    },
+SHAPES = dict.fromkeys(
+    "conversation dialog dialogue chat turns items".split(),
+    'use --columns messages={}, if it is a list of objects with "role" and "content"',
+) | {
     "rejected": "these are preferences; to train on the chosen answers alone, --columns messages=chosen if it is a "
     'list of messages, or --columns completion=chosen if it is the answer to a "prompt"',
     "input_ids": 'it needs "labels", -100 where a token is not supervised; or name the conversations',
@@ -115,46 +117,40 @@ class ReadReport:
             raise UserError(f"{problems[0]}; correct that row{advice}")
         limit = f", more than --skip-bad-rows {skip_bad_rows:g}" if skip_bad_rows else ""
         summary = f"{count:,} of {self.rows:,} rows are invalid{limit}; correct them{advice}"
-        more = sum(list(self.bad.values())[SHOWN_PROBLEMS:])
-        rest = [f"… and {more:,} more"] if more else []
+        if more := sum(list(self.bad.values())[SHOWN_PROBLEMS:]):
+            problems[SHOWN_PROBLEMS:] = [f"… and {more:,} more"]
         separator = ": " if len(problems) == 1 and count == self.rows else "\n  "
-        raise UserError(separator.join([summary, *problems[:SHOWN_PROBLEMS], *rest]))
+        raise UserError(separator.join([summary, *problems]))
 
 
-def read_conversations(
-    sources,
-    split="train",
-    max_examples=0,
-    skip_bad_rows=0.0,
-    plain=False,
-    drop=(),
-    columns=None,
-    vocabulary=math.inf,
-    report=None,
-):
-    """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked.
+class Reading(NamedTuple):
+    """How rows are read."""
 
-    Args:
-        max_examples: stop after so many rows; 0: all.
-        skip_bad_rows: the share of rows that may be left out; 0: none.
-        plain: refuse tools, reasoning and arguments of a template, for which ChatML has no place.
-        drop: the columns without which the rows are read.
-        columns: new names of columns, by the names they have.
-        vocabulary: the number of token ids, for rows of them.
-        report: a `ReadReport` to fill; it is checked once all rows have been read.
+    split: str = "train"  # of a Hub dataset that names none
+    max_examples: int = 0  # stop after so many rows; 0: all
+    skip_bad_rows: float = 0.0  # the share of rows that may be left out
+    plain: bool = False  # refuse tools, reasoning and arguments of a template, for which ChatML has no place
+    drop: tuple = ()  # the columns without which the rows are read
+    columns: Mapping = MappingProxyType({})  # new names of columns, by the names they have
+    vocabulary: float = math.inf  # the number of token ids, for rows of them
+
+
+def read_conversations(sources, report=None, **options):
+    """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked; options: `Reading`'s.
+
+    A `ReadReport` is filled, and it is checked once all rows have been read.
     """
-    report, columns = ReadReport() if report is None else report, columns or {}
-    numbered = ((number, row) for number, source in enumerate(sources) for row in read_rows(source, split))
-    for number, (location, row) in itertools.islice(numbered, max_examples or None):
+    report, reading = ReadReport() if report is None else report, Reading(**options)
+    numbered = ((number, row) for number, source in enumerate(sources) for row in read_rows(source, reading.split))
+    for number, (location, row) in itertools.islice(numbered, reading.max_examples or None):
         report.rows += 1
         try:
-            row = select_columns(row, drop, columns, report.found)
-            messages = parse_row(row, report, plain, columns.values(), vocabulary)
+            messages = parse_row(select_columns(row, reading, report.found), report, reading)
         except InvalidRow as problem:
             report.add_bad_row(problem, location)
         else:
             yield location, number, messages
-    report.check(skip_bad_rows)
+    report.check(reading.skip_bad_rows)
     if report.rows == report.bad.total():
         names = " ".join(source.name for source in sources)
         raise UserError(f"--dataset {names}: it has no valid conversations")
@@ -170,7 +166,7 @@ def read_file(path, **options):
 
 def parse_columns(texts):
     """The new names of columns by those they have, a dict, from `new=old`; `UserError` where that is not clear."""
-    columns, known = {}, sorted(set().union(*(used for _, _, used, _ in FORMATS)))
+    columns, known = {}, sorted(set().union(*(keys + more for _, keys, more, _ in FORMATS)))
     for text in texts:
         new, _, old = text.partition("=")
         if not old or new not in known:
@@ -182,10 +178,10 @@ def parse_columns(texts):
     return columns
 
 
-def select_columns(row, drop, columns, found):
+def select_columns(row, reading, found):
     """A row without some columns, and with other names for some, which no other column of it may have."""
-    chosen = row.keys() & {*drop, *columns} if isinstance(row, dict) else ()
-    if not chosen:
+    drop, columns = reading.drop, reading.columns
+    if not isinstance(row, dict) or not (chosen := row.keys() & {*drop, *columns}):
         return row
     found |= chosen
     renamed = {columns[name]: row[name] for name in row if name in columns and name not in drop}
@@ -196,28 +192,26 @@ def select_columns(row, drop, columns, found):
     return rest | renamed
 
 
-def parse_row(row, report, plain=False, renamed=(), vocabulary=math.inf):
+def parse_row(row, report, reading):
     """The messages of a row in any known format; `InvalidRow` if it has none, or nothing that can be supervised."""
     if isinstance(row, InvalidRow):
         raise row
-    if is_conversation(row):
-        row = {"messages": row}
     if not isinstance(row, dict):
         raise InvalidRow("not a JSON object")
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
-    name, keys, used, parse = next((entry for entry in FORMATS if row.keys() >= {*entry[1]}), FORMATS[-1])
+    name, keys, more, parse = next((entry for entry in FORMATS if row.keys() >= {*entry[1]}), FORMATS[-1])
     if name == "text":  # which beside a known shape is not what the row is about
         explain_format(row)
-    unused = {key: value for key, value in row.items() if key not in used}
+    unused = {key: value for key, value in row.items() if key not in keys and key not in more}
     check_columns(row, unused)
-    if ignored := unused.keys() & {*renamed}:
+    if ignored := unused.keys() & {*reading.columns.values()}:
         advice = f"--drop-columns {' '.join(keys)}"
         raise InvalidRow(f'--columns: "{min(ignored)}" is not read where the row is one of {name}; {advice}')
     messages = parse(row, report)
-    if name == "tokens":
-        check_vocabulary(messages[0]["content"], vocabulary)
-    elif name != "text":
-        messages = parse_chat(messages, row, plain)
+    if name not in ("text", "tokens"):
+        messages = parse_chat(messages, row, reading.plain)
+    elif name == "tokens" and not 0 <= min(messages[0]["content"]) <= max(messages[0]["content"]) < reading.vocabulary:
+        raise InvalidRow(f"a token id is not from 0 to {reading.vocabulary - 1}, as the tokenizer's are")
     report.formats[name] += 1
     report.ignored |= unused.keys()
     return messages
@@ -233,7 +227,7 @@ def explain_format(row):
         raise InvalidRow(f'no known format: it has "{question}" and "{answer}"; use --columns {advice}')
     for key, advice in SHAPES.items():
         if key in row:
-            raise InvalidRow(f'no known format: it has "{key}"; {advice}')
+            raise InvalidRow(f'no known format: it has "{key}"; {advice.format(key)}')
     if "text" not in row:
         known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
         raise InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
@@ -288,8 +282,8 @@ def is_flag(name):
 
 def parse_chat(messages, row, plain):
     """Messages with the system text, the tools and the arguments of the template that a row has beside them."""
-    tools = parse_tools(row.get("tools"))
-    options = parse_template_options(row.get("chat_template_kwargs"))
+    tools, options = parse_tools(row), parse_column(row, "chat_template_kwargs", dict, "a JSON object")
+    options = {name: item for name, item in options.items() if item not in (None, "", [], {})}  # as tables fill it
     if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         match_results_to_calls(messages, tools)
     if plain:
@@ -308,8 +302,7 @@ def check_plain(messages, tools, options):
     """Raise `InvalidRow` for what ChatML has no place for."""
     found = [(name, "") for name, value in (("tools", tools), ("chat_template_kwargs", options)) if value]
     for number, message in enumerate(messages, 1):
-        for key in message.keys() & NOT_PLAIN.keys():
-            found += [(NOT_PLAIN[key], f"message {number}")]
+        found += [(NOT_PLAIN[key], f"message {number}") for key in NOT_PLAIN if key in message]
     for what, where in found:
         advice = "use --chat-template model, or a file, with a template that has it, or write it into the content"
         also = "" if where else f", or --drop-columns {what}"
@@ -324,7 +317,8 @@ def place_system_text(messages, row):
     among = {message["content"].strip() for message in messages if message["role"] == "system"}
     if len(texts) > 1 or (among and texts.keys() - among):
         raise InvalidRow("different system texts beside the messages, or beside and among them")
-    return messages if among else [*(make_message("system", text, "system") for text in texts.values()), *messages]
+    system = [{"role": "system", "content": text, "train": True} for text in texts.values()]
+    return messages if among else system + messages
 
 
 def match_results_to_calls(messages, tools):
@@ -339,13 +333,12 @@ def match_results_to_calls(messages, tools):
                     raise InvalidRow("a call to a tool that is not among its tools", f"message {number}, {name!r:.40}")
         elif has_calls or "tool_call_id" in message:
             identity, name = message.get("tool_call_id"), message.get("name")
-            for call in open_calls:
-                if identity in (None, call.get("id", identity)) and name in (None, call["function"]["name"]):
-                    break
-            else:
+            answered = [call for call in open_calls if identity in (None, call.get("id", identity))]
+            answered = [call for call in answered if name in (None, call["function"]["name"])]
+            if not answered:
                 raise InvalidRow("a tool's result without a call that it answers", f"message {number}")
-            open_calls.remove(call)
-            message["name"] = call["function"]["name"]
+            open_calls.remove(answered[0])
+            message["name"] = answered[0]["function"]["name"]
 
 
 # --- a message
@@ -370,10 +363,9 @@ def parse_message(given, where):
     """A message, and the keys it has that are not used."""
     if not isinstance(given, dict):
         raise InvalidRow("not an object with a role and a content", where)
-    if None in given.values():
-        given = {name: value for name, value in given.items() if value is not None}
-    if "role" not in given:
-        given = {KEY_NAMES.get(name, name): value for name, value in given.items()}
+    if "role" not in given or None in given.values():
+        names = {} if given.get("role") is not None else KEY_NAMES
+        given = {names.get(name, name): value for name, value in given.items() if value is not None}
     if "role" not in given:
         raise InvalidRow('no "role"', where)
     role = ROLE_NAMES.get(str(given["role"]))
@@ -418,11 +410,6 @@ def parse_more(given, role, where):
     return more
 
 
-def make_message(role, content, key):
-    """A message of the content that a row has under a key."""
-    return {"role": role, "content": parse_text(content, f'"{key}"'), "train": True}
-
-
 def parse_text(content, where, what="its content", may_be_empty=False):
     """A content as a string: a string, or a list of text parts, joined."""
     if isinstance(content, list):
@@ -446,12 +433,12 @@ def parse_text(content, where, what="its content", may_be_empty=False):
 # --- tools
 
 
-def parse_template_options(value):
-    """A row's own arguments of the chat template; in a table null, "" and [] stand for those that are not given."""
-    options = {} if value in EMPTY else parse_json_value(value, '"chat_template_kwargs"', "")
-    if not isinstance(options, dict):
-        raise InvalidRow('"chat_template_kwargs" is not a JSON object')
-    return {name: item for name, item in options.items() if item not in (None, "", [], {})}
+def parse_column(row, name, kind, kind_name):
+    """The JSON list or object that a row may have in a column, as it is or as JSON text; an empty one for none."""
+    value = kind() if row.get(name) in EMPTY else parse_json_value(row[name], f'"{name}"', "")
+    if not isinstance(value, kind):
+        raise InvalidRow(f'"{name}" is not {kind_name}')
+    return value
 
 
 def parse_json_value(value, what, where):
@@ -484,11 +471,9 @@ def parse_tool_call(call, where):
     return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def parse_tools(value):
-    """The tools on offer, as JSON schemas in OpenAI's form; empty where there are none."""
-    tools = [] if value in EMPTY else parse_json_value(value, '"tools"', "")
-    if not isinstance(tools, list):
-        raise InvalidRow('"tools" is not a list of tools')
+def parse_tools(row):
+    """The tools on offer in a row, as JSON schemas in OpenAI's form; empty where there are none."""
+    tools = parse_column(row, "tools", list, "a list of tools")
     problem = "not an object with the name of a function"
     functions = [parse_function(tool, problem, f"tool {number}") for number, tool in enumerate(tools, 1)]
     return [{"type": "function", "function": function} for function in functions]
@@ -497,31 +482,29 @@ def parse_tools(value):
 # --- the formats
 
 
+def parse_texts(row, _report, **roles):
+    """Messages of the texts that a row has in some columns, by their roles."""
+    return [{"role": role, "content": parse_text(row[key], f'"{key}"'), "train": True} for key, role in roles.items()]
+
+
 def parse_prompt_and_completion(row, report):
     """A prompt and its completion, as strings or as messages; only the completion is supervised."""
-    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        return [
-            make_message("user", row["prompt"], "prompt"),
-            make_message("assistant", row["completion"], "completion"),
-        ]
-    if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+    kinds = {type(row["prompt"]), type(row["completion"])}
+    if kinds == {str}:
+        return parse_texts(row, report, prompt="user", completion="assistant")
+    if kinds != {list}:
         raise InvalidRow('"prompt" and "completion" are not both strings, or both lists of messages')
     prompt, completion = (parse_messages(row, report, key) for key in ("prompt", "completion"))
     return [{**message, "train": False} for message in prompt] + completion
 
 
-def parse_alpaca(row, _report):
+def parse_alpaca(row, report):
     """Alpaca: an instruction, perhaps with an input, and the output."""
     parts = [row["instruction"], row.get("input", "")]
     if not all(isinstance(part, str) for part in parts):
         raise InvalidRow('"instruction" or "input" is not a string')
     question = "\n\n".join(part for part in parts if part.strip())
-    return [make_message("user", question, "instruction"), make_message("assistant", row["output"], "output")]
-
-
-def parse_plain_text(row, _report):
-    """A text without turns, all of which is supervised."""
-    return [make_message("text", row["text"], "text")]
+    return parse_texts({**row, "instruction": question}, report, instruction="user", output="assistant")
 
 
 def parse_tokens(row, _report):
@@ -545,23 +528,12 @@ def parse_tokens(row, _report):
     return [{"role": "tokens", "content": ids, "labels": labels}]
 
 
-def check_vocabulary(ids, vocabulary):
-    """Raise `InvalidRow` where token ids are none of the tokenizer's."""
-    if not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise InvalidRow(f"a token id is not from 0 to {vocabulary - 1}, as the tokenizer's are")
-
-
-# The name of each format, the keys by which it is known, all keys that are used, and its parser.
+# The name of each format, the keys by which it is known, its other keys, and its parser.
 FORMATS = (
-    ("messages", ("messages",), {"messages", *CHAT_KEYS}, parse_messages),
-    (
-        "ShareGPT",
-        ("conversations",),
-        {"conversations", *CHAT_KEYS},
-        functools.partial(parse_messages, key="conversations"),
-    ),
-    ("prompt/completion", ("prompt", "completion"), {"prompt", "completion", *CHAT_KEYS}, parse_prompt_and_completion),
-    ("Alpaca", ("instruction", "output"), {"instruction", "input", "output", *CHAT_KEYS}, parse_alpaca),
-    ("tokens", ("input_ids", "labels"), {"input_ids", "labels", "attention_mask"}, parse_tokens),
-    ("text", ("text",), {"text"}, parse_plain_text),
+    ("messages", ("messages",), CHAT_KEYS, parse_messages),
+    ("ShareGPT", ("conversations",), CHAT_KEYS, functools.partial(parse_messages, key="conversations")),
+    ("prompt/completion", ("prompt", "completion"), CHAT_KEYS, parse_prompt_and_completion),
+    ("Alpaca", ("instruction", "output"), ("input", *CHAT_KEYS), parse_alpaca),
+    ("tokens", ("input_ids", "labels"), ("attention_mask",), parse_tokens),
+    ("text", ("text",), (), functools.partial(parse_texts, text="text")),
 )

@@ -12,7 +12,7 @@ from test_templates import QWEN3, QWEN_TOKENS, tokenizer_with
 from config import UserError
 from conversations import corpus, formats
 from conversations.chatml import is_chatml
-from conversations.formats import ReadReport, parse_row
+from conversations.formats import Reading, ReadReport, parse_row
 from conversations.masking import encode_each
 from conversations.sources import InvalidRow, Source
 from conversations.templates import TemplateError
@@ -74,7 +74,7 @@ def make_row_by_row(rows, path, tokenizer, skip):
         for number, row in enumerate(rows, 1):
             report.rows += 1
             try:
-                read.append((f"{path}:{number}", parse_row(row, report, is_chatml(tokenizer))))
+                read.append((f"{path}:{number}", parse_row(row, report, Reading(plain=is_chatml(tokenizer)))))
             except InvalidRow as problem:
                 report.add_bad_row(problem, f"{path}:{number}")
         report.check(skip)
