@@ -3,8 +3,8 @@
 A conversation is a list of messages `{"role", "content", "train"}`; `train` says whether an assistant's message may be
 supervised. An assistant's message may have `tool_calls`, as OpenAI writes them with arguments as an object, and its
 reasoning as `thinking`; a tool's result the `name` of the tool and its `tool_call_id`; the first message the `tools` on
-offer, as JSON schemas, and the row's own arguments of the chat template, `template_options`. Every row is checked
-before anything is tokenised, and an invalid one is named by file and line.
+offer, as JSON schemas, and the row's own arguments of the chat template, `template_options`. Every row is checked,
+and an invalid one is named by file and line.
 """
 
 import functools
