@@ -7,6 +7,7 @@ batch by batch, and memory-mapped; its columns are arrays, as a million Python o
 
 import collections
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -87,7 +88,11 @@ def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     key = cache_key(sources, tokenizer, {**reading, "supervise": config.supervise, "max_length": max_length})
 
     def write(directory):
-        make_corpus(directory, sources, reading, tokenizer, config.supervise, max_length)
+        gc.freeze()  # what the libraries have made, which Python would look through again every 10,000 rows
+        try:
+            make_corpus(directory, sources, reading, tokenizer, config.supervise, max_length)
+        finally:
+            gc.unfreeze()
 
     directory = cached(f"corpora/{key[:16]}", {"key": key}, write, "the cached corpus")
     notes, absent = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
