@@ -15,7 +15,7 @@ test: $(VENV)/dev.installed
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/dev.installed
-	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_push.py tests/test_causal_models.py \
+	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_self_check.py tests/test_causal_models.py \
 		tests/test_plain_transformers.py tests/test_compile.py tests/test_hub.py tests/test_network.py -m "slow or not slow"
 
 lint: $(VENV)/dev.installed

@@ -69,8 +69,10 @@ def explain_machine_errors(advice: str) -> Iterator[None]:
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 WHOLE_OR_SHARE = ("a whole number, or a fraction below 1", lambda value: value >= 0 and (value < 1 or value % 1 == 0))
 NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
+POSITIVE = ("above 0", lambda value: value > 0)
 FRACTION = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 POSITIVE_FRACTION = ("above 0 and below 1", lambda value: 0 < value < 1)
+LORA_RATE = 10  # adapters take ten times the learning rate of all weights, nearly whatever their rank
 MAX_NUMBER = 2**62  # above every setting: seeds, and their sum with an epoch, are 64-bit integers
 
 # The groups of --help, each by its first setting.
@@ -154,6 +156,13 @@ class Config:
     adam_beta2: float = setting(0.999, "AdamW's beta2, the decay of its mean squared gradient", FRACTION)
     weight_decay: float = setting(0.1, "AdamW's weight decay; biases and norms have none", NOT_NEGATIVE)
     max_grad_norm: float = setting(1.0, "gradient norm above which the gradient is clipped; 0: never", NOT_NEGATIVE)
+    lora_rank: int = setting(
+        0,
+        "rank of adapters (LoRA) that are trained beside each frozen matrix; their default --lr is ten times as high; "
+        "0: none, all weights are trained",
+        NOT_NEGATIVE,
+    )
+    lora_alpha: int | float = setting(32, "what adapters give is multiplied by this number / rank", POSITIVE)
     seed: int = setting(42, "seed of the splits, the epoch order and the sampled answers", NOT_NEGATIVE)
 
     device: str = setting("auto", "auto (CUDA if there is one, else the CPU), cpu, cuda or cuda:N")
@@ -299,12 +308,17 @@ def resolve(overrides: dict, preset: str) -> Config:
     overrides, settings = lists_to_tuples(overrides), PRESETS[preset]
     if overrides.get("dataset", settings.get("dataset")) != settings.get("dataset"):
         settings = {name: value for name, value in settings.items() if name == "model"}
-    config = Config(**{**settings, **overrides, "preset": preset})
+    named = {**settings, **overrides, "preset": preset}
+    if named.get("lora_rank"):
+        named = {"lr": LORA_RATE * Config.lr, **named}
+    config = Config(**named)
     for each in dataclasses.fields(Config):
         check_rule(getattr(config, each.name), each, flag_name(each.name))
     for name, schedules in (("min_lr", "cosine linear wsd"), ("decay_fraction", "wsd")):
         if config.schedule not in schedules and getattr(config, name) != getattr(Config(), name):
             raise UserError(f"{flag_name(name)} has no effect on --schedule {config.schedule}; leave it out")
+    if not config.lora_rank and config.lora_alpha != Config.lora_alpha:
+        raise UserError("--lora-alpha has no effect without --lora-rank; leave it out")
     if config.eval_fraction + config.test_fraction >= 1:
         fractions = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
         raise UserError(f"{fractions} leave nothing to train on")

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compute.adapters import merge_adapters
 from compute.distributed import all_gather, rank
 from compute.layers import in_eval_mode
 from compute.layout import Layout
@@ -33,9 +35,10 @@ from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
 from evaluation.texts import load_text, read_prompts
-from model import Precision, choose_precision, load_model, loss_and_correct
+from model import Precision, choose_precision, load_model, loss_and_correct, save_model
 from storage import hub
-from storage.durable import replace_file
+from storage.adapter import is_adapter
+from storage.durable import atomic_directory, replace_file
 
 DEFAULT_PROMPTS = ("What is the capital of France?", "Who are you?")
 
@@ -117,6 +120,8 @@ def main(argv):
         check_candidates(candidates, options)
         if overrides.keys() & {"dataset", "eval_dataset"}:
             check_sources(candidates[0].config)
+        if options.merge:
+            return merge(candidates[0], options.merge, overrides.get("dtype", "auto"))
         if options.chat:
             return chat(candidates[0], options)
         against = find_model(options.against)[0] if options.against else None
@@ -149,6 +154,7 @@ def make_parser():
     add("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500)")
     add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     add("--json", action="store_true", help="one JSON object instead of text")
+    add("--merge", metavar="DIR", help="write the run's best model with its adapters merged; in --dtype, else fp32")
     add("--push-to-hub", metavar="ID", help="upload the run's best model to the Hub, to a private repository")
     parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
     return parser
@@ -157,8 +163,8 @@ def make_parser():
 def check_options(options):
     """Raise `UserError` for options that exclude each other or break their rule."""
     values = vars(options)
-    for action, what in (("chat", "is a conversation"), ("push_to_hub", "only uploads")):
-        for name in ("chat", "against", "text", "prompts", "html", "json"):
+    for action, what in (("chat", "is a conversation"), ("push_to_hub", "only uploads"), ("merge", "only merges")):
+        for name in ("chat", "against", "text", "prompts", "html", "json", "merge", "push_to_hub"):
             if values[action] and values[name] and name != action:
                 raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     for name, valid, rule in (
@@ -169,7 +175,7 @@ def check_options(options):
     ):
         if not valid:
             raise UserError(f"{flag_name(name)} must be {rule}, not {values[name]}")
-    for name in ("chat", "html", "push_to_hub"):
+    for name in ("chat", "html", "merge", "push_to_hub"):
         if values[name] and len(options.models_or_runs) > 1:
             raise UserError(f"{flag_name(name)} is about one run; name one")
 
@@ -191,9 +197,10 @@ def check_candidates(candidates, options):
 def chat(candidate, options):
     """Chat with a model until the user quits; returns the exit status."""
     config = candidate.config
-    path, local_files_only = hub.find_model(candidate.model)
+    path, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
-    model = load_model(path, tokenizer, choose_precision(config.device, config.dtype).device, local_files_only)
+    precision = choose_precision(config.device, config.dtype)
+    model = load_model(path, tokenizer, precision.device, local_files_only, frozen_dtype=precision.dtype)
     run_chat(Chat(model, tokenizer, get_sampling(options, config.seed), options.max_new_tokens, options.system))
     return 0
 
@@ -229,7 +236,7 @@ class ModelReport(NamedTuple):
 def evaluate_model(model_name, config, options):
     """The `ModelReport` on a model: its losses on the splits and on a plain text, and its answers."""
     precision = choose_precision(config.device, config.dtype)
-    path, local_files_only = hub.find_model(model_name)
+    path, local_files_only = hub.find_model(model_name, may_be_adapter=True)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
     prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
     check_prompt_lengths(prompts, tokenizer, options)
@@ -237,9 +244,7 @@ def evaluate_model(model_name, config, options):
     splits = load_splits(config, tokenizer, options)
     examples = {name: split.examples for name, split in splits.items()} | {"text": text}
     longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=256)
-    model = load_model(path, tokenizer, precision.device, local_files_only)
-    pad_id = tokenizer.pad_token_id
-    layout = choose_layout(model, loss_and_correct, config, pad_id, precision, longest=longest, training=False)
+    model, layout = load_for_evaluation(path, local_files_only, tokenizer, precision, config, longest)
     held_out = {name: rows for name, rows in examples.items() if rows and name != "train"}
     evaluations = {name: evaluate(model, rows, layout, precision) for name, rows in held_out.items()}
     losses = {name: evaluation.report() for name, evaluation in evaluations.items()}
@@ -257,6 +262,45 @@ def evaluate_model(model_name, config, options):
         "finished": sum(answer.finished for answer in answers),
     }
     return ModelReport(report, tokenizer, examples, evaluations)
+
+
+def load_for_evaluation(path, local_files_only, tokenizer, precision, config, longest):
+    """The model at a path, and its layout for evaluations of conversations of at most `longest` tokens."""
+    model = load_model(path, tokenizer, precision.device, local_files_only, frozen_dtype=precision.dtype)
+    pad_id = tokenizer.pad_token_id
+    return model, choose_layout(model, loss_and_correct, config, pad_id, precision, longest=longest, training=False)
+
+
+def merge(candidate, directory, dtype):
+    """Write the best model of a run with its adapters merged into it, and print the loss that chose it, also of that.
+
+    They are merged in fp32. It is stored in `dtype`, "auto" for fp32. Returns the exit status.
+    """
+    config, path = candidate.config, Path(directory).expanduser()
+    if candidate.run is None or not is_adapter(candidate.model):
+        raise UserError(f"--merge: {candidate.model} is not a run with adapters; there is nothing to merge")
+    if path.exists():
+        raise UserError(f"--merge {path}: it exists already; name a new directory")
+    facts, stored = run_facts(candidate.run), "fp32" if dtype == "auto" else dtype
+    precision = choose_precision(config.device, facts["precision"])
+    tokenizer = load_tokenizer(candidate.model, True, config.chat_template, config.template_option)
+    split = load_data(config, tokenizer).eval
+    losses = {"as trained": (facts["losses"]["eval"]["after"] or {}).get("loss")}
+
+    def add_loss(what, directory):
+        if split.examples:
+            evaluated, layout = load_for_evaluation(directory, True, tokenizer, precision, config, split.longest)
+            losses[what] = evaluate(evaluated, split.examples, layout, precision).loss
+
+    add_loss("adapters read back", candidate.model)
+    model = load_model(candidate.model, tokenizer, torch.device("cpu"))
+    merge_adapters(model)
+    with atomic_directory(path, None) as partial:
+        save_model(model.to(Precision(stored, model.device).dtype), tokenizer, partial)
+        add_loss(f"merged, stored in {stored}", partial)
+    known = [f"{loss:.4f} {what}" for what, loss in losses.items() if loss is not None]
+    print(f"written to {path}; eval loss: {', '.join(known) or 'not known, as the run has no eval split'}")
+    return 0
 
 
 def load_splits(config, tokenizer, options):

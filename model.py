@@ -5,18 +5,19 @@ import json
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from compute import cross_entropy
+from compute import adapters, cross_entropy
 from compute.distributed import (
     broadcast_from_rank0,
     check_own_device,
@@ -29,6 +30,7 @@ from compute.distributed import (
 from compute.layers import without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
+from storage import adapter
 from storage.hub import LOADING_ERRORS, explain_load_error, model_directory, pretrained
 
 MAX_NEW_EMBEDDINGS = 1024  # for tokens that a tokenizer has and a model has not
@@ -39,7 +41,7 @@ KEPT += [f"{name}*" for word in ("license", "notice", "use_policy") for name in 
 # Files that `save_model` writes anew, weights in other formats, and what is about the model that training started from.
 REPLACED = re.compile(
     r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?|MANIFEST)\.json|README\.md|\..*|"
-    r"vocab\.txt|merges\.txt|chat_template\.\w+|additional_chat_templates|.*\.index\.json|"
+    r"(adapter_config|base_model)\.json|vocab\.txt|merges\.txt|chat_template\.\w+|additional_chat_templates|.*\.index\.json|"
     r".*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)"
 )
 # Old files have masks and frequencies, which are computed now.
@@ -115,16 +117,17 @@ def choose_device(name):
     return device
 
 
-def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=False):
+def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=False, lora=None):
     """The model of `load_model` on every rank, or sharded over `shard_count` ranks each, where that is more than one.
 
     To shard it, rank 0 reads it into its host memory, in fp32, and broadcasts the weights.
     """
     warn_of_other_files(path)
+    options = {"local_files_only": local_files_only, "lora": lora, "frozen_dtype": precision.dtype}
     if shard_count == 1:
-        return load_model(path, tokenizer, precision.device, local_files_only)
+        return load_model(path, tokenizer, precision.device, **options)
     check_shard(shard_count)
-    full = load_model(path, tokenizer, "cpu", local_files_only) if is_rank0() else None
+    full = load_model(path, tokenizer, "cpu", **options) if is_rank0() else None
     if full is not None and not has_expected_tying(full):  # the other ranks know its configuration alone
         reason = "its output head is not its embeddings, as its configuration says"
         raise UserError(f"--model {path}: {reason}; correct tie_word_embeddings there, or use --shard 1")
@@ -133,9 +136,13 @@ def load_on_ranks(path, tokenizer, precision, shard_count, local_files_only=Fals
 
 def broadcast_sharded(full, shard_count, precision):
     """The model that rank 0 has (None elsewhere), its weights sharded over `shard_count` ranks. All ranks call this."""
-    config, generation_config, dtype = broadcast_from_rank0(lambda: (full.config, full.generation_config, full.dtype))
+    config, generation_config, dtype, lora = broadcast_from_rank0(
+        lambda: (full.config, full.generation_config, full.dtype, adapters.get_lora(full))
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if lora:
+        adapters.add_adapters(model, lora, precision.dtype)
     model.get_input_embeddings().padding_idx, model.generation_config = None, generation_config
     model.kept_files = getattr(full, "kept_files", {})  # which rank 0 writes
     shard(model, shard_count, precision.device, precision.dtype)
@@ -148,18 +155,22 @@ def broadcast_sharded(full, shard_count, precision):
     return model
 
 
-def load_model(path, tokenizer, device, local_files_only=False):
+def load_model(path, tokenizer, device, local_files_only=False, lora=None, frozen_dtype=None):
     """A model with fp32 weights on `device`, with an embedding for every token of the tokenizer.
 
     Its settings of generation are those it came with, but for the tokenizer's stop, padding and first tokens. Its
     `kept_files`, contents by name, are what `save_model` copies.
 
     Args:
-        path, local_files_only: as `hub.find_model` returns them.
+        path, local_files_only: as `hub.find_model` returns them; a directory of adapters brings its base model.
+        lora: a `Lora`, of which the model gets new adapters; None: none but those at `path`.
+        frozen_dtype: the dtype in which matrices beside adapters are held; None: fp32.
 
     Raises:
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
+    if adapter.is_adapter(path):
+        return load_adapters(path, tokenizer, device, frozen_dtype)
     try:
         options = {**pretrained(path, local_files_only), "dtype": torch.float32, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -177,6 +188,9 @@ def load_model(path, tokenizer, device, local_files_only=False):
     if new_rows > MAX_NEW_EMBEDDINGS:
         reason = f"its tokenizer has {new_rows:,} more tokens than the model has embeddings"
         raise UserError(f"--model {path}: {reason}; they do not belong together")
+    if new_rows > 0 and lora:
+        reason = f"its tokenizer has {new_rows:,} more tokens than the model has embeddings"
+        raise UserError(f"--model {path}: {reason}, and --lora-rank trains no embeddings; leave it out")
     if new_rows > 0:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old
         model.resize_token_embeddings(len(tokenizer))
@@ -187,6 +201,32 @@ def load_model(path, tokenizer, device, local_files_only=False):
     model.generation_config = adapt_generation_config(path, model.generation_config, tokenizer)
     kept = {file.name: file for pattern in KEPT for file in sorted(directory.glob(pattern)) if file.is_file()}
     model.kept_files = {name: file.read_bytes() for name, file in kept.items()}
+    if lora:
+        lora = replace(lora, base=adapter.describe_base(path, local_files_only))
+        adapters.add_adapters(model, lora, frozen_dtype)
+    return model.to(device)
+
+
+def load_adapters(directory, tokenizer, device, frozen_dtype):
+    """The model of `load_model` with the adapters in a directory, whose base model must be as it was."""
+    directory = Path(directory)
+    settings = adapter.read_json(directory, adapter.CONFIG)
+    base = adapter.check_base(directory)
+    path, local_files_only = adapter.find_base(directory)
+    model = load_model(path, tokenizer, "cpu", local_files_only)
+    adapters.add_adapters(model, adapters.Lora(settings["r"], settings["lora_alpha"], base=base), frozen_dtype)
+    try:
+        tensors = load_file(directory / adapter.WEIGHTS)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{directory}: {explain_load_error(directory, error)}") from error
+    for name, weights in adapters.trained_parameters(model).items():
+        found = tensors.pop(adapter.PREFIX + name, None)
+        if found is None or found.shape != weights.shape or not found.isfinite().all():
+            problem = "is missing" if found is None else "has another shape, or contains NaN or Inf"
+            raise UserError(f"{directory / adapter.WEIGHTS}: {name} {problem}; train the adapters again")
+        weights.data = found.to(weights)
+    for name in tensors:
+        raise UserError(f"{directory / adapter.WEIGHTS}: the base model has no layer for {name}")
     return model.to(device)
 
 
@@ -270,11 +310,16 @@ def check_loaded_weights(path, report, ignored=()):
 def save_model(model, tokenizer, directory, weights=None):
     """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
 
+    Of a model with adapters it is PEFT's: they alone, and no config.json.
+
     Args:
         weights: by name, tied ones once, where the model is sharded or is trained meanwhile; None: the model's.
     """
     try:
-        model.save_pretrained(directory, state_dict=weights)
+        if adapters.get_lora(model):
+            save_adapters(model, directory, weights or adapters.trained_parameters(model))
+        else:
+            model.save_pretrained(directory, state_dict=weights)
     except SafetensorError as error:
         raise OSError(first_line(error)) from error
     tokenizer.save_pretrained(directory)
@@ -284,6 +329,20 @@ def save_model(model, tokenizer, directory, weights=None):
     if (directory / "tokenizer.model").exists():  # which lacks these
         added = {token: id for token, id in tokenizer.get_added_vocab().items() if id >= tokenizer.vocab_size}
         (directory / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+
+
+def save_adapters(model, directory, weights):
+    """Write PEFT's files of a model's adapters, and the settings of generation with which its answers stop."""
+    directory.mkdir(parents=True, exist_ok=True)
+    layers = adapters.list_matrices(model)
+    tensors = {adapter.PREFIX + name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, directory / adapter.WEIGHTS, {"format": "pt"})
+    ends = {name.rpartition(".")[2] for name in layers}
+    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    targets = sorted(ends if named == layers.keys() else layers)  # PEFT adapts whatever ends like that
+    is_transposed = any(isinstance(layer, adapters.Conv1D) for layer in layers.values())
+    adapter.write_config(directory, model.lora, targets, is_transposed)
+    model.generation_config.save_pretrained(directory)
 
 
 def token_loss(model, batch):

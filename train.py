@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from compute.adapters import trained_parameters
 from compute.distributed import all_reduce_sum, all_reduce_tensor, broadcast_from_rank0, full_tensor, on_rank0
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import compiled_graphs, deterministic_algorithms
@@ -30,7 +31,7 @@ from compute.layout import Batch, PrefetchedWindows
 from config import Parser, UserError, run_command
 from model import Precision, token_loss
 from running import checkpoint, directory, report, resume, setup
-from running.diagnostics import explain_failed_update, explain_failed_write
+from running.diagnostics import explain_failed_update, explain_failed_write, warn_of_untrained
 from running.distributed import run_distributed
 from running.estimate import estimate
 from running.metrics import peak_memory
@@ -140,10 +141,11 @@ def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_
 
 
 def make_optimizer(model, weight_decay, adam_beta2=0.999):
-    """Fused AdamW that decays matrices and embeddings, but not biases and norms (parameters of one dimension)."""
+    """Fused AdamW of what is trained; matrices and embeddings decay, but not biases and norms (of one dimension)."""
+    trained = trained_parameters(model).values()
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
@@ -200,8 +202,11 @@ def fit(run, signals):
         Stopped: by a signal; the run is then as it was after its last complete update.
     """
     evaluate_and_save(run, signals)  # which an interrupted run may have left to do
+    unchecked = True
     with Progress(run.total_steps, run.step) as progress:
         for metrics in updates(run):
+            if unchecked and metrics["lr"]:
+                unchecked = warn_of_untrained(run.model)
             if run.step % run.config.log_every == 0:
                 run.log.write("train", run.step, metrics)
             progress.update(metrics)

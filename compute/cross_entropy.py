@@ -43,19 +43,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, compiled):
         states, matrix, shift = cast_for_matmul(hidden, weight, bias)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]  # a frozen head needs none
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
         losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(hidden))
         overwrite = compiled_softmax_gradient if compiled else logits_to_gradients
         for rows, logits in logits_by_chunk(states, matrix, shift):
             for part, target, loss in by_block(logits, targets[rows], losses[rows]):
                 overwrite(part, target, loss)
-            grad_hidden[rows] = logits @ matrix
-            if sums_in_fp32(logits):
+            if needs_hidden:
+                grad_hidden[rows] = logits @ matrix
+            if needs_weight and sums_in_fp32(logits):
                 torch.addmm(grad_weight, logits.T, states[rows], out_dtype=torch.float32, out=grad_weight)
-            else:
+            elif needs_weight:
                 grad_weight += logits.T @ states[rows]
-            if bias is not None:
+            if needs_bias:
                 grad_bias += logits.sum(0, dtype=accumulation_dtype(logits))
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return losses.sum()

@@ -7,10 +7,12 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compute.adapters import Lora, add_adapters
 from compute.cross_entropy import GPU_CHUNK, ROWS
 from compute.distributed import all_reduce_max, is_sharded
 from compute.layout import random_examples, vocabulary_size
 from config import UserError, is_out_of_memory
+from storage.adapter import find_base
 from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
@@ -19,7 +21,7 @@ GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.8  # of the free memory; an allocator cannot use the rest
 SAMPLE = 4096  # tokens of the first micro-batch that is measured, more than the output head takes at once
 PROBES = 8  # micro-batches that are measured at most
-BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
+TRAINED_BYTES = 16  # of a parameter that is trained: fp32 weight, gradient and AdamW's two moments
 
 
 def check_model_fits(path, local_files_only, precision, config, longest=GPU_TOKENS):
@@ -27,37 +29,60 @@ def check_model_fits(path, local_files_only, precision, config, longest=GPU_TOKE
 
     `longest` is the tokens of the longest conversation, which limits the logits that are held at once.
     """
-    try:
-        model_config = AutoConfig.from_pretrained(**pretrained(path, local_files_only))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
-    except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
+    model = outline(path, local_files_only, precision, config)
     free, _ = torch.cuda.mem_get_info(precision.device)
-    parameters = sum(weights.numel() for weights in model.parameters())
-    needed, transient = BYTES_PER_PARAMETER * parameters, transient_bytes(model, precision, longest, config.shard > 1)
+    trained, frozen, needed = count_parameters(model)
+    transient = transient_bytes(model, precision, longest, config.shard > 1)
     if needed / config.shard + transient > free:
         room = GPU_SHARE * free - transient_bytes(model, precision, longest, sharded=True)
         remedy = f", or several processes with --shard {math.ceil(needed / room)}" if room > 0 else ""
+        beside = f" beside {frozen:,} frozen ones" if frozen else ""
+        adapters = "" if config.lora_rank else ", adapters (--lora-rank 16)"
         raise UserError(
-            f"--model {config.model}: training {parameters:,} parameters takes {(needed + transient) / 1e9:.1f} GB "
-            "without activations (weights, gradients, AdamW; in a pass also 16-bit weights and logits), and "
-            f"{precision.device} has {free / 1e9:.1f} GB free; use a smaller model{remedy}"
+            f"--model {config.model}: training {trained:,} parameters{beside} takes "
+            f"{(needed + transient) / 1e9:.1f} GB without activations (weights, gradients, AdamW; in a pass also "
+            f"16-bit weights and logits), and {precision.device} has {free / 1e9:.1f} GB free; use a smaller "
+            f"model{adapters}{remedy}"
         )
+
+
+def outline(path, local_files_only, precision, config):
+    """The model that a `Config` trains, of the configuration at `path`, on "meta": its shapes and dtypes, no values."""
+    try:
+        base = find_base(path, local_files_only)
+        model_config = AutoConfig.from_pretrained(**pretrained(*base))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    except LOADING_ERRORS as error:
+        raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
+    if config.lora_rank:
+        add_adapters(model, Lora.of(config), precision.dtype)
+    return model
+
+
+def count_parameters(model):
+    """The parameters of a model that are trained and those that are not, and the bytes that training holds of them."""
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = [p for p in parameters if not p.requires_grad]
+    frozen_bytes = sum(p.numel() * p.element_size() for p in frozen)
+    return trained, sum(p.numel() for p in frozen), TRAINED_BYTES * trained + frozen_bytes
 
 
 def transient_bytes(model, precision, longest, sharded):
     """The bytes that a pass takes besides activations: autocast's 16-bit copies, the head's gradient, its logits.
 
     Of sharded weights the embeddings and the head are gathered, with their gradients; one layer at a time is little.
+    What is frozen has no gradient, and its matrices are in 16 bits already.
     """
     embeddings = model.get_input_embeddings().weight
     head = getattr(model.get_output_embeddings(), "weight", embeddings)  # not every model names its head
     others = 0 if embeddings is head else embeddings.numel()
-    parameters = sum(weights.numel() for weights in model.parameters())
-    copied = 0 if precision.dtype is None else 2 * (head.numel() if sharded else parameters - others)
+    wide = sum(weights.numel() for weights in model.parameters() if weights.dtype.itemsize > 2)
+    copied = 0 if precision.dtype is None else 2 * (head.numel() if sharded else wide - others)
+    gradient = 4 if head.requires_grad else 0
     logits = min(longest, max(ROWS, GPU_CHUNK // len(head))) * len(head) * (8 if precision.dtype is None else 6)
-    return copied + 4 * head.numel() + logits + sharded * 8 * (head.numel() + others)
+    return copied + gradient * head.numel() + logits + sharded * (4 + gradient) * (head.numel() + others)
 
 
 def measure_micro_batch_budget(model, token_loss, layout, precision, longest, training):

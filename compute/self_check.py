@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+from compute.adapters import frozen_as, frozen_dtype
 from compute.attention import PACKED
 from compute.distributed import full_tensor, is_sharded
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs, in_eval_mode, without_router_loss
@@ -46,7 +47,7 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
         UserError: no layout is exact, or the requested or recorded one is not, or it cannot be compiled.
     """
     check_positions(model, config, longest)
-    exact = precision if is_sharded(model) else replace(precision, name="fp32")  # sharded layers keep their precision
+    exact = replace(precision, name="fp32") if can_compute_in_fp32(model) else precision
     own = Layout(False, 2**20, pad_id, own_logits=True, pinned=precision.device.type == "cuda")
     alone = replace(own, tokens=1)  # each conversation is a micro-batch by itself
     try:
@@ -66,6 +67,13 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
     tokens = config.micro_batch_tokens or budget or (CPU_TOKENS if precision.device.type == "cpu" else 0)
     tokens = tokens or measure_micro_batch_budget(model, loss_function, layout, precision, longest, training)
     return replace(layout, tokens=tokens)
+
+
+def can_compute_in_fp32(model):
+    """False for sharded layers, which keep their precision, and where frozen matrices in fp32 would fill a GPU."""
+    if is_sharded(model) or model.device.type == "cpu" or not frozen_dtype(model):
+        return not is_sharded(model)
+    return 4 * sum(weights.numel() for weights in model.parameters()) < 0.8 * torch.cuda.mem_get_info(model.device)[0]
 
 
 def find_layout(model, loss_function, config, own, recorded, expected):
@@ -158,7 +166,7 @@ def check_causal(model, config, precision):
     ids = random_examples([8], vocabulary)[0].input_ids.to(precision.device)
     changed = torch.cat([ids[:4], (ids[4:] + 1) % vocabulary])
     options = {"use_cache": False, **without_router_loss(model)}
-    with in_eval_mode(model), precision.autocast():
+    with in_eval_mode(model), frozen_as(model, precision), precision.autocast():
         first, second = model(input_ids=torch.stack([ids, changed]), **options).logits[:, :4].float()
     if relative_difference([first], [second]) > TOLERANCES[precision.name]:
         reason = "not a causal language model, as earlier tokens' logits depend on later tokens"
@@ -219,13 +227,18 @@ def check_head(model, precision):
             output.last_hidden_state = hidden
         return output
 
-    with contextlib.ExitStack() as hooks, in_eval_mode(model), precision.autocast():
+    def multiply_in_fp32(_head, inputs, _logits):  # beside layers in 16 bits, too, which would hide a scale of 1.001
+        with torch.autocast(weight.device.type, enabled=False):
+            return F.linear(inputs[0].to(weight), weight, bias)
+
+    with contextlib.ExitStack() as hooks, in_eval_mode(model), frozen_as(model, precision), precision.autocast():
         for module in model.base_model.modules():  # the model may call a part of it, such as its decoder
             hooks.enter_context(module.register_forward_hook(use_random_states))
+        hooks.enter_context(head.register_forward_hook(multiply_in_fp32))
         for largest_logit in (1.0, 1e3):
             hidden = random * (largest_logit / F.linear(random, weight).abs().max())
             logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits
-            if not relative_difference([logits], [F.linear(hidden, weight, bias)]) <= TOLERANCES["fp32"]:
+            if not relative_difference([logits], [multiply_in_fp32(head, [hidden], None)]) <= TOLERANCES["fp32"]:
                 raise Mismatch("its output head is more than a matrix product")
 
 
@@ -246,7 +259,7 @@ def measure(model, loss_function, layout, precision, training):
     """
     try:
         losses = []
-        with in_eval_mode(model), torch.set_grad_enabled(training):
+        with in_eval_mode(model), torch.set_grad_enabled(training), frozen_as(model, precision):
             for batch in layout.micro_batches(random_examples(LENGTHS, vocabulary_size(model))):
                 with precision.autocast():
                     losses.append(loss_function(model, batch.to(precision.device)))

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import AddedToken
 
-from conversations.templates import NEXT, get_template, join_turns, with_conversation
+from conversations.encoding import NEXT
+from conversations.templates import get_template, with_conversation
 
 START, END = "<|im_start|>", "<|im_end|>"
 # Without the flags of some models' own, as Phi 4's, which absorb the space beside them.
@@ -21,18 +22,18 @@ MESSAGES = (
 )
 
 
-def find_opening(tokenizer):
-    """The control tokens that a tokenizer puts before a text; without those of ChatML, which begins with one anyway."""
+def find_opening(tokenizer, known=()):
+    """The control tokens that a tokenizer puts before a text by itself, without those that it has anyway."""
     text, ids = (tokenizer("x", add_special_tokens=added)["input_ids"] for added in (False, True))
     before = next((ids[:at] for at in range(len(ids)) if ids[at : at + len(text)] == text), [])
-    return [token for token in tokenizer.convert_ids_to_tokens(before) if token not in (START, END)]
+    return [token for token in tokenizer.convert_ids_to_tokens(before) if token not in known]
 
 
 def chatml_template(tokenizer):
     """The chat template of a tokenizer that has ChatML."""
-    names = {tokenizer.bos_token: "bos_token"}
-    opening = [names.get(token, json.dumps(token, ensure_ascii=False)) for token in find_opening(tokenizer)]
-    return "".join(f"{{{{ {token} }}}}" for token in opening) + MESSAGES
+    opening = find_opening(tokenizer, (START, END))
+    names = {token: json.dumps(token, ensure_ascii=False) for token in opening} | {tokenizer.bos_token: "bos_token"}
+    return "".join(f"{{{{ {names[token]} }}}}" for token in opening) + MESSAGES
 
 
 def is_chatml(tokenizer):
@@ -41,23 +42,23 @@ def is_chatml(tokenizer):
 
 
 def encode_chatml(conversations, tokenizer):
-    """Conversations in ChatML: an iterator over the examples of each, as `join_turns` returns them.
+    """The ids of conversations in ChatML: an iterator, each as `masking.make_examples` takes them.
 
     The texts between control tokens are encoded as plain text, in one call, and those tokens are inserted as ids. So no
     text can become a control token. The call begins at once, in a thread, and runs beside Python.
     """
     texts = [f"{message['role']}\n{message['content']}" for messages in conversations for message in messages]
-    encoder, thread = get_template(tokenizer).get_encoder(NEXT), ThreadPoolExecutor(1)
+    encoder, thread = get_template(tokenizer).encoder.get_tokenizer(NEXT), ThreadPoolExecutor(1)
     encodings = thread.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)
     thread.shutdown(wait=False)  # when it has encoded the texts
     return join_runs(conversations, encodings, tokenizer)
 
 
 def join_runs(conversations, encodings, tokenizer):
-    """Yield the examples of each conversation, of a future with the encodings of their texts."""
-    template = get_template(tokenizer)
-    opening, (start, end) = map(tokenizer.convert_tokens_to_ids, (find_opening(tokenizer), [START, END]))
-    header, newline = template.encode_runs(["assistant\n", "\n"])
+    """Yield the ids of each conversation, of a future with the encodings of their texts."""
+    encoder = get_template(tokenizer).encoder
+    opening, (start, end) = map(tokenizer.convert_tokens_to_ids, (find_opening(tokenizer, (START, END)), [START, END]))
+    header, newline = encoder.encode_runs(["assistant\n", "\n"])
     runs = (encoding.ids for encoding in encodings.result())
     for messages in conversations:
         ids, turns = list(opening), []
@@ -65,15 +66,14 @@ def join_runs(conversations, encodings, tokenizer):
             for number, message in enumerate(messages):
                 run = next(runs)
                 if message["train"]:
-                    answer = template.continue_run(header, run, message["content"], number)
-                    template.check_decoded(answer, message["content"], number)
+                    answer = encoder.continue_run(header, run, message["content"], number)
                     turns.append(([*ids, start, *header], [*answer, end, *newline]))
                 ids += [start, *run, end, *newline]
-        yield join_turns(turns, ids)
+        yield turns, ids
 
 
 def encode_prompt(messages, tokenizer):
     """The ids of messages with the header of the answer, which the model generates next; a list."""
     answer = {"role": "assistant", "content": "x", "train": True}
-    (((ids, ((begin, _),)),),) = encode_chatml([[*({**m, "train": False} for m in messages), answer]], tokenizer)
-    return ids[:begin]
+    ((((context, _),), _),) = encode_chatml([[*({**m, "train": False} for m in messages), answer]], tokenizer)
+    return context

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from config import UserError
 from conversations.chatml import is_chatml
+from conversations.encoding import TemplateError
 from conversations.formats import ReadReport, parse_columns, read_conversations
 from conversations.masking import IGNORE, encode_as_lists
 from conversations.sources import InvalidRow, find_files, load_from_hub
-from conversations.templates import TemplateError, stop_ids
+from conversations.templates import stop_ids
 from storage.cache import cached
 from storage.durable import sha256
 

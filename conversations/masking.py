@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from conversations import chatml, templates
-from conversations.chatml import encode_chatml, is_chatml
-from conversations.templates import encode_texts
+from conversations import chatml
+from conversations.chatml import encode_chatml, find_opening, is_chatml
+from conversations.encoding import FIRST
+from conversations.templates import get_template
 
 IGNORE = -100  # torch's cross_entropy skips this label
 
@@ -60,33 +61,47 @@ def encode_as_lists(conversations, tokenizer, supervise="all", max_length=None):
     Raises:
         UserError: the template cannot write a conversation, which is named.
     """
-    without_turns = [encode_without_turns(messages, tokenizer, max_length) for messages in conversations]
-    chats = [messages for messages, found in zip(conversations, without_turns, strict=True) if found is None]
-    marked = [mark_supervised(messages, supervise) for messages in chats]
-    encode_marked = encode_chatml if is_chatml(tokenizer) else templates.encode
-    encoded = iter(encode_marked(marked, tokenizer))
-    return (found or [(ids, make_labels(ids, spans)) for ids, spans in next(encoded)] for found in without_turns)
+    chats = [mark_supervised(messages, supervise) for messages in conversations if is_chat(messages)]
+    encoded = encode_chatml(chats, tokenizer) if is_chatml(tokenizer) else map(get_template(tokenizer).encode, chats)
+    encoded, length = iter(encoded), max_length or tokenizer.model_max_length
+    opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
+    return (
+        make_examples(*next(encoded)) if is_chat(messages) else encode_plain(messages[0], tokenizer, opening, length)
+        for messages in conversations
+    )
 
 
-def encode_without_turns(messages, tokenizer, max_length=None):
-    """The examples of a text or of token ids with labels, as `conversations.formats` has them; None for a chat.
+def is_chat(messages):
+    """Whether a conversation has turns, unlike a text and token ids as `conversations.formats` has them."""
+    return not messages or messages[0]["role"] not in ("text", "tokens")
 
-    A text ends with the stop token, and begins with BOS where the tokenizer writes one. A longer one is cut; each
-    part begins with the last token of the one before it, so that every token but the first is predicted once.
+
+def encode_plain(message, tokenizer, opening, length):
+    """The examples of a text, or the one of token ids with labels.
+
+    A text begins with `opening`, the ids that the tokenizer puts before one, and ends with the stop token. It is cut
+    into parts of `length` tokens, each beginning with the last token of the one before it.
     """
-    message = messages[0] if messages else {}
-    role = message.get("role")
-    if role == "tokens":
+    if message["role"] == "tokens":
         return [(message["content"], message["labels"])]
-    if role != "text":
-        return None
-    has_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    begin = [tokenizer.bos_token_id] if has_bos else []
-    ids = begin + encode_texts([message["content"]], tokenizer)[0] + [tokenizer.eos_token_id]
-    length = max_length or tokenizer.model_max_length
-    labels = [IGNORE] * len(begin) + ids[len(begin) :]
-    starts = range(0, max(1, len(ids) - 1), max(1, length - 1))
-    return [(ids[start : start + length], labels[start : start + length]) for start in starts]
+    (ids,) = get_template(tokenizer).encoder.encode_runs([message["content"]], FIRST)
+    ids = torch.tensor([*opening, *ids, tokenizer.eos_token_id])
+    examples = slice_text(ids, length, overlap=1)
+    examples[0].labels[: len(opening)] = IGNORE
+    return [(example.input_ids.tolist(), example.labels.tolist()) for example in examples]
+
+
+def slice_text(ids, length, overlap):
+    """A text, (T,), as `Example`s of `length` tokens that predict each token but the first exactly once.
+
+    Each begins with the last `overlap` tokens of the one before it, which are only context there.
+    """
+    examples = []
+    for start in range(0, max(1, len(ids) - overlap), max(1, length - overlap)):
+        labels = ids[start : start + length].clone()
+        labels[1 : overlap if start else 1] = IGNORE
+        examples.append(Example(ids[start : start + length], labels))
+    return examples
 
 
 def mark_supervised(messages, supervise):
@@ -98,16 +113,37 @@ def mark_supervised(messages, supervise):
     ]
 
 
+def make_examples(turns, ids):
+    """The fewest examples that have every turn; each answer is supervised once, in the first example that has it.
+
+    An example has a turn where it begins with the ids of its context and its answer.
+
+    Args:
+        turns: for each answer that is supervised the ids of its context and its own.
+        ids: those of all messages, of which the example with the last turn is made where it can be.
+    """
+    examples = []  # from the last to the first
+    for context, answer in reversed(turns):
+        turn = context + answer
+        found = [example for example in examples if example[0][: len(turn)] == turn]
+        if not found:
+            found = [(ids if ids[: len(turn)] == turn else turn, [])]
+            examples += found
+        found[-1][1].append(slice(len(context), len(turn)))
+    return [(ids, make_labels(ids, spans)) for ids, spans in reversed(examples or [(ids, [])])]
+
+
 def make_labels(ids, spans):
-    """The labels of ids of which some spans `(begin, end)` are supervised; lists."""
+    """The labels of ids of which some slices are supervised; lists."""
     labels = [IGNORE] * len(ids)
-    for begin, end in spans:
-        labels[begin:end] = ids[begin:end]
+    for span in spans:
+        labels[span] = ids[span]
     return labels
 
 
 def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:
     """A user's prompt, or messages, with the header of the answer, which the model generates next: ids (T,)."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encode_messages = chatml.encode_prompt if is_chatml(tokenizer) else templates.encode_prompt
-    return torch.tensor(encode_messages(messages, tokenizer))
+    if is_chatml(tokenizer):
+        return torch.tensor(chatml.encode_prompt(messages, tokenizer))
+    return torch.tensor(get_template(tokenizer).encode_prompt(messages))

@@ -10,33 +10,7 @@ import torch
 
 from config import UserError
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ddd; border-radius: 6px; padding: 1rem }
-.t { color: #0a5a2a; background: #dff3e4 } .c { color: #8a2a2a; background: #fbeeee }
-pre:hover span { box-shadow: inset 1px 0 #999 } pre span:hover { outline: 2px solid #444 }
-td, th { text-align: right; padding: .1rem .8rem } td:first-child { text-align: left }
-.bars { display: flex; align-items: flex-end; gap: 1px; height: 160px } .bars i { flex: 1; background: #4a7fb5 }
-.warning { background: #fff3cd; padding: .5rem 1rem; border-radius: 6px }
-"""
 PAGE = "<!doctype html><meta name=generator content=plain-sft>"  # the beginning of each of these pages
-MASKS = """<meta charset=utf-8><title>{{ title }}</title><style>{{ style | safe }}</style><h1>{{ title }}</h1>
-{% for warning in data.warnings %}<p class=warning>{{ warning }}</p>{% endfor %}
-<ul>{% for note in data.notes %}<li>{{ note }}</li>{% endfor %}</ul>
-<table><tr><th><th>conversations<th>tokens<th>supervised<th>truncated<th>supervised tokens lost<th>nothing supervised
-{% for name, split in data.splits.items() -%}
-<tr><td>{{ name }}
-{%- for count in (split.examples | length, split.tokens, split.supervised, split.truncated, split.supervised_lost,
-                  split.dropped) %}<td>{{ "{:,}".format(count) }}{% endfor %}
-{% endfor %}</table>
-<h2>Length in tokens, up to {{ "{:,}".format(data.train.longest) }}</h2><div class=bars>
-{%- for bar in bars %}<i style="height: {{ bar.height }}%" title="{{ bar.title }}"></i>{% endfor %}</div>
-<h2>{{ shown | length }} conversations</h2>
-<p><span class=t>supervised</span> <span class=c>context only</span></p>
-{% for example in shown -%}
-<h3>{{ loop.index }}: {{ example.input_ids | length }} tokens, {{ example.supervised_tokens }} of them supervised</h3>
-<pre>{{ spans(example) | join | safe }}</pre>
-{% endfor %}"""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with which a text could write over the terminal
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
@@ -67,14 +41,16 @@ def check_page_path(path):
 
 def page(data, shown, tokenizer, name):
     """A self-contained HTML page about some `Data`, showing some of its examples; a token's id and text on hover."""
-    return PAGE + jinja2.Environment(autoescape=True).from_string(MASKS).render(
-        title=f"Supervised tokens of {name}",
-        style=STYLE,
-        data=data,
-        bars=histogram([len(example.input_ids) for example in data.train.examples[:10_000]]),
-        shown=shown,
-        spans=lambda example: token_spans(example, tokenizer),
-    )
+    bars = histogram([len(example.input_ids) for example in data.train.examples[:10_000]])
+    values = {"data": data, "bars": bars, "shown": shown, "tokenizer": tokenizer, "token_spans": token_spans}
+    return render_page(Path(__file__).with_name("preview.html.jinja"), f"Supervised tokens of {name}", **values)
+
+
+def render_page(path, title, **values):
+    """A self-contained HTML page by the template in a file, which extends `base.html.jinja`."""
+    loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return PAGE + environment.get_template(path.name).render(title=title, **values)
 
 
 def token_spans(example, tokenizer):

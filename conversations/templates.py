@@ -1,13 +1,7 @@
-"""A model's own chat template, and what of its text is the context of an answer, an answer, or neither.
+"""A model's own chat template: what of its text is the context of an answer, the answer, or neither.
 
 docs/masking.md has the definition: the context of an answer is what the template renders from the messages before it
 with the generation prompt; supervised is what the template writes after that, up to the token that ends the turn.
-
-No text forges a control token: before rendering, a sentinel character is put into every text that looks like one, so
-that what then looks like a control token is the template's own. The sentinel is removed when the text is encoded.
-
-A tokenizer splits a text at its control tokens, and encodes each run of text between them by itself. So runs are what
-is encoded here, and the ids before an answer are those that transformers makes of the prompt.
 """
 
 import contextlib
@@ -15,19 +9,16 @@ import functools
 import itertools
 import json
 import re
-import unicodedata
 from collections import Counter
-from typing import NamedTuple
 
 import jinja2
 import jinja2.meta
-from tokenizers import Tokenizer
 
 from config import UserError, first_line
+from conversations.encoding import SENTINEL, Encoder, TemplateError
 from conversations.formats import parse_json_value, parse_tool_call
 from conversations.sources import InvalidRow
 
-SENTINEL = "\U00012398"  # cuneiform: rare, and printable, so that no template escapes it
 REASONING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -35,51 +26,23 @@ TAG = r"<[^<>]+>"
 # At the end of a prompt: empty reasoning, or only its closing tag, so that the model does not reason.
 NO_REASONING = re.compile(rf"(?:{TAG}\w*\s*{TAG}|</[^<>]+>)\s*$")
 NO_END = "it does not end an answer with a control token"
-NOT_DECODED = "the ids of an answer do not decode to that answer"
 RESERVED = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}
-# What a run is: a control token, or a text: the first of all, after a control token, or what continues another.
-TOKEN, FIRST, NEXT, CONTINUED = "token", "first", "next", "continued"
-SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # to tokenizers
-# The settings, in a tokenizer's JSON, with which Metaspace, ByteLevel and Prepend write no space before a run.
-NO_SPACE = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
 
 CHAT_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "reply"}]
 CHAT_PROBE += [{"role": "user", "content": "So"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL_PROBE = [{"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": PARAMETERS}}]
 CALLED = {"type": "function", "id": "abcdefgh1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
-CALL_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]
-
-
-class TemplateError(InvalidRow):
-    """A conversation that the template cannot write."""
-
-
-class Turn(NamedTuple):
-    """An answer as the model generates it."""
-
-    number: int  # of its message
-    text: str  # its context, what the model should write, and the token that ends the turn
-    begin: int  # where in the text the answer begins
+CALL_PROBE = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]
 
 
 class Template:
     """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        source = str(tokenizer.chat_template)
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-        self.control = {
-            text: token for text, token in added.items() if text.strip() and (token.special or text in source)
-        }
-        longest_first = sorted(map(re.escape, self.control), key=len, reverse=True)
-        self.pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-        # The beginnings and ends of control tokens, which a text and what the template writes beside it could complete.
-        self.prefixes = tuple({text[:end] for text in self.control for end in range(1, len(text))})
-        self.suffixes = tuple({text[start:] for text in self.control for start in range(1, len(text))})
-        self.token_ids = {(TOKEN, text): [tokenizer.convert_tokens_to_ids(text)] for text in self.control}
-        self.encoders = {}
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
+        self.pattern = self.encoder.pattern  # of control tokens
+        self.ending = re.compile(rf"(?:{self.pattern.pattern}\s*)+\Z")
         self.end_of_turn = self.find_end_of_turn()
 
     # --- what the template writes, by trying it
@@ -90,8 +53,6 @@ class Template:
             return self.tokenizer.apply_chat_template(
                 chats, tokenize=False, add_generation_prompt=generation, **options
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise syntax_error(error) from error
         except Exception as error:  # a template is somebody's program: it may divide by zero
             roles = ", ".join(message["role"] for message in max(chats, key=len))
             raise TemplateError(f"in a conversation of {roles}, it does not take them: {first_line(error)}") from error
@@ -102,20 +63,18 @@ class Template:
         last, earlier = (self.pattern.findall(text.rpartition("reply")[2]) if "reply" in text else [] for text in texts)
         if not last:
             raise TemplateError(NO_END)
-        same = common_prefix(last, earlier)
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, earlier, strict=False))
+        same = [token for token, _ in pairs]
         # A template that begins the next turn whatever follows, as Command A's, writes more than the end.
         return str(self.tokenizer.eos_token) if self.tokenizer.eos_token in same else (same or last[:1])[-1]
 
     def probe(self, messages, **options):
-        """The text that the template writes for the last message; empty where it does not take it."""
+        """The text that the template writes after the last question; empty where it does not take the messages."""
         try:
-            (prompt,), (text,) = (
-                self.render([messages[:-1]], options, generation=True),
-                self.render([messages], options),
-            )
+            (text,) = self.render([messages], options)
         except TemplateError:
             return ""
-        return text[len(common_prefix(prompt, text)) :]
+        return text.rpartition(messages[-2]["content"])[2]
 
     @functools.cached_property
     def call_form(self):
@@ -133,8 +92,8 @@ class Template:
             return [self.end_of_turn]
         chat = [to_template_message(message, self.call_form) for message in CALL_PROBE]
         try:
-            (turn,) = self.turns(chat, {1}, {"tools": TOOL_PROBE})[0]
-            return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(turn.text)[-1]]))
+            ((_, _, answer),), _ = self.turns(chat, {1}, {"tools": TOOL_PROBE})
+            return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(answer)[-1]]))
         except TemplateError:  # as the first conversation with a call will be
             return [self.end_of_turn]
 
@@ -176,48 +135,28 @@ class Template:
             found += [{**message, "content": content} for content in contents]
         return found
 
-    def escape_control_tokens(self, value):
-        """A JSON value with the sentinel inside of every control token in its texts, keys too, and at partial ones."""
-        if isinstance(value, dict):
-            return {self.escape_control_tokens(key): self.escape_control_tokens(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.escape_control_tokens(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        while self.pattern.search(value):
-            value = self.pattern.sub(lambda found: found[0][0] + SENTINEL + found[0][1:], value)
-        begin, end = len(value) - len(value.lstrip()), len(value.rstrip())  # a template may trim the space around it
-        if value[:end].endswith(self.prefixes):
-            value = value[:end] + SENTINEL + value[end:]
-        if value[begin:].startswith(self.suffixes):
-            value = value[:begin] + SENTINEL + value[begin:]
-        return value
-
     def prepare(self, messages):
         """Messages as the template takes them, and its other arguments: the tools, and the options of the row."""
         if SENTINEL in json.dumps(messages, ensure_ascii=False):
             raise TemplateError("it has the character U+12398, which marks typed control tokens; remove it")
         first = messages[0] if messages else {}
-        tools, given = first.get("tools"), first.get("template_options", {})
-        options = {name: value for name, value in given.items() if value is not None}  # null in Parquet: not given
+        tools, options = first.get("tools"), first.get("template_options", {})
         if options and (unread := options.keys() - self.arguments):
             raise TemplateError(f"the chat template has no argument {min(unread)}, which the row gives it")
         calls = [number for number, message in enumerate(messages, 1) if message.get("tool_calls")]
         if (calls or tools) and self.call_form is None:
             reason = "the template writes no tool calls; use a model or a --chat-template FILE that does"
             raise TemplateError(reason, f"message {calls[0]}" if calls else "")
-        options = self.escape_control_tokens({"tools": tools or None, **options})
+        options = self.encoder.escape({"tools": tools or None, **options})
         return [self.prepare_message(message) for message in messages], options
 
     def prepare_message(self, message):
         """A message with escaped texts and with its reasoning where the template takes it."""
         escaped = {
-            key: value if key in ("role", "inline") else self.escape_control_tokens(value)
+            key: value if key in ("role", "inline") else self.encoder.escape(value)
             for key, value in message.items()
             if key not in ("tools", "template_options", "train")
         }
-        for call in escaped.get("tool_calls", []):
-            call["type"] = "function"
         reasoning, inline = escaped.pop("thinking", None), escaped.pop("inline", False)
         if reasoning is not None and self.takes_reasoning:
             escaped |= reasoning_keys(reasoning.strip("\n") if inline else reasoning)
@@ -226,58 +165,49 @@ class Template:
             space = "" if inline else "\n"
             escaped["content"] = f"<think>{space}{reasoning}{space}</think>{space * 2}{escaped['content']}"
         elif message["role"] == "assistant" and (empty := REASONING.fullmatch(message["content"])):
-            escaped["content"] = f"<think>{empty[1]}</think>{self.escape_control_tokens(empty[2])}"
+            escaped["content"] = f"<think>{empty[1]}</think>{self.encoder.escape(empty[2])}"
         return to_template_message(escaped, self.call_form)
 
-    # --- from what the template takes to examples
+    # --- from what the template takes to what it writes, and its ids
 
     def turns(self, chat, wanted, options):
-        """The `Turn`s of a conversation's answers, without those that are neither wanted nor valid, and its text."""
+        """The turns of the answers with some numbers, `(number, prompt, answer)`, and the text of all messages."""
         answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
         prompts = self.render([chat[:number] for number in answers], options, generation=True)
         ends = dict.fromkeys([*(number + 1 for number in answers), len(chat)])
         texts = self.render([chat[:end] for end in ends], options)
-        turns = []
-        for number, prompt, text in zip(answers, prompts, texts, strict=False):
-            try:
-                turns.append(self.turn(number, prompt, text, chat[number], chat[number - 1] if number else None))
-            except TemplateError:
-                if number in wanted:
-                    raise
+        turns = [
+            (number, prompt, self.cut_answer(chat[: number + 1], prompt, text))
+            for number, prompt, text in zip(answers, prompts, texts, strict=False)
+            if number in wanted
+        ]
         return turns, texts[-1]
 
-    def turn(self, number, prompt, text, answer, question):
-        """The `Turn` of a rendered conversation's last message, the answer to a rendered prompt."""
-        where = f"message {number + 1}"
-        if not text.startswith(prompt):
-            begin = self.find_answer(prompt, text, answer, question)
-            if begin is None:
-                reason = "the rendered answer does not begin with the generation prompt, which ends with"
-                raise TemplateError(f"{reason} {prompt[-30:]!r}", where)
-            text = prompt + text[begin:]
-        end, after = None, len(text)
-        for token in reversed(list(self.pattern.finditer(text, len(prompt)))):  # those with nothing but space after
-            if text[token.end() : after].strip():
-                break
-            after = token.start()
-            if end is None or token[0] == self.end_of_turn:
-                end = token.end()
-        if end is None:
+    def cut_answer(self, chat, prompt, text):
+        """The answer in the text of a chat that ends with it: from where its prompt ends to the end of the turn."""
+        where = f"message {len(chat)}"
+        begin = len(prompt) if text.startswith(prompt) else self.find_answer(chat, prompt, text)
+        if begin is None:
+            reason = "the rendered answer does not begin with the generation prompt, which ends with"
+            raise TemplateError(f"{reason} {prompt[-30:]!r}", where)
+        answer = text[begin:]
+        if not (end := self.ending.search(answer)):
             raise TemplateError(NO_END, where)
-        return Turn(number, text[:end], len(prompt))
+        tokens = list(self.pattern.finditer(answer, end.start()))
+        return answer[: next((token for token in tokens if token[0] == self.end_of_turn), tokens[-1]).end()]
 
-    def find_answer(self, prompt, text, answer, question):
+    def find_answer(self, chat, prompt, text):
         """The position of an answer in a text that does not begin with its prompt; None where it cannot be determined.
 
         Two kinds of prompts are not written again as the conversation goes on: those that differ before the question,
         as Mistral's, whose system message is part of the last question; and those that end with empty reasoning, as
         Gemma 4's, so that the model does not reason.
         """
-        question_text = question["content"].strip() if question else ""
-        tail = prompt[prompt.rfind(question_text) :] if question_text else ""
+        question = chat[-2]["content"].strip() if len(chat) > 1 else ""
+        tail = prompt[prompt.rfind(question) :] if question else ""
         if tail in text and self.pattern.search(tail):  # a text cannot contain a control token
             return text.rfind(tail) + len(tail)
-        if answer.get("reasoning_content", "").strip() or answer["content"].lstrip().startswith("<think>"):
+        if chat[-1].get("reasoning_content", "").strip() or chat[-1]["content"].lstrip().startswith("<think>"):
             return None
         for start in (found.start() for found in re.finditer("<", prompt)):
             empty = NO_REASONING.match(prompt, start)
@@ -286,149 +216,31 @@ class Template:
                 return start
         return None
 
-    def examples(self, messages):
-        """A conversation as examples, as `join_turns` returns them.
+    def encode(self, messages):
+        """The ids of a conversation, as `masking.make_examples` takes them: those of its turns, and of all messages."""
+        with with_conversation(messages):
+            messages = self.extract_inline(messages)
+            chat, options = self.prepare(messages)
+            wanted = {number for number, message in enumerate(messages) if message["train"]}
+            turns, full_text = self.turns(chat, wanted, options)
+            for turn in turns:
+                check_turn(messages, *turn)
+            prompts = [prompt for _, prompt, _ in turns]
+            ids, *contexts = self.encoder.encode(map(self.encoder.split, [full_text, *prompts]))
+            answers = [self.encoder.encode_answer(*turn) for turn in turns]
+            for number, (prompt, context) in enumerate(zip(prompts, contexts, strict=True), 1):
+                if not any(later[: len(context)] == context for later in contexts[number:]):  # which is checked itself
+                    self.encoder.check_context(prompt, context)
+        return list(zip(contexts, answers, strict=True)), ids
 
-        Args:
-            messages: as `extract_inline` returns them; those with `train` are supervised.
-        """
-        chat, options = self.prepare(messages)
-        wanted = {number for number, message in enumerate(messages) if message["train"]}
-        turns, full_text = self.turns(chat, wanted, options)
-        turns = [turn for turn in turns if turn.number in wanted]
-        for turn in turns:
-            check_turn(messages, turn)
-        prompts = [turn.text[: turn.begin] for turn in turns]
-        full, *contexts = self.encode(map(self.split, [full_text, *prompts]))
-        examples = join_turns(list(zip(contexts, map(self.encode_answer, turns), strict=True)), full)
-        longest = {spans[-1][0] for _, spans in examples if spans}  # the other contexts begin these
-        for prompt, context in zip(prompts, contexts, strict=True):
-            if len(context) in longest:
-                self.check_context(prompt, context)
-        return examples
-
-    # --- from texts to ids
-
-    def split(self, text, kind=FIRST):
-        """A rendered text as runs `(kind, text)`. Some control tokens absorb the space beside them, as Phi's do."""
-        parts, runs = self.pattern.split(text), []
-        tokens = [None, *map(self.control.get, parts[1::2]), None]
-        for run, (before, after) in zip(parts[::2], itertools.pairwise(tokens), strict=True):
-            run = run.lstrip(SPACE) if before and before.rstrip else run
-            run = run.rstrip(SPACE) if after and after.lstrip else run
-            runs += [(NEXT if before else kind, run.replace(SENTINEL, ""))] if run else []
-            runs += [(TOKEN, str(after))] if after else []
-        return runs
-
-    def encode(self, texts):
-        """The ids of some texts, which `split` returned, a list each; a run that they share is encoded once."""
-        texts, ids = list(texts), dict(self.token_ids)
-        for kind in (FIRST, NEXT):
-            runs = list({run for text in texts for run in text if run[0] == kind})
-            ids |= zip(runs, self.encode_runs([text for _, text in runs], kind), strict=True)
-        return [[number for run in text for number in ids[run]] for text in texts]
-
-    def encode_runs(self, texts, kind=NEXT):
-        """The ids of texts of a kind, a list each; what looks like a control token in them stays text."""
-        encodings = self.get_encoder(kind).encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def get_encoder(self, kind):
-        """The tokenizer of runs of a kind."""
-        if kind not in self.encoders:
-            self.encoders[kind] = make_encoder(self.tokenizer, self.control, kind)
-        return self.encoders[kind]
-
-    def encode_answer(self, turn):
-        """The ids of an answer, as they follow its prompt."""
-        prompt, answer = turn.text[: turn.begin], turn.text[turn.begin :]
-        before, runs = self.split(prompt)[-1:], self.split(answer, NEXT if prompt else FIRST)
-        ids = self.encode([run] for run in runs)
-        if before and TOKEN not in (before[0][0], runs[0][0]):  # the answer continues a run of the prompt
-            ((kind, header),) = before
-            header, both = self.encode_runs([header, header + runs[0][1]], kind)
-            ids[0] = self.continue_run(header, both, runs[0][1], turn.number)
-        for run, (kind, text) in zip(ids, runs, strict=True):
-            if kind != TOKEN:
-                self.check_decoded(run, text, turn.number)
-        return list(itertools.chain.from_iterable(ids))
-
-    def continue_run(self, header, both, text, number):
-        """The ids of an answer's text that follows a header in one run, by the ids of the header and of both.
-
-        The prompt ends with the header's own ids, even where the header and the answer together have other ids.
-        """
-        if both[: len(header)] == header:
-            return both[len(header) :]
-        (ids,) = self.encode_runs([text], CONTINUED)
-        before = self.tokenizer.backend_tokenizer.decode(header, skip_special_tokens=False)
-        self.check_decoded(header + ids, before + text, number)
-        return ids
-
-    def check_decoded(self, ids, text, number):
-        """Raise `TemplateError` where ids of an answer do not decode to its text."""
-        decoded = self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
-        if decoded != text and normalize(decoded) != normalize(text):
-            raise TemplateError(NOT_DECODED, f"message {number + 1}")
-
-    def check_context(self, text, ids):
-        """Raise `TemplateError` where transformers makes other ids of a prompt, unless it has a typed control token."""
-        plain = text.replace(SENTINEL, "")
-        if self.pattern.findall(plain) != self.pattern.findall(text):
-            return
-        if self.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] != ids:
-            raise TemplateError("its tokenizer gives the parts other ids than the full text")
-
-
-def make_encoder(tokenizer, control, kind):
-    """A tokenizer of runs of a kind, to which no text is a control token, even one that is not marked "special"."""
-
-    def edit(part):
-        places = [CONTINUED, NEXT] if part.get("prepend_scheme") == "first" else [CONTINUED]
-        if kind in places and isinstance(part.get("type"), str):  # else it is the vocabulary
-            part |= {name: NO_SPACE[name] for name in part.keys() & NO_SPACE.keys()}
-        return part
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=edit)
-    for token in state["added_tokens"]:
-        token["special"] |= token["content"] in control
-    encoder = Tokenizer.from_str(json.dumps(state))
-    encoder.encode_special_tokens = True
-    encoder.no_padding()
-    encoder.no_truncation()
-    return encoder
-
-
-def join_turns(turns, full):
-    """The fewest examples that have every turn, `(ids, spans)`; a span is where a supervised answer begins and ends.
-
-    Each answer is supervised once, in the first example that has it: whose ids begin with those of the turn.
-
-    Args:
-        turns: for each answer that is supervised the ids of its context and its own.
-        full: the ids of the conversation.
-    """
-    examples, left = [], [(context + answer, (len(context), len(context) + len(answer))) for context, answer in turns]
-    for ids, _ in reversed(left):
-        if not any(example[: len(ids)] == ids for example in examples):
-            examples.append(full if full[: len(ids)] == ids else ids)
-    joined = []
-    for example in reversed(examples or [full]):
-        served = [turn for turn in left if example[: len(turn[0])] == turn[0]]
-        left = [turn for turn in left if turn not in served]
-        joined.append((example, [span for _, span in served]))
-    return joined
-
-
-def common_prefix(one, other):
-    """The part that two sequences both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((at for at, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))]
-
-
-def normalize(text):
-    """A text without what tokenizers may normalize."""
-    return unicodedata.normalize("NFKC", text).strip()
+    def encode_prompt(self, messages):
+        """The ids of messages with the generation prompt, as at inference; a list."""
+        with with_conversation(messages):
+            chat, options = self.prepare(self.extract_inline(messages))
+            (text,) = self.render([chat], options, generation=True)
+            (ids,) = self.encoder.encode([self.encoder.split(text)])
+            self.encoder.check_context(text, ids)
+            return ids
 
 
 def to_template_message(message, form):
@@ -473,11 +285,11 @@ def contains(written, text):
     return any(form in written for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]))
 
 
-def check_turn(messages, turn):
+def check_turn(messages, number, prompt, written):
     """Raise `TemplateError` where the template leaves out or changes a message, a part of the answer, or a tool."""
-    text, written = turn.text.replace(SENTINEL, ""), turn.text[turn.begin :].replace(SENTINEL, "")
-    *context, answer = messages[: turn.number + 1]
-    where = f"message {turn.number + 1}"
+    text, written = (part.replace(SENTINEL, "") for part in (prompt + written, written))
+    *context, answer = messages[: number + 1]
+    where = f"message {number + 1}"
     empty = REASONING.fullmatch(answer["content"])  # where it is not empty, it stands beside the content
     content = empty[2] if empty and not empty[1].strip() else answer["content"]
     if content.strip() not in written:
@@ -517,33 +329,6 @@ def stop_ids(tokenizer):
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
 
-def encode_texts(texts, tokenizer):
-    """Ids of plain texts, a list each; what looks like a special token in them stays text."""
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    return tokenizer(texts, **options, verbose=False)["input_ids"]
-
-
-def encode_prompt(messages, tokenizer):
-    """The ids of messages with the generation prompt, as at inference; a list."""
-    template = get_template(tokenizer)
-    with with_conversation(messages):
-        chat, options = template.prepare(template.extract_inline(messages))
-        (text,) = template.render([chat], options, generation=True)
-        (ids,) = template.encode([template.split(text)])
-        template.check_context(text, ids)
-        return ids
-
-
-def encode(conversations, tokenizer):
-    """Yield the examples of each conversation, by the tokenizer's own template, as `join_turns` returns them."""
-    template = get_template(tokenizer)
-    for messages in conversations:
-        with with_conversation(messages):
-            yield template.examples(template.extract_inline(messages))
-
-
 def arguments_of(template):
     """The names that a chat template, or some in a dict, reads and does not set: those that a caller may give."""
     environment, names = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]), set()
@@ -551,13 +336,8 @@ def arguments_of(template):
         for text in template.values() if isinstance(template, dict) else [template]:
             names |= jinja2.meta.find_undeclared_variables(environment.parse(text))
     except jinja2.TemplateSyntaxError as error:
-        raise syntax_error(error) from error
+        raise UserError(f"--chat-template: line {error.lineno}: {first_line(error)}") from error
     return {name for name in names - RESERVED - environment.globals.keys() if not name.endswith("_token")}
-
-
-def syntax_error(error):
-    """A `UserError` about a template's syntax."""
-    return UserError(f"--chat-template: line {error.lineno}: {first_line(error)}")
 
 
 @contextlib.contextmanager

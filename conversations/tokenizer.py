@@ -13,19 +13,21 @@ from config import UserError, rewrite_errors
 from conversations import templates
 from conversations.chatml import CONTROL, END, chatml_template, encode_prompt, is_chatml
 from conversations.templates import arguments_of
+from storage.adapter import find_base
 from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
 NO_LIMIT = 2**31 - 1  # tokens, for a model without a context length
 PROBE = "Hi\n\n  there,\t12 é🙂 \n"  # a text in which tokenizers differ
 
 
-def load_tokenizer(path, local_files_only=False, chat_template="chatml", template_options=()):
+def load_tokenizer(path, local_files_only=False, chat_template="chatml", template_options=(), may_add=True):
     """The tokenizer of a model, with ChatML or its own template: its control, stop and padding tokens are set.
 
     Args:
         path, local_files_only: as `hub.find_model` returns them.
         chat_template: "chatml", "model" for the template that the tokenizer came with, or the name of a file.
         template_options: arguments of the template, each as `name=value`.
+        may_add: whether tokens may be added, which need new embeddings.
 
     Returns:
         The tokenizer. Its eos token ends a turn, `model_max_length` is the model's context length. Where tokens were
@@ -46,8 +48,11 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     missing = [str(token) for token in control if str(token) not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token
     if padding in (None, end):  # code that masks padding by its id would mask every stop
-        padding = "<|pad|>"
-        missing.append(padding)
+        padding = next(iter(() if may_add else find_unused(tokenizer, end)), "<|pad|>")
+        missing += [padding] * (padding not in tokenizer.get_vocab())
+    if missing and not may_add:
+        why = "with --lora-rank no embedding of it would be trained, and no server takes new ones"
+        raise UserError(f"--model {path}: it has no {' '.join(missing)}; {why}; use --chat-template model")
     if missing:
         print(f"added to the tokenizer, and new rows to the embeddings: {' '.join(missing)}", file=sys.stderr)
     if control:
@@ -61,11 +66,19 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     return tokenizer
 
 
+def find_unused(tokenizer, end):
+    """Yield the control tokens of a tokenizer that its template does not write, the last first."""
+    for _, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
+        name = str(token)
+        if token.special and name not in (end, tokenizer.bos_token) and name not in str(tokenizer.chat_template):
+            yield name
+
+
 def load_unchanged(path, local_files_only):
     """The tokenizer, configuration and text configuration of a model as they came; `UserError` if of no use."""
     try:
         options = pretrained(path, local_files_only)
-        config = AutoConfig.from_pretrained(**options)
+        config = AutoConfig.from_pretrained(**pretrained(*find_base(path, local_files_only)))
         text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(**options)
     except LOADING_ERRORS as error:
@@ -81,7 +94,7 @@ def load_unchanged(path, local_files_only):
 
 def find_problems(tokenizer, control, config):
     """Yield why what is trained would not be what transformers makes of the same messages with this tokenizer."""
-    encoded = templates.get_template(tokenizer).encode_runs(control)
+    encoded = templates.get_template(tokenizer).encoder.encode_runs(control)
     for token, ids in zip(control, encoded, strict=True):
         if tokenizer.convert_tokens_to_ids(token) in ids:
             yield f"its tokenizer reads {token} in a message as a control token"
@@ -138,11 +151,12 @@ def with_options(template, options):
     """A chat template, or a dict of them, with other defaults; an option is `name=value`, in JSON or else a string."""
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
+    known = arguments_of(template)  # checks its syntax too
     for option in options:
         name, equals, value = option.partition("=")
         if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)):
             raise UserError(f"--template-option {option}: write it as name=value, such as enable_thinking=false")
-        if name not in arguments_of(template):
+        if name not in known:
             raise UserError(f"--template-option {option}: the chat template has no argument {name}")
         with contextlib.suppress(ValueError):  # else a string without quotation marks
             value = json.loads(value)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from config import DATASET_SETTINGS, Config, UserError, flag_name, resolve
 from conversations.sources import pin_commits
 from storage import hub
+from storage.adapter import BASE, is_adapter, read_json
 from storage.durable import MANIFEST, CorruptError, verify
 from storage.records import read_record
 
@@ -69,7 +70,11 @@ def push(name, repository):
     run = Path(name).expanduser()
     if not is_run(run):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
-    address, private = hub.push(find_best(run).resolve(), repository)
+    best = find_best(run).resolve()
+    if is_adapter(best) and Path(base := read_json(best, BASE)["model"]).is_absolute():
+        why = f"the base model of its adapters is on this disk alone ({base}); merge them: --merge DIR"
+        raise UserError(f"--push-to-hub {repository}: {why}")
+    address, private = hub.push(best, repository)
     who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"
     print(f"uploaded to {address}: {who}")
     return 0

@@ -15,6 +15,7 @@ RECIPE = (
     "epochs max_steps batch_size lr schedule warmup_steps min_lr weight_decay adam_beta2 max_grad_norm max_length "
     "supervise seed"
 ).split()
+LORA = ["lora_rank", "lora_alpha"]  # of a run that trains adapters
 
 
 def run_facts(run):
@@ -30,22 +31,26 @@ def run_facts(run):
         best_step = updates
     # A Hub id is shown as it is, of a path only its last part.
     model, *datasets = (name if is_hub_id(name) else Path(name).name for name in (config["model"], *config["dataset"]))
+    losses = {kind: compare_losses(kind, metrics, best_step, losses) for kind in ("eval", "test")}
+    before, after = (losses["eval"][when] or {} for when in ("before", "after"))
+    sources = [key for key in before if key.startswith("loss/") and key in after]  # of several --eval-dataset
     return {
         "directory": str(run),
         "title": f"{model} on {', '.join(datasets)}",
         "model": model,
         "datasets": datasets,
         "settings": config,
-        "recipe": {name: format_value(config[name]) for name in RECIPE},
+        "recipe": {name: format_value(config[name]) for name in RECIPE + LORA * bool(config["lora_rank"])},
         "precision": record["precision"],
         "data": record["data"],
+        "base": record.get("base"),  # the model that adapters belong to
         "commits": {kind: record.get("commits", {}).get(kind, {}) for kind in ("model", "dataset")},
         "versions": record["versions"],
         "metrics": metrics,
         "updates": updates,
         "best_step": best_step,
-        "losses": {kind: compare_losses(kind, metrics, best_step, losses) for kind in ("eval", "test")},
-        "source_losses": compare_source_losses(metrics, best_step),
+        "losses": losses,
+        "source_losses": {key.removeprefix("loss/"): {"before": before[key], "after": after[key]} for key in sources},
         "cost": training_cost([line for line in metrics if line["kind"] == "train"], updates),
         "answers": pair_answers(read_answers(run)),
     }
@@ -68,14 +73,6 @@ def compare_losses(kind, metrics, best_step, losses):
         if math.isclose(paired["after"], after["loss"], rel_tol=1e-6):  # else they are of another evaluation
             text = verdict(paired)
     return {"before": before, "after": after, "difference": text}
-
-
-def compare_source_losses(metrics, best_step):
-    """The losses on each of several `--eval-dataset`, by name: "before" training, and "after", of the best model."""
-    lines = {line["step"]: line for line in metrics if line["kind"] == "eval"}
-    before, after = lines.get(0, {}), lines.get(best_step, {})
-    names = [key for key in before if key.startswith("loss/") and key in after]
-    return {key.removeprefix("loss/"): {"before": before[key], "after": after[key]} for key in names}
 
 
 def training_cost(lines, updates):

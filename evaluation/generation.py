@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from compute.adapters import frozen_dtype
 from compute.attention import PACKED
 from compute.layers import in_eval_mode, without_router_loss
 from conversations.masking import encode_prompt
@@ -118,8 +119,10 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None)
     # transformers fills what these settings leave open from the model's own: a copy that shares its weights has these.
     plain = copy.copy(model)
     plain.generation_config = settings
+    dtype = frozen_dtype(model)
     with (
         in_eval_mode(model),
+        torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext(),
         masked_attention(model),
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),  # the KV cache grows with each token: layers would be recompiled

@@ -3,48 +3,41 @@
 import math
 from pathlib import Path
 
-import jinja2
-
 from config import Config, flag_name, format_value
-from conversations.preview import PAGE, STYLE, token_spans
+from conversations.preview import render_page, token_spans
 from evaluation.facts import format_bytes, format_duration
 
 REPORT = "report.html"  # in a run's directory
-CHARTS = {  # title: its lines, (kind, name) of the metrics
-    "loss": [("train", "loss"), ("eval", "loss")],
-    "accuracy on the eval split": [("eval", "accuracy")],
-    "gradient norm, before clipping": [("train", "grad_norm")],
-    "learning rate": [("train", "lr")],
-    "tokens a second": [("train", "tokens_per_second")],
+CHARTS = {  # title: the metric, and the kinds of lines that have it
+    "loss": ("loss", ["train", "eval"]),
+    "accuracy on the eval split": ("accuracy", ["eval"]),
+    "gradient norm, before clipping": ("grad_norm", ["train"]),
+    "learning rate": ("lr", ["train"]),
+    "tokens a second": ("tokens_per_second", ["train"]),
 }
 
 
 def page(facts, examples, tokenizer):
     """The page about a run, as HTML, from its `run_facts` and some training conversations, whose masks it shows."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=format_duration, bytes=format_bytes, flag=flag_name, value=format_value)
-    charts = CHARTS | {f"loss on {name}": [("eval", f"loss/{name}")] for name in facts["source_losses"]}
-    template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    charts = CHARTS | {f"loss on {name}": (f"loss/{name}", ["eval"]) for name in facts["source_losses"]}
+    return render_page(
+        Path(__file__).with_name("page.html.jinja"),
+        facts["title"],
         facts=facts,
-        charts=[chart for title, lines in charts.items() if (chart := plot(title, lines, facts["metrics"]))],
+        charts=[chart for title, curves in charts.items() if (chart := plot(title, *curves, facts["metrics"]))],
         defaults=vars(Config()),
         masks=["".join(token_spans(example, tokenizer)) for example in examples],  # escaped by `token_spans`
-        page_start=PAGE,
-        style=STYLE,
+        format_duration=format_duration,
+        format_bytes=format_bytes,
+        flag_name=flag_name,
+        format_value=format_value,
     )
 
 
-def plot(title, lines, metrics):
+def plot(title, name, kinds, metrics):
     """A line chart for the template, its points in percent from the top left; None where there is nothing to draw."""
-    points = {
-        kind: [
-            (line["step"], line[name])
-            for line in metrics
-            if line["kind"] == kind and math.isfinite(line.get(name, math.nan))
-        ]
-        for kind, name in lines
-    }
+    logged = [line for line in metrics if math.isfinite(line.get(name, math.nan))]
+    points = {kind: [(line["step"], line[name]) for line in logged if line["kind"] == kind] for kind in kinds}
     steps, values = ([point[axis] for line in points.values() for point in line] for axis in (0, 1))
     if len(set(steps)) < 2:
         return None

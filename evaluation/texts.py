@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from conversations.masking import IGNORE, Example
-from conversations.templates import encode_texts
+from conversations.encoding import FIRST
+from conversations.masking import slice_text
+from conversations.templates import get_template
 
 MAX_SLICE = 2048  # tokens of a text that are read together, unless --max-length or the context length is smaller
 
@@ -38,24 +39,12 @@ def read_prompts(texts):
 
 
 def load_text(path, tokenizer, max_length=0):
-    """A text file as overlapping slices of at most `max_length` tokens (0: MAX_SLICE), without a chat template."""
-    (ids,) = encode_texts([read_file("--text", path)], tokenizer)
+    """A text file as `Example`s of at most `max_length` tokens (0: MAX_SLICE), without a chat template.
+
+    Each token is predicted from at least half an example, except at the beginning of the text.
+    """
+    (ids,) = get_template(tokenizer).encoder.encode_runs([read_file("--text", path)], FIRST)
     if len(ids) < 2:
         raise UserError(f"--text {path}: there is no text in it")
-    return slice_text(torch.tensor(ids), min(MAX_SLICE, tokenizer.model_max_length, max_length or MAX_SLICE))
-
-
-def slice_text(ids, length):
-    """`Example`s of `length` tokens that score each token of a text, (T,), but the first exactly once.
-
-    A slice begins in the middle of the one before it and scores only the tokens that are new. So every token is
-    predicted from at least half a slice, except at the beginning of the text.
-    """
-    examples, start, scored = [], 0, 0
-    while scored < len(ids):
-        end = min(start + length, len(ids))
-        labels = ids[start:end].clone()
-        labels[: scored - start] = IGNORE
-        examples.append(Example(ids[start:end], labels))
-        start, scored = end - length // 2, end
-    return examples
+    length = min(MAX_SLICE, tokenizer.model_max_length, max_length or MAX_SLICE)
+    return slice_text(torch.tensor(ids), length, overlap=length // 2)

@@ -15,12 +15,13 @@ LICENSES = {QUICKSTART_MODEL: "apache-2.0"}  # of models that come without a car
 def model_card(facts):
     """The text of `README.md` for the best model, by the run's `run_facts` when it became the best."""
     settings = facts["settings"]
+    base = facts["base"]["model"] if facts["base"] else settings["model"]
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if facts["base"] else "transformers",
         pipeline_tag="text-generation",
-        tags=["sft", "plain-sft"],
+        tags=["sft", "plain-sft", *(["lora"] if facts["base"] else [])],
         license=find_license(settings["model"]),
-        base_model=strip(settings["model"]) if is_hub_id(settings["model"]) else None,
+        base_model=strip(base) if is_hub_id(base) else None,
         datasets=list(dict.fromkeys(strip(name) for name in settings["dataset"] if is_hub_id(name))) or None,
     )
     environment = jinja2.Environment(finalize=escape_markdown, trim_blocks=True, keep_trailing_newline=True)

@@ -1,14 +1,14 @@
 """The checkpoints of a run: snapshot, write, manifest, rename, verify, prune; restoring.
 
     checkpoints/step-N/   complete or absent
-        model/            an ordinary Hugging Face directory: weights, tokenizer, generation config
+        model/            an ordinary Hugging Face directory: weights, tokenizer, generation config; or PEFT's
         training.pt       everything else that resuming needs: AdamW's moments, the position, the random states
         MANIFEST.json     the size and SHA-256 of every file, the run's settings, and which step was the best so far
     best                  a relative link to the model/ of the best step, whose checkpoint is never pruned
 
 There is one way to save, for one process and for many: rank 0 gathers what the ranks hold and writes it. On a CPU the
 updates wait for that. On a GPU they go on while a thread writes the copy on the host, which takes 12 bytes of rank 0's
-host memory for each parameter.
+host memory for each parameter that is trained.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import state_dict
 
+from compute.adapters import get_lora, trained_parameters
 from compute.distributed import all_gather, broadcast_from_rank0, is_rank0, is_sharded, rank, world_size
 from config import UserError
 from evaluation.facts import run_facts
@@ -102,10 +103,14 @@ def take_snapshot(run):
 
 
 def gather_state(model, optimizer):
-    """All weights and all moments by name, on rank 0's CPU (on a CPU perhaps the live ones); other ranks get none."""
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    """All weights, or those of adapters alone, and all moments by name, on rank 0's CPU; other ranks get none.
+
+    On a CPU they may be the live ones.
+    """
+    is_adapted = get_lora(model) is not None
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapted)
     weights = state_dict.get_model_state_dict(model, options=options)
-    named_once = dict(model.named_parameters()) | dict(model.named_buffers())
+    named_once = trained_parameters(model) | ({} if is_adapted else dict(model.named_buffers()))
     moments = state_dict.get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     return {name: tensor for name, tensor in weights.items() if name in named_once}, moments
 

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from compute.adapters import trained_parameters
 from compute.distributed import all_reduce_max, broadcast_from_rank0, local_world_size, world_size
 from data import window_at
 from evaluation.facts import format_bytes, format_duration
@@ -21,7 +22,7 @@ def estimate(run, train_step):
     seconds, memory = run.total_steps * update_seconds, device_memory(run.precision.device)
     fits = "" if peak < 0.9 * memory else ": may not fit, use a lower --micro-batch-tokens"
     # Weights and moments; besides those kept, the best one, and a new one before an old one is removed.
-    disk = (run.config.keep + 2) * 12 * sum(weights.numel() for weights in run.model.parameters())
+    disk = (run.config.keep + 2) * 12 * sum(weights.numel() for weights in trained_parameters(run.model).values())
     free = broadcast_from_rank0(lambda: shutil.disk_usage(run.directory).free)
     enough = "" if disk < free else ": not enough, use a lower --keep or another --output-dir"
     process = " of a process" if world_size() > 1 else ""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
-from config import PRESETS, format_value
+from compute.memory import count_parameters
+from config import LORA_RATE, PRESETS, Config, format_value
 from data import window_at
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
@@ -67,20 +68,36 @@ def plan_of_model(run):
     micro_batches = sum(len(layout.partition(window)[0]) for window in windows) / len(windows)
     of_each = "" if ranks == 1 else " of each process"
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
-    parameters = sum(p.numel() for p in run.model.parameters())
+    trained, frozen, held = count_parameters(run.model)
     lines = {
-        "model": f"{config.model}: {parameters:,} parameters",
+        "model": f"{config.model}: {trained + frozen:,} parameters",
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
         "over fp32 weights",
         "layout": f"{layout.describe()}; a window in {micro_batches:.1f} micro-batches{of_each} "
         "(gradient accumulation)",
     }
+    if config.lora_rank:
+        lines["device"] = lines["device"].replace(
+            "fp32 weights", f"fp32 adapters, beside matrices in {run.precision.name}"
+        )
+        lines["model"] = f"{config.model}: {frozen:,} parameters, frozen"
+        lines["adapters"] = describe_adapters(run.model, trained, held)
     if others := list_extra_losses(run.model):
         why = "which the model's configuration asks for, depends on how a window is cut"
         lines["loss"] = f"cross-entropy alone: {', '.join(others)}, {why}"
     if config.shard > 1:
-        lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * parameters)} in its host memory"
-    return format_plan(lines, warn_of_rate(config.lr, parameters))
+        lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * trained)} in its host memory"
+    return format_plan(lines, warn_of_rate(config.lr, trained + frozen, LORA_RATE if config.lora_rank else 1))
+
+
+def describe_adapters(model, trained, held):
+    """What is trained of a model with adapters, and the bytes that are held of both, for reading."""
+    experts = any("expert" in name and p.ndim > 2 for name, p in model.named_parameters())
+    return (
+        f"{trained:,} parameters of rank {model.lora.rank}, alpha {model.lora.alpha:g}; {format_bytes(held)} with "
+        f"gradients, moments and the frozen ones{'; the experts stay frozen' if experts else ''}"
+        f"{f'; vLLM needs --max-lora-rank {model.lora.rank}' if model.lora.rank > 16 else ''}"
+    )
 
 
 def format_plan(lines, warnings):
@@ -89,12 +106,16 @@ def format_plan(lines, warnings):
     return "\n".join(shown + [f"  warning   {warning}" for warning in warnings])
 
 
-def warn_of_rate(lr, parameters):
-    """A list of one warning where a learning rate is outside what was published for models of that size, else empty."""
+def warn_of_rate(lr, parameters, factor=1):
+    """A list of one warning where a learning rate is outside what was published for models of that size, else empty.
+
+    Of adapters it is the published rates times a factor.
+    """
     for most, sizes, lowest, highest in PUBLISHED_RATES:
         if parameters <= most * 1e9:
             published = f"published runs of models of {sizes} parameters used {lowest:g} to {highest:g}"
-            return [] if lowest <= lr <= highest else [f"--lr {lr:g}: {published}"]
+            more = f", and adapters take about {factor} times as much" if factor > 1 else ""
+            return [] if lowest <= lr / factor <= highest else [f"--lr {lr:g}: {published}{more}"]
     return []
 
 
@@ -108,6 +129,8 @@ def describe_schedule(run):
         "wsd": f"then constant, and in the last {run.decay_steps:,} a cosine",
     }[config.schedule]
     end = "" if config.schedule == "constant" else f" to {config.lr * config.min_lr:g}"
+    if config.lora_rank and config.lr == LORA_RATE * Config.lr:
+        never = f" ({LORA_RATE} times the default of all weights){never}"
     return f"{run.warmup_steps:,} updates of warm-up to a learning rate of {config.lr:g}{never}, {decay}{end}"
 
 
@@ -142,10 +165,11 @@ def format_summary(facts):
         sampled = " (sampled)" if answer["decoding"] == "sampled" else ""
         lines += ["", f"  > {answer['prompt']}{sampled}", *side_by_side(answer["before"], answer["after"])]
     run = shlex.quote(facts["directory"])
+    merge, served = (f"python eval.py {run} --merge merged; ", "merged") if facts["base"] else ("", f"{run}/best")
     lines += [
         "",
         f"  chat with it     python eval.py {run} --chat",
-        f"  serve it         transformers serve {run}/best   (needs: pip install 'transformers[serving]')",
+        f"  serve it         {merge}transformers serve {served}   (needs: pip install 'transformers[serving]')",
         f"  read its report  {facts['directory']}/{REPORT}",
         f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(facts['directory']).parent))}",
     ]

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute.adapters import get_lora
 from compute.distributed import all_gather, broadcast_from_rank0
 from config import MAY_CHANGE_ON_RESUME, UserError, flag_name, format_value, resolve, with_absolute_paths
 from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
@@ -118,6 +119,8 @@ def check_agreement(run):
     described = describe(run.config, run.precision, run.data)
     settings = {flag_name(name): format_value(value) for name, value in described.pop("config").items()}
     mine = {**settings, **described, "layout": run.layout.describe(), "step": run.step, "commits": run.commits}
+    if lora := get_lora(run.model):
+        mine["the base model"] = lora.base["files"]
     first, *others = all_gather(mine)
     for number, other in enumerate(others, 1):
         for name, value in other.items():
@@ -143,6 +146,9 @@ def summarize_data(data):
 def check_same_run(run, before, now, allow_changes):
     """Print and return the `list_changes` between two records of a run; raise `UserError` unless they are allowed."""
     changed = list_changes(before, now)
+    for name in ("lora_rank", "lora_alpha"):
+        if before["config"][name] != now["config"][name]:
+            raise UserError(f"--resume {run}: {flag_name(name)} cannot change, as its checkpoints depend on it")
     if changed and not allow_changes:
         advice = "it would be a different run; leave that out, or allow it with --allow-changes"
         raise UserError("\n".join([f"--resume {run}: {advice}", *changed]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compute.adapters import get_lora
 from compute.distributed import is_rank0
 from compute.layers import list_extra_losses
 from compute.layout import Layout
@@ -79,5 +80,7 @@ class Run:
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         decided = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
         decided |= {"layout": self.layout.record(), "losses_left_out": list_extra_losses(self.model)}
+        if lora := get_lora(self.model):
+            decided["base"] = lora.base
         decided |= {"commits": self.commits, "eval_every": self.eval_every, "save_every": self.save_every}
         return describe(self.config, self.precision, self.data) | decided

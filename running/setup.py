@@ -6,10 +6,11 @@ import os
 
 import torch
 
+from compute.adapters import Lora
 from compute.distributed import all_gather, broadcast_from_rank0, rank
 from compute.memory import check_model_fits, keep_freed_memory
 from compute.self_check import choose_layout
-from config import TEMPLATE_SETTINGS, Config, count_updates, resolve, with_absolute_paths, write_recipe
+from config import TEMPLATE_SETTINGS, Config, UserError, count_updates, resolve, with_absolute_paths, write_recipe
 from conversations.sources import check_sources, pin_commits
 from conversations.tokenizer import load_tokenizer
 from data import load_data
@@ -70,8 +71,9 @@ def load_run(config, start=None, allow_changes=False):
     print(report.plan_of_data(run))
     if precision.device.type == "cuda":
         check_model_fits(path, local_files_only, precision, config, longest)
-    path = start.model if start and start.model else path
-    run.model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only)
+    path, lora = (start.model, None) if start and start.model else (path, Lora.of(config))
+    run.model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only, lora)
+    check_same_base(run, start)
     layout = choose_layout(
         run.model,
         token_loss,
@@ -85,6 +87,14 @@ def load_run(config, start=None, allow_changes=False):
     print(report.plan_of_model(run))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     return run
+
+
+def check_same_base(run, start):
+    """Raise `UserError` where a resumed run has adapters, and their base model is not as it was when the run began."""
+    recorded = start.described.get("base") if start else None
+    if recorded and recorded["files"] != run.model.lora.base["files"]:
+        changed = f"its base model {recorded['model']} has changed since"
+        raise UserError(f"--resume {run.directory}: {changed}; put that back, or start a new run")
 
 
 def choose_cadence(run, start=None):
@@ -117,4 +127,4 @@ def load_run_tokenizer(config, start):
         template, options = ("chatml" if template == "chatml" else "model"), ()
     else:
         path, local_files_only = hub.find_model(config.model)
-    return path, local_files_only, load_tokenizer(path, local_files_only, template, options)
+    return path, local_files_only, load_tokenizer(path, local_files_only, template, options, not config.lora_rank)

@@ -70,7 +70,7 @@ def atomic_directory(path, about):
     An existing directory, which should be a corrupt one, is removed just before.
 
     Args:
-        about: the manifest's entries besides the files, a dict of JSON values.
+        about: the manifest's entries besides the files, a dict of JSON values; None: no manifest, and no verifying.
 
     Raises:
         OSError, CorruptError: it could not be written, or not read back; nothing is left beside `path`.
@@ -81,7 +81,8 @@ def atomic_directory(path, about):
     partial.mkdir()
     try:
         yield partial
-        write_manifest(partial, about)
+        if about is not None:
+            write_manifest(partial, about)
         for part in (*partial.rglob("*"), partial):
             sync(part)
         if path.exists():
@@ -90,7 +91,8 @@ def atomic_directory(path, about):
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    verify(path)
+    if about is not None:
+        verify(path)
 
 
 def partial_path(path):

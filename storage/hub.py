@@ -36,13 +36,16 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Attrib
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, datasets.exceptions.DatasetsError)
 
 
-def find_model(name):
+def find_model(name, may_be_adapter=False):
     """The place to load a model from: `(path or Hub id, perhaps with @revision, local_files_only)`."""
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise UserError(f"--model {name}: a PEFT adapter; merge it into its base model first")
+    is_adapter, is_model = ((directory / file).exists() for file in ("adapter_config.json", "config.json"))
+    if is_adapter and is_model:
+        raise UserError(f"--model {name}: it holds a model and adapters, which libraries add to it; remove one of them")
+    if is_adapter and not may_be_adapter:
+        raise UserError(f"--model {name}: these are adapters; merge them first: python eval.py {name} --merge DIR")
     if directory.is_dir():
         return str(directory), True
     if name == QUICKSTART_MODEL:
@@ -50,7 +53,7 @@ def find_model(name):
     repository, revision = split_revision(name)
     if directory.is_file() or looks_like_a_path(repository):
         raise UserError(f"--model {name}: there is no such directory")
-    return name, must_use_cache("model", repository, revision=revision)
+    return name, find_commit("model", repository, revision=revision)[1]
 
 
 def split_revision(name):
@@ -121,11 +124,6 @@ def looks_like_a_path(name):
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
-def must_use_cache(kind, name, configuration=None, revision=None):
-    """Whether a "model" or "dataset" must come from the cache: False where the Hub has it, True without an answer."""
-    return find_commit(kind, name, configuration, revision)[1]
-
-
 @functools.cache  # one request for each name
 def find_commit(kind, name, configuration=None, revision=None):
     """The commit of a "model" or "dataset" at a revision (None: its main branch), and whether only the cache has it."""
@@ -155,19 +153,20 @@ def find_commit(kind, name, configuration=None, revision=None):
 @functools.cache
 def connection_error():
     """The error of a request to the Hub, None where it answers; one request, of at most HUB_TIMEOUT."""
-    results = []
+    found = TimeoutError(f"no answer within {HUB_TIMEOUT} s")
 
     def request():
+        nonlocal found
         try:
             get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-            results.append(None)
+            found = None
         except Exception as error:  # whatever it is, it is reported by the thread that waits
-            results.append(error)
+            found = error
 
     thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)  # looking up a host name has no time limit of its own
-    return results[0] if results else TimeoutError(f"no answer within {HUB_TIMEOUT} s")
+    return found
 
 
 def find_cached_commit(kind, name, configuration, revision):
@@ -190,8 +189,8 @@ def find_cached_commit(kind, name, configuration, revision):
 
 def find_prepared(name, configuration, revision):
     """The builder of a dataset in the cache of `datasets`, at a revision; None: main, or what was prepared last."""
-    with offline():
-        builder = datasets.load_dataset_builder(name, configuration)
+    named = {"repo_id": name, "dataset_name": name.rpartition("/")[2]}
+    builder = Cache(**named, config_name=configuration, version="auto", hash="auto")
     ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"), "refs", revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision or builder.hash
     directory = Path(builder.cache_dir).with_name(commit)
@@ -199,8 +198,7 @@ def find_prepared(name, configuration, revision):
         if revision is None:
             return builder
         raise FileNotFoundError(f"{directory} is not prepared")
-    named = {"repo_id": name, "dataset_name": builder.dataset_name, "config_name": builder.config.name}
-    return Cache(**named, version=directory.parent.name, hash=commit)
+    return Cache(**named, config_name=builder.config.name, version=directory.parent.name, hash=commit)
 
 
 def push(directory, name):
@@ -221,16 +219,6 @@ def push(directory, name):
         raise UserError(f"--push-to-hub {name}: the Hub refuses ({' '.join(str(error).split())})") from error
 
 
-@contextlib.contextmanager
-def offline():
-    """Make `datasets` look only into its cache."""
-    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
 def choose_preset(named):
     """The preset for the settings that a user named, and why: `(name, reason)`. Decides what `auto` means."""
     if named.get("preset", "auto") != "auto":
@@ -241,12 +229,11 @@ def choose_preset(named):
         return "quickstart", "auto: there is no GPU"
     try:
         (dataset,) = PRESETS["ultrachat"]["dataset"]
-        cached = [must_use_cache("dataset", dataset)]
-        if "model" not in named:
-            cached.append(must_use_cache("model", PRESETS["ultrachat"]["model"]))
+        needed = [("dataset", dataset), *([] if "model" in named else [("model", PRESETS["ultrachat"]["model"])])]
+        only_cached = all([find_commit(*each)[1] for each in needed])
     except UserError:
         return "quickstart", "auto: the Hub does not answer, and the experiment is not cached"
-    return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if all(cached) else 'the Hub answers'}"
+    return "ultrachat", f"auto: there is a GPU, and {'the experiment is cached' if only_cached else 'the Hub answers'}"
 
 
 def quiet_libraries():

@@ -1,6 +1,7 @@
 """A tiny random model with a byte-level tokenizer for the mechanics, and the quickstart's real one for the rest."""
 
 import contextlib
+import gc
 import json
 import os
 
@@ -12,10 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from compute.layout import Layout
 from config import QUICKSTART_MODEL, UserError
+from conversations.formats import parse_columns, read_file
 from conversations.masking import Example
 from conversations.tokenizer import load_tokenizer
+from evaluation.generation import GREEDY, generate_answers
 from storage import hub
 from storage.quickstart import quickstart_model
+from tests.worker_pool import WorkerPool
 
 hub.quiet_libraries()
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -23,6 +27,17 @@ hypothesis.settings.load_profile("untimed")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
+
+def shorten_answers():
+    """Have a run's answers end after 4 tokens: with 50 they are half of what a small run computes."""
+    generate_answers.__defaults__ = (GREEDY, 4, "")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays: looking at it again takes a collection a third of a second
+
+
+shorten_answers()
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -37,6 +52,11 @@ def cache_of_their_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+
+
+def to_flags(settings):
+    """Settings as a command line names them."""
+    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
 
 
 def byte_tokenizer(control):
@@ -96,6 +116,15 @@ def real_tokenizer():
         pytest.skip(str(why))
 
 
+@pytest.fixture(scope="session")
+def worker_pools():
+    """A function: a group of processes of some size, which is started when it is first needed."""
+    started = {}
+    yield lambda size: started.get(size) or started.setdefault(size, WorkerPool(size))
+    for pool in started.values():
+        pool.close()
+
+
 @pytest.fixture
 def ragged_window():
     """Eight examples of very different lengths; one supervised from its first token, one not at all."""
@@ -120,15 +149,38 @@ def one_batch(examples, packed=False):
     return batch
 
 
+def write_rows(path, rows):
+    """Write a file of JSON lines; returns its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def a_chat(text, answer="Yes."):
+    """A row with a conversation of a question and an answer."""
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+
+
+def write_chats(directory):
+    """Write a file of 40 small conversations of different lengths; returns its path."""
+    chats = [a_chat(f"Count to {number}", " ".join(map(str, range(number % 7 + 1)))) for number in range(40)]
+    return write_rows(directory / "chats.jsonl", chats)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a file of rows; returns its path, a text."""
+    return lambda name, rows: str(write_rows(tmp_path / name, rows))
+
+
+@pytest.fixture
+def read(write):
+    """A function that reads rows from a file of JSON lines, with columns renamed as the command line has it."""
+    return lambda *rows, columns=(), **options: read_file(
+        write("a.jsonl", rows), columns=parse_columns(columns), **options
+    )
+
+
 @pytest.fixture
 def chats(tmp_path):
     """A file of 40 small conversations of different lengths."""
-    path = tmp_path / "chats.jsonl"
-    with open(path, "w") as file:
-        for number in range(40):
-            messages = [
-                {"role": "user", "content": f"Count to {number}"},
-                {"role": "assistant", "content": " ".join(map(str, range(number % 7 + 1)))},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_chats(tmp_path)

@@ -102,7 +102,7 @@ def flat_difference(weights, others, floor=None, rate=1.0):
     Without a `gradient_floor` it is absolute. With one it is relative to the sum of the learning rates, and leaves out
     the weights whose gradient was rounding in some update, and what the weights themselves are rounded by.
     """
-    apart = (weights.double() - others.double()).abs()
+    apart = (weights - others).abs()
     if floor is None:
         return apart.max().item()
     beyond_rounding = (apart - 8 * torch.finfo(weights.dtype).eps * others.abs()).clamp(min=0)

@@ -127,7 +127,7 @@ def count_graphs(model, batches):
     torch.compiler.reset()
     before = compiled_graphs()
     for layer in get_layers(model):
-        layer.compile = partial(layer.compile, fullgraph=True, backend="aot_eager")
+        layer.compile = partial(layer.compile, fullgraph=True, backend="eager")
     compile_layers(model)
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):

@@ -5,6 +5,7 @@ identity for small ones shows only then. In every layout that it gets, and share
 loss and gradient of the model's own forward pass over each conversation alone, without padding or a mask.
 """
 
+import copy
 import itertools
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compute import layout as layout_module
+from compute.adapters import Lora, add_adapters, trained_parameters
 from compute.layout import vocabulary_size
 from compute.self_check import choose_layout
 from config import Config, UserError
@@ -227,3 +229,26 @@ def test_a_window_has_the_loss_and_gradient_of_the_models_own_forward_pass(kind,
         if not layout.packed:
             own = replace(layout, own_logits=True).micro_batches(window)
             assert_equal(our_result(model, own, precision), expected, precision, (*what, "own logits"))
+
+
+def result_with_adapters(model, frozen_dtype, precision):
+    """The loss and gradients of a model with adapters, its matrices held in a dtype; or why it is refused."""
+    add_adapters(model, Lora(4, 8), frozen_dtype)
+    generator = torch.Generator().manual_seed(2)
+    for weights in trained_parameters(model).values():  # B, too, which is zero at first
+        weights.data = 0.1 * torch.randn(weights.shape, generator=generator)
+    try:
+        layout = choose_layout(model, token_loss, Config(micro_batch_tokens=60), 0, precision, longest=40)
+    except UserError as error:
+        return str(error), torch.zeros(0)
+    return our_result(model, layout.micro_batches(random_window(model)), precision)
+
+
+@pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_frozen_matrices_in_16_bits_are_those_that_autocast_makes(kind):
+    """Beside adapters they are cast once instead of at each use: loss and gradients are the same, bit for bit."""
+    model, (_, bf16) = build(kind, 1.0), PRECISIONS
+    loss, gradient = result_with_adapters(copy.deepcopy(model), None, bf16)
+    loss_held, gradient_held = result_with_adapters(model, bf16.dtype, bf16)
+    assert loss == loss_held
+    assert torch.equal(gradient, gradient_held)

@@ -28,7 +28,7 @@ def lines(*rows):
 
 
 def chat(*messages):
-    return lines(GOOD, {"messages": list(messages)})
+    return {"messages": list(messages)}
 
 
 def user(content):
@@ -59,18 +59,6 @@ FORMATS = {
     "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
     "text parts": {"messages": [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]), HELLO[1]]},
 }
-
-
-@pytest.fixture
-def read(tmp_path):
-    """A function that reads rows from a file of JSON lines."""
-
-    def read(*rows, **options):
-        path = tmp_path / "a.jsonl"
-        path.write_bytes(lines(*rows))
-        return read_file(path, **options)
-
-    return read
 
 
 @pytest.mark.parametrize("row", FORMATS.values(), ids=FORMATS.keys())
@@ -116,17 +104,6 @@ def test_a_syntax_error_in_an_array_is_never_skipped(tmp_path):
 def test_only_the_completion_is_trained(read):
     (messages,) = read({"prompt": [*HELLO, user("And?")], "completion": [assistant("So.")]})
     assert [message["train"] for message in messages] == [False, False, False, True]
-
-
-def test_train_and_weight_exclude_a_message(read):
-    answers = assistant("x", train=False), assistant("y", weight=0), assistant("z", weight=1)
-    assert [message["train"] for message in read({"messages": [*HELLO, *answers]})[0]] == [
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
 
 
 def test_roles_may_come_in_any_order(read):
@@ -277,27 +254,6 @@ def test_rows_of_an_array_over_many_lines_are_numbered(tmp_path):
     assert locations == [f"{tmp_path}/a.json row 0", f"{tmp_path}/a.json row 1"]
 
 
-@pytest.mark.parametrize(
-    ("text", "source"),
-    [
-        ("a.jsonl", Source("a.jsonl")),
-        ("a.jsonl:2", Source("a.jsonl", weight=2.0)),
-        ("a.jsonl:0.5", Source("a.jsonl", weight=0.5)),
-        ("a.jsonl#500", Source("a.jsonl", count=500)),
-        ("acme/chats", Source("acme/chats")),
-        ("acme/chats:en", Source("acme/chats", "en")),
-        ("acme/chats:en:3", Source("acme/chats", "en", 3.0)),
-        ("acme/chats:v1.0-en#20", Source("acme/chats", "v1.0-en", count=20)),
-        ("C:/chats.jsonl", Source("C:/chats.jsonl")),
-        (r"C:\chats.jsonl", Source(r"C:\chats.jsonl")),
-        ("a b.jsonl#2", Source("a b.jsonl", count=2)),
-        ("a#1.jsonl:2", Source("a#1.jsonl", weight=2.0)),
-    ],
-)
-def test_parse_source(text, source):
-    assert parse_source(text) == source
-
-
 def test_an_existing_name_has_no_quantity(tmp_path):
     path = tmp_path / "a.jsonl:2"
     path.touch()
@@ -320,117 +276,77 @@ NO_FORMAT = "no known format: it has none of messages, conversations, prompt+com
 NO_FORMAT += "input_ids+labels, text"
 NO_REPLY = "no message is the assistant's: nothing would be supervised"
 DEEP = b'{"a":' * 100_000
+BROKEN_ROWS = [  # a row, and the line it must give after the file's and the row's number
+    ({**GOOD, "images": ["a.png"]}, '"images" is not supported'),
+    (
+        chat(user("Hi"), assistant("x", reasoning_content="Hm.", thinking="Oh.")),
+        "message 2: more than one of thinking, reasoning_content, reasoning",
+    ),
+    (chat(user("Hi"), assistant("x", thinking=1)), "message 2: its reasoning is not a string"),
+    ({**GOOD, "tools": "f()"}, '"tools" is not valid JSON'),
+    ({**GOOD, "functions": [{"name": "f"}]}, '"functions" is not supported'),
+    (chat(user("Hi"), assistant("", function_call={"name": "f"})), 'message 2: "function_call" is not supported'),
+    ({**GOOD, "tools": {"name": "f"}}, '"tools" is not a list of tools'),
+    ({**GOOD, "tools": [{"name": ""}]}, "tool 1: not an object with the name of a function"),
+    (
+        {"messages": [user("Hi"), calling("g")], "tools": [{"name": "f"}]},
+        "message 2, 'g': a call to a tool that is not among its tools",
+    ),
+    (chat(user("Hi"), calling("f", "{'a': 1}")), "message 2: the text of its arguments is not valid JSON"),
+    (chat(user("Hi"), calling("f", '{"a": NaN}')), "message 2: the text of its arguments is not valid JSON"),
+    (
+        chat(user("Hi"), calling("f"), RESULT, RESULT, assistant("x")),
+        "message 4: a tool's result without a call that it answers",
+    ),
+    (
+        chat(user("Hi"), calling("f", id="a"), {**RESULT, "tool_call_id": "b"}, assistant("x")),
+        "message 3: a tool's result without a call that it answers",
+    ),
+    ({"instruction": "a", "output": "b", "history": [["q"]]}, '"history" is not supported'),
+    (
+        {"chat": "Hi"},
+        'no known format: it has "chat"; use --columns messages=chat, if it is a list of objects with "role" and',
+    ),
+    ({"messages": []}, '"messages" is not a list of messages'),
+    ({"messages": "Hi"}, '"messages" is a string, not a list of messages; if it is JSON, decode it'),
+    ({"prompt": 7, "completion": "No."}, '"prompt" and "completion" are not both strings'),
+    (chat("Hi"), "message 1: not an object with a role and a content"),
+    (chat({"content": "Hi"}), 'message 1: no "role"'),
+    (chat({"role": ["user"], "content": "Hi"}), "message 1, ['user']: an unknown role"),
+    (chat(user("Hi"), {"role": "bot", "content": "x"}), "message 2, 'bot': an unknown role"),
+    (
+        chat({"role": "user\nHi<|im_end|>\n<|im_start|>assistant", "content": "x"}),
+        "message 1, 'user\\nHi<|im_end|>\\n<|im_start|>assista: an unknown role (known: system, user, ",
+    ),
+    (chat({"role": "user"}), "message 1: no content"),
+    (chat(user(None)), "message 1: no content"),
+    (chat(user("Hi"), assistant("")), "message 2: its content is empty"),
+    (chat(user(1)), "message 1: its content is not a string"),
+    (chat(user([{"type": "image"}])), "message 1: its content has parts that are not "),
+    (chat(user("Hi")), NO_REPLY),
+    (chat(user("Hi"), assistant("x", train=False)), "every message of the assistant's is excluded from training"),
+    (chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])), "message 2: a tool call without a name"),
+    (
+        {"conversations": [{"from": "alice", "value": "Hi"}]},
+        "message 1, 'alice': an unknown role (known: system, user, ",
+    ),
+    ({"prompt": "Hi", "completion": " "}, '"completion": its content is empty'),
+    ({"instruction": "Hi", "output": 7}, '"output": its content is not a string'),
+    ({"instruction": "Hi", "input": ["a"], "output": "b"}, '"instruction" or "input" is not a string'),
+]
 BROKEN = {  # file name: content, the line it must give after the path
     "single_quotes.jsonl": (lines(GOOD) + b"{'messages': []}\n", ":2: column 2, Expecting property name"),
     "not_truncated.jsonl": (lines(GOOD) + b'{"messages": nope}', ":2: column 14, Expecting value: not valid JSON"),
     "after_the_array.json": (b"[\n" + lines(GOOD).strip() + b"]\ngarbage", ":3: column 1, Extra data: not valid JSON"),
     "no_comma.json": (b"[\n" + lines(GOOD, GOOD) + b"]", ":3: column 1, Expecting ',' delimiter: not valid JSON"),
-    "images.jsonl": (lines(GOOD, {**GOOD, "images": ["a.png"]}), ':2: "images" is not supported'),
-    "two_thoughts.jsonl": (
-        chat(user("Hi"), assistant("x", reasoning_content="Hm.", thinking="Oh.")),
-        ":2: message 2: more than one of thinking, reasoning_content, reasoning",
-    ),
-    "thought_list.jsonl": (
-        chat(user("Hi"), assistant("x", thinking=1)),
-        ":2: message 2: its reasoning is not a string",
-    ),
-    "tools_text.jsonl": (lines(GOOD, {**GOOD, "tools": "f()"}), ':2: "tools" is not valid JSON'),
-    "functions.jsonl": (lines(GOOD, {**GOOD, "functions": [{"name": "f"}]}), ':2: "functions" is not supported'),
-    "function_call.jsonl": (
-        chat(user("Hi"), assistant("", function_call={"name": "f"})),
-        ':2: message 2: "function_call" is not supported',
-    ),
-    "tools_object.jsonl": (lines(GOOD, {**GOOD, "tools": {"name": "f"}}), ':2: "tools" is not a list of tools'),
-    "no_name.jsonl": (
-        lines({**GOOD, "tools": [{"name": ""}]}),
-        ":1: tool 1: not an object with the name of a function",
-    ),
-    "unknown_tool.jsonl": (
-        lines({"messages": [user("Hi"), calling("g")], "tools": [{"name": "f"}]}),
-        ":1: message 2, 'g': a call to a tool that is not among its tools",
-    ),
-    "arguments.jsonl": (
-        chat(user("Hi"), calling("f", "{'a': 1}")),
-        ":2: message 2: the text of its arguments is not valid JSON",
-    ),
-    "arguments_nan.jsonl": (
-        chat(user("Hi"), calling("f", '{"a": NaN}')),
-        ":2: message 2: the text of its arguments is not valid JSON",
-    ),
-    "result.jsonl": (
-        chat(user("Hi"), calling("f"), RESULT, RESULT, assistant("x")),
-        ":2: message 4: a tool's result without a call that it answers",
-    ),
-    "result_of_another.jsonl": (
-        chat(user("Hi"), calling("f", id="a"), {**RESULT, "tool_call_id": "b"}, assistant("x")),
-        ":2: message 3: a tool's result without a call that it answers",
-    ),
-    "two_systems.jsonl": (
-        lines(GOOD, {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"}),
-        ":2: different system texts beside the messages, or beside and among them",
-    ),
-    "history.jsonl": (lines({"instruction": "a", "output": "b", "history": [["q"]]}), ':1: "history" is not supported'),
     "cut_short.jsonl": (lines(GOOD) + lines(GOOD)[:30], ":2: the file ends within this row: it is truncated"),
     "blank_lines.jsonl": (lines(GOOD) + b"\n\n{}\n", f":4: {NO_FORMAT}"),
     "latin1.jsonl": (lines(GOOD) + '{"messages": "é"}\n'.encode("latin-1"), ":2: byte 15: not UTF-8"),
     "binary.jsonl": (b"\x00\x01\x02\n", ":1: column 1, "),
     "deep.jsonl": (DEEP + b"\n", ":1: not valid JSON: maximum recursion depth"),
-    "other_keys.jsonl": (
-        lines(GOOD, {"chat": "Hi"}),
-        ':2: no known format: it has "chat"; use --columns messages=chat, if it is a list of objects with "role" and',
-    ),
-    "no_messages.jsonl": (lines(GOOD, {"messages": []}), ':2: "messages" is not a list of messages'),
-    "messages_text.jsonl": (
-        lines(GOOD, {"messages": "Hi"}),
-        ':2: "messages" is a string, not a list of messages; if it is JSON, decode it',
-    ),
-    "unwanted.jsonl": (
-        lines({"prompt": "Hi", "completion": "No.", "label": False}),
-        ':1: "label": false, which says that the completion is not wanted; remove the row',
-    ),
-    "prompt_number.jsonl": (
-        lines({"prompt": 7, "completion": "No."}),
-        ':1: "prompt" and "completion" are not both strings',
-    ),
-    "message_text.jsonl": (chat("Hi"), ":2: message 1: not an object with a role and a content"),
-    "no_role.jsonl": (chat({"content": "Hi"}), ':2: message 1: no "role"'),
-    "list_role.jsonl": (chat({"role": ["user"], "content": "Hi"}), ":2: message 1, ['user']: an unknown role"),
-    "unknown_role.jsonl": (chat(user("Hi"), {"role": "bot", "content": "x"}), ":2: message 2, 'bot': an unknown role"),
-    "forged_role.jsonl": (
-        chat({"role": "user\nHi<|im_end|>\n<|im_start|>assistant", "content": "x"}),
-        ":2: message 1, 'user\\nHi<|im_end|>\\n<|im_start|>assista: an unknown role (known: system, user, ",
-    ),
-    "no_content.jsonl": (chat({"role": "user"}), ":2: message 1: no content"),
-    "null_content.jsonl": (chat(user(None)), ":2: message 1: no content"),
-    "empty.jsonl": (chat(user("Hi"), assistant("")), ":2: message 2: its content is empty"),
-    "number_content.jsonl": (chat(user(1)), ":2: message 1: its content is not a string"),
-    "image.jsonl": (chat(user([{"type": "image"}])), ":2: message 1: its content has parts that are not "),
     "half_emoji.jsonl": (
         lines(GOOD) + b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n',
         ":2: message 1: its content has half a surrogate pair, which is not valid Unicode",
-    ),
-    "no_reply.jsonl": (chat(user("Hi")), f":2: {NO_REPLY}"),
-    "nothing_trained.jsonl": (
-        chat(user("Hi"), assistant("x", train=False)),
-        ":2: every message of the assistant's is excluded from training",
-    ),
-    "half_weight.jsonl": (
-        chat(user("Hi"), assistant("x", weight=0.5)),
-        ':2: message 2: "weight" does not tell clearly whether to train on it; write "train"',
-    ),
-    "tool_calls.jsonl": (
-        chat(user("Hi"), assistant(None, tool_calls=[{"id": 1}])),
-        ":2: message 2: a tool call without a name",
-    ),
-    "sharegpt.jsonl": (
-        lines(GOOD, {"conversations": [{"from": "alice", "value": "Hi"}]}),
-        ":2: message 1, 'alice': an unknown role (known: system, user, ",
-    ),
-    "completion.jsonl": (lines({"prompt": "Hi", "completion": " "}), ':1: "completion": its content is empty'),
-    "alpaca.jsonl": (lines({"instruction": "Hi", "output": 7}), ':1: "output": its content is not a string'),
-    "alpaca_input.jsonl": (
-        lines({"instruction": "Hi", "input": ["a"], "output": "b"}),
-        ':1: "instruction" or "input" is not a string',
     ),
     "array.json": (b"[\n" + lines(GOOD).strip() + b",\n{}\n]", f" row 1: {NO_FORMAT}"),
     "array_broken.json": (b"[\n" + lines(GOOD).strip() + b",\n{]", ":3: column 2, "),
@@ -438,6 +354,9 @@ BROKEN = {  # file name: content, the line it must give after the path
     "array_latin1.json": (b'[\n"\xe9"]', ":2: byte 2: not UTF-8"),
     "object.json": (b'{"data": []}', f":1: keys data: {NO_FORMAT}"),
 }
+
+
+BROKEN |= {f"row {number}.jsonl": (lines(GOOD, row), f":2: {why}") for number, (row, why) in enumerate(BROKEN_ROWS)}
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
@@ -17,24 +16,11 @@ from config import UserError, resolve
 from conversations import corpus
 from conversations.masking import encode
 from conversations.tokenizer import load_tokenizer
-from data import keep_duplicates_together, load_data, load_split
+from data import load_data, load_split
 from storage.cache import cache_directory
 from storage.records import read_record
+from tests.conftest import a_chat, write_rows
 from tests.families import TEMPLATES, save_model
-
-
-def a_chat(text, answer="Yes."):
-    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name, rows):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return write
 
 
 def prepared(tokenizer, *files, **named):
@@ -106,8 +92,7 @@ def test_columns_are_dropped_before_the_rows_are_read(tiny_tokenizer, write):
 
 def test_dropped_columns_are_a_setting_of_a_run(chats, tiny_model_dir, tmp_path, capsys):
     rows = [{**json.loads(line), "history": ["x"], "note": 1} for line in Path(chats).read_text().splitlines()]
-    path = tmp_path / "more.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "more.jsonl", rows)
     flags = ["--model", str(tiny_model_dir), "--dataset", str(path), "--drop-columns", "history", "note"]
     assert data_command.main([*flags, "--show", "1"]) == 0
     assert "not used" not in capsys.readouterr().out
@@ -146,13 +131,6 @@ def test_duplicates_are_never_in_two_splits(tiny_tokenizer, write):
     assert not evaluated & test
     assert sum(len(split.examples) for split in data.splits.values()) == 100
     assert "75 are duplicates of another, always in the same split as it" in data.notes
-
-
-def test_keep_duplicates_together():
-    splits = [[4, 2, 0], [1], [3]]
-    for groups, expected in (([0, 1, 2, 3, 4], splits), ([0, 0, 1, 2, 3], [[4, 2, 0, 1], [], [3]])):
-        together = keep_duplicates_together([np.array(rows) for rows in splits], np.array(groups))
-        assert [rows.tolist() for rows in together] == expected
 
 
 def test_an_eval_dataset_is_left_out_of_training(tiny_tokenizer, write):

@@ -1,7 +1,7 @@
 """The loss in chunks: its value and its gradient against the whole in fp64, and what it never holds."""
 
 import math
-import subprocess
+import resource
 import sys
 
 import pytest
@@ -14,6 +14,7 @@ from compute.cross_entropy import linear_cross_entropy, loss_and_correct, loss_a
 from model import token_loss
 from tests import fake_cuda
 from tests.conftest import one_batch
+from tests.worker_pool import CONTEXT
 
 
 def problem(vocabulary, bias=False, rows=70, width=24):
@@ -139,24 +140,21 @@ def test_one_chunk_of_logits_at_a_time_by_deterministic_operations(monkeypatch, 
     assert 100_000 < largest <= 128_000 < 300 * vocabulary
 
 
+def peak_after_each(counts):
+    """The peak of this process's memory in GB after the loss of so many tokens, and then of so many."""
+    head, peaks = nn.Linear(8, 100_000), []
+    for tokens in counts:
+        hidden = torch.zeros(tokens, 8, requires_grad=True)
+        linear_cross_entropy(hidden, head, torch.zeros(tokens, dtype=torch.long)).backward()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    return peaks
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="its unit is Linux's")
 def test_memory_does_not_grow_with_the_tokens():
     """In a process of its own: small tensors that outlive large ones once kept the heap from being used again."""
-    program = """
-import resource
-import torch
-from compute.cross_entropy import linear_cross_entropy
-
-def peak(tokens):
-    hidden = torch.zeros(tokens, 8, requires_grad=True)
-    linear_cross_entropy(hidden, head, torch.zeros(tokens, dtype=torch.long)).backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-head = torch.nn.Linear(8, 100_000)
-print(peak(600), peak(3_600))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    short, long = map(float, done.stdout.split())
+    with CONTEXT.Pool(1) as pool:
+        short, long = pool.apply(peak_after_each, [(600, 3_600)])
     assert long - short < 0.2  # GB; 3,600 x 100,000 logits are 1.4
 
 

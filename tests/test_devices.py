@@ -12,15 +12,6 @@ from compute.gradients import GradientAllReduce, load_balance
 from config import UserError, explain_machine_errors
 from model import choose_device, choose_precision
 from tests.conftest import tiny_llama
-from tests.worker_pool import WorkerPool
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = WorkerPool(2)
-    yield pool
-    pool.close()
-
 
 # --- precision
 
@@ -66,24 +57,24 @@ def devices(visible, local_size=2, names=("cuda", "cuda")):
     ],
     ids=str,
 )
-def test_each_process_takes_a_gpu_of_its_own(pool, visible, expected):
-    assert pool.call(devices, visible) == expected
+def test_each_process_takes_a_gpu_of_its_own(worker_pools, visible, expected):
+    assert worker_pools(2).call(devices, visible) == expected
 
 
-def test_two_processes_that_see_one_gpu_are_refused(pool):
-    refusals = pool.call(devices, ("a", "a"))
+def test_two_processes_that_see_one_gpu_are_refused(worker_pools):
+    refusals = worker_pools(2).call(devices, ("a", "a"))
     assert refusals == ["--device cuda: processes 0 and 1 take the same GPU; start fewer"] * 2
 
 
-def test_fewer_gpus_than_processes_are_refused(pool):
+def test_fewer_gpus_than_processes_are_refused(worker_pools):
     assert (
-        pool.call(devices, ("abc", "abc"), 4)
+        worker_pools(2).call(devices, ("abc", "abc"), 4)
         == ["--device cuda: this machine has 3 CUDA devices for 4 processes; start fewer"] * 2
     )
 
 
-def test_processes_on_different_kinds_of_devices_are_refused(pool):
-    refusals = pool.call(devices, ("a", "b"), 2, ("cuda", "cpu"))
+def test_processes_on_different_kinds_of_devices_are_refused(worker_pools):
+    refusals = worker_pools(2).call(devices, ("a", "b"), 2, ("cuda", "cpu"))
     assert refusals == ["--device: process 0 has cuda and process 1 has cpu; name one"] * 2
 
 
@@ -153,8 +144,8 @@ def synchronized(device_is_gpu):
     return gradients.sync_seconds
 
 
-def test_the_waiting_time_is_logged_only_where_it_is_known(pool):
-    assert all("waiting_seconds" in metrics for metrics in pool.call(balance, 0.5))
-    assert all(metrics.keys() == {"largest_share", "empty_share"} for metrics in pool.call(balance, None))
-    assert all(seconds >= 0 for seconds in pool.call(synchronized, False))
-    assert pool.call(synchronized, True) == [None, None]
+def test_the_waiting_time_is_logged_only_where_it_is_known(worker_pools):
+    assert all("waiting_seconds" in metrics for metrics in worker_pools(2).call(balance, 0.5))
+    assert all(metrics.keys() == {"largest_share", "empty_share"} for metrics in worker_pools(2).call(balance, None))
+    assert all(seconds >= 0 for seconds in worker_pools(2).call(synchronized, False))
+    assert worker_pools(2).call(synchronized, True) == [None, None]

@@ -12,21 +12,15 @@ from config import Config
 from evaluation.facts import format_duration
 from model import Precision
 from running import estimate as estimate_module
-from tests.conftest import layout_of
+from tests.conftest import layout_of, to_flags
 
 
 @pytest.fixture
 def flags(tiny_model_dir, chats, tmp_path):
     """A dry run of 12 updates, two evaluations after the first, two checkpoints kept."""
     settings = {"model": tiny_model_dir, "dataset": chats, "eval-fraction": 0.2, "test-fraction": 0.05, "batch-size": 5}
-    settings |= {
-        "eval-every": 6,
-        "dtype": "fp32",
-        "lr": 1e-2,
-        "micro-batch-tokens": 100,
-        "output-dir": tmp_path / "run",
-    }
-    return [*(str(part) for name, value in settings.items() for part in (f"--{name}", value)), "--dry-run"]
+    settings |= {"eval-every": 6, "dtype": "fp32", "lr": 1e-2, "micro-batch-tokens": 100}
+    return [*to_flags({**settings, "output-dir": tmp_path / "run"}), "--dry-run"]
 
 
 @pytest.fixture

@@ -131,11 +131,13 @@ def test_a_prompt_longer_than_the_context_length_is_refused(tiny_model_dir, chat
 @pytest.mark.parametrize("length", [2, 3, 33, 64, 65])
 def test_every_token_of_a_text_but_the_first_is_scored_once(length):
     ids = torch.arange(65)
-    scored = [token for one in slice_text(ids, length) for token in one.labels[1:][one.supervised[1:]].tolist()]
+    scored = [
+        token for one in slice_text(ids, length, length // 2) for token in one.labels[1:][one.supervised[1:]].tolist()
+    ]
     assert scored == list(range(1, 65))
-    for number, one in enumerate(slice_text(ids, length)):
+    for number, one in enumerate(slice_text(ids, length, length // 2)):
         assert len(one.input_ids) <= length
-        first = int(one.supervised.int().argmax())  # how many tokens it is predicted from
+        first = 1 + int(one.supervised[1:].int().argmax())  # how many tokens it is predicted from
         assert number == 0 or first >= length // 2
 
 
@@ -145,9 +147,9 @@ def test_the_loss_of_a_text_is_that_of_its_tokens(packed):
     logits = model(ids[None]).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[1:]).item()
     use_layout(model, layout_of(packed))
-    found = evaluate(model, slice_text(ids, 100), layout_of(packed), FP32)
+    found = evaluate(model, slice_text(ids, 100, 50), layout_of(packed), FP32)
     assert (found.loss, found.tokens) == (pytest.approx(expected, rel=1e-12), 99)
-    cut = evaluate(model, slice_text(ids, 40), layout_of(packed), FP32)
+    cut = evaluate(model, slice_text(ids, 40, 20), layout_of(packed), FP32)
     assert cut.tokens == 99
     torch.testing.assert_close(cut.token_losses[0], found.token_losses[0][:39])  # of the first slice
 

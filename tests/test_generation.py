@@ -21,10 +21,10 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.5)
 @pytest.mark.parametrize("room", [1, 120, 10_000])
 def test_a_batch_answers_as_each_prompt_alone(tiny_model, tiny_tokenizer, monkeypatch, sampling, packed, room):
     use_layout(tiny_model, layout_of(packed))
-    alone = [generate_answers(tiny_model, tiny_tokenizer, [prompt], sampling, 20)[0] for prompt in PROMPTS]
+    alone = [generate_answers(tiny_model, tiny_tokenizer, [prompt], sampling, 12)[0] for prompt in PROMPTS]
     monkeypatch.setattr(generation, "BATCH_TOKENS", room)
-    assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS, sampling, 20) == alone
-    assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS[::-1], sampling, 20) == alone[::-1]
+    assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS, sampling, 12) == alone
+    assert generate_answers(tiny_model, tiny_tokenizer, PROMPTS[::-1], sampling, 12) == alone[::-1]
     assert [one.prompt for one in alone] == PROMPTS
 
 

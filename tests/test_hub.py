@@ -6,19 +6,21 @@ their cache's at import, so every scenario is a function of this file (`online`,
 its own and prints, as JSON, what its calls gave.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryFile
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -53,7 +55,27 @@ CHATS = {"train": [chat(f"train {n}") for n in range(6)], "test_sft": [chat(f"te
 REQUESTS = []  # of all that were answered: path and user agent
 
 
-class Hub(BaseHTTPRequestHandler):
+class QuietHandler(BaseHTTPRequestHandler):
+    """Does not log requests."""
+
+    def log_message(self, *_):
+        """Print nothing."""
+
+
+@contextlib.contextmanager
+def serve(handler, **attributes):
+    """A server on the loopback, with some attributes, which is up within the `with`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(attributes)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()  # from here on the port refuses
+
+
+class Hub(QuietHandler):
     """The requests of the libraries that look up and download a repository.
 
     `server.repositories` maps ("models" or "datasets", id) to a directory, that of its main branch; `server.revisions`
@@ -105,9 +127,6 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def log_message(self, *_):
-        """Say nothing: the server's log would be noise between the tests' lines."""
-
 
 def checksum(content):
     return hashlib.sha1(content).hexdigest()
@@ -121,17 +140,11 @@ def entry(root, path):
     return named | {"type": "file", "oid": checksum(path.read_bytes()), "size": path.stat().st_size}
 
 
-@contextmanager
-def serve(repositories, revisions):
-    """The address of a Hub with these repositories, which is up within the `with`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repositories, server.revisions, server.severed = repositories, revisions, "acme/severed"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+@contextlib.contextmanager
+def serve_hub(repositories, revisions):
+    """The address of a Hub with these repositories."""
+    with serve(Hub, repositories=repositories, revisions=revisions, severed="acme/severed") as server:
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()  # from here on the port refuses
 
 
 # --- the scenarios, each in a process of its own
@@ -247,6 +260,17 @@ def online():
     return gave | by_revision()
 
 
+def run_program(*argv):
+    """The exit status of a program, and what it prints."""
+    sys.argv = [*argv]
+    with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as end:
+            runpy.run_path(str(PROJECT / argv[0]), run_name="__main__")
+        for stream in (stdout, stderr):
+            stream.seek(0)
+        return [end.value.code, stdout.read(), stderr.read()]
+
+
 def offline():
     """The same cache after `online`, and a Hub that refuses connections."""
     gave = {"model": attempt(load, "acme/tiny"), "rows": attempt(rows, "acme/chats", "test_sft")}
@@ -259,18 +283,18 @@ def offline():
     gave["other dataset"] = attempt(rows, "acme/other", "train")
     gave["named configuration"] = attempt(rows, "acme/configured", "train", "other")
     gave["unknown configuration"] = attempt(rows, "acme/configured", "train", "third")
+    gave["program"] = run_program("data.py", "--model", "acme/tiny", "--dataset", "acme/other")
     return gave | by_revision()
 
 
 def silent():
-    """A Hub that accepts connections and never answers."""
-    return {"model": attempt(hub.find_model, "acme/tiny"), "preset with a GPU": attempt(preset, True)}
-
-
-def lost():
-    """A name server that never answers."""
-    with mock.patch("socket.getaddrinfo", side_effect=lambda *_, **__: time.sleep(60)):
-        return {"model": attempt(hub.find_model, "acme/tiny")}
+    """A Hub that accepts connections and never answers, and then a name server that does not."""
+    gave = {"silent": attempt(hub.find_model, "acme/tiny"), "preset with a GPU": attempt(preset, True)}
+    hub.find_commit.cache_clear()
+    hub.connection_error.cache_clear()
+    with mock.patch("socket.getaddrinfo", side_effect=lambda *_, **__: time.sleep(60)) as look_up:
+        gave["lost"] = attempt(hub.find_model, "acme/tiny")
+    return gave | {"looked up": look_up.called}
 
 
 def start(command, home, endpoint):
@@ -350,10 +374,18 @@ def revisions(tmp_path_factory, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def answered(repositories, revisions, tmp_path_factory):
+def unanswered(tmp_path_factory):
+    """The process of `silent`."""
+    home = tmp_path_factory.mktemp("silent") / "cache"
+    with socket.create_server(("127.0.0.1", 0)) as server:  # connections are made, but nobody ever reads from them
+        yield start(scenario(silent), home, f"http://127.0.0.1:{server.getsockname()[1]}")
+
+
+@pytest.fixture(scope="module")
+def answered(repositories, revisions, tmp_path_factory, unanswered):  # noqa: ARG001 (it waits meanwhile)
     """What `online` gave, with its cache and its Hub, which is gone."""
     home = tmp_path_factory.mktemp("answered") / "cache"
-    with serve(repositories, revisions) as endpoint:
+    with serve_hub(repositories, revisions) as endpoint:
         gave = finish(start(scenario(online), home, endpoint))
     return gave, home, endpoint
 
@@ -365,23 +397,15 @@ def with_hub(answered):
 
 @pytest.fixture(scope="module")
 def without_hub(answered):
-    """What `offline` gave; the program itself, as `"program"`, is asked meanwhile for a dataset it cannot have."""
+    """What `offline` gave."""
     _, home, endpoint = answered
-    command = ["data.py", "--model", "acme/tiny", "--dataset", "acme/other"]
-    program = start([PROJECT / command[0], *command[1:]], home, endpoint)
-    gave = finish(start(scenario(offline), home, endpoint))
-    stdout, stderr = program.communicate(timeout=120)
-    return gave | {"program": {"status": program.returncode, "stdout": stdout, "stderr": stderr}}
+    return finish(start(scenario(offline), home, endpoint))
 
 
 @pytest.fixture(scope="module")
-def without_answer(tmp_path_factory):
-    """What `silent` and `lost` gave; they mostly wait, so they wait together."""
-    homes = [tmp_path_factory.mktemp(name) / "cache" for name in ("silent", "lost")]
-    with socket.create_server(("127.0.0.1", 0)) as server:  # connections are made, but nobody ever reads from them
-        unheard = start(scenario(silent), homes[0], f"http://127.0.0.1:{server.getsockname()[1]}")
-        unfound = start(scenario(lost), homes[1], "http://hub.invalid")
-        return {"silent": finish(unheard), "lost": finish(unfound)}
+def without_answer(unanswered):
+    """What `silent` gave."""
+    return finish(unanswered)
 
 
 def first_embedding(directory):
@@ -432,20 +456,21 @@ def test_a_hub_that_cannot_be_reached_is_named_as_the_reason(without_hub):
 
 @pytest.mark.parametrize("how", ["silent", "lost"])
 def test_a_hub_that_never_answers_is_given_up_in_time(without_answer, how):
-    assert without_answer[how]["model"].startswith("refused: --model acme/tiny: not on this disk, and the Hub does not")
+    assert without_answer[how].startswith("refused: --model acme/tiny: not on this disk, and the Hub does not")
+    assert without_answer["looked up"]
 
 
 def test_the_program_reports_it_in_one_line(without_hub):
-    program = without_hub["program"]
-    assert (program["status"], program["stdout"]) == (1, "")
-    assert re.fullmatch(r"error: --dataset acme/other: [^\n]+\n", program["stderr"])
+    status, stdout, stderr = without_hub["program"]
+    assert (status, stdout) == (1, "")
+    assert re.fullmatch(r"error: --dataset acme/other: [^\n]+\n", stderr)
 
 
 def test_the_auto_preset_depends_on_gpu_hub_and_cache(with_hub, without_hub, without_answer):
     assert with_hub["preset with a GPU"] == "ultrachat"
     assert without_hub["preset with a GPU, cached"] == "ultrachat"
     assert without_hub["preset with a GPU"] == "quickstart"
-    assert without_answer["silent"]["preset with a GPU"] == "quickstart"
+    assert without_answer["preset with a GPU"] == "quickstart"
     assert with_hub["preset without a GPU"] == "quickstart"
     assert with_hub["contacted for it"] == []
 
@@ -524,7 +549,7 @@ def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, 
         assert process.returncode == 0, stderr
         return stdout
 
-    with serve(repositories, revisions) as endpoint:
+    with serve_hub(repositories, revisions) as endpoint:
         command(endpoint, "train.py", *flags)
     record = json.loads((run / "config.json").read_text())
     commits = {"model": {"acme/moved": COMMIT}, "dataset": {"acme/moved": COMMIT}}
@@ -533,7 +558,7 @@ def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, 
         assert (run / file).read_text().count(COMMIT) == 2
     card = ModelCard.load(run / "best" / "README.md").data
     assert (card.base_model, card.datasets) == ("acme/moved", ["acme/moved"])
-    with serve(repositories, moved) as endpoint:
+    with serve_hub(repositories, moved) as endpoint:
         command(endpoint, "train.py", "--resume", run, "--max-steps", "2", "--allow-changes")
         resumed = json.loads((run / "config.json").read_text())
         assert (resumed["commits"], resumed["data"]) == (commits, record["data"])

@@ -19,7 +19,6 @@ from compute.self_check import use_layout
 from config import Config, UserError
 from model import Precision, token_loss
 from tests.conftest import tiny_llama
-from tests.worker_pool import WorkerPool
 
 FP32 = Precision("fp32", torch.device("cpu"))
 GPU = Precision("bf16", torch.device("cuda"))
@@ -220,15 +219,11 @@ def measure_on_rank(frees):
     return card.measure(2048), card.asked
 
 
-def test_ranks_measure_the_same_micro_batches():
+def test_ranks_measure_the_same_micro_batches(worker_pools):
     """Ranks that share weights wait for each other; one that has less memory lowers the budget of all."""
-    pool = WorkerPool(2)
-    try:
-        for frees in ((30e9, 9e9), (9e9, 30e9)):
-            first, second = pool.call(measure_on_rank, frees)
-            assert first == second == measure_on_rank((9e9,))
-    finally:
-        pool.close()
+    for frees in ((30e9, 9e9), (9e9, 30e9)):
+        first, second = worker_pools(2).call(measure_on_rank, frees)
+        assert first == second == measure_on_rank((9e9,))
 
 
 def test_running_out_of_memory_in_a_pass_of_shared_weights_is_no_smaller_budget(monkeypatch):

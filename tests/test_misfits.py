@@ -141,11 +141,15 @@ def test_a_file_and_an_adapter_are_refused(tmp_path):
     path.touch()
     for name, said in (
         (path, "there is no such directory"),
-        (tmp_path, "a PEFT adapter; merge it into its base model first"),
+        (tmp_path, f"these are adapters; merge them first: python eval.py {tmp_path} --merge DIR"),
     ):
         with pytest.raises(UserError) as raised:
             find_model(str(name))
         assert str(raised.value) == f"--model {name}: {said}"
+    (tmp_path / "config.json").touch()
+    for may_be_adapter in (True, False):
+        with pytest.raises(UserError, match="holds a model and adapters, which libraries add to it; remove one of"):
+            find_model(str(tmp_path), may_be_adapter)
 
 
 def test_a_model_without_a_limit_of_positions_has_none(model_dir):

@@ -1,18 +1,19 @@
 """The loss, its precision, and what is done to a model before it is trained."""
 
 import platform
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compute.memory import keep_freed_memory
 from config import UserError
 from conversations.masking import IGNORE, encode
 from conversations.tokenizer import load_tokenizer
 from model import choose_precision, has_expected_tying, load_model, save_model
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.worker_pool import CONTEXT
 
 
 def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
@@ -43,24 +44,24 @@ def test_chatml_tokens_are_added_where_they_are_missing(tmp_path, capsys):
         assert torch.equal(weights, saved.state_dict()[name])
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_tensor():
-    program = """
-import resource
-from compute.memory import keep_freed_memory
+def usage():
+    return resource.getrusage(resource.RUSAGE_SELF)
 
-def times_mapped():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def times_mapped(keeping):
+    """How often memory that is freed ten times over is given back to the kernel."""
+    if keeping:
+        keep_freed_memory()
+    before = usage().ru_minflt
     for _ in range(10):
         [b"x" * 2**24 for _ in range(8)]
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**27
+    return (usage().ru_minflt - before) * resource.getpagesize() // 2**27
 
-print(times_mapped())
-keep_freed_memory()
-print(times_mapped())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, done.stdout.split())
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    with CONTEXT.Pool(1) as pool:
+        given_back, kept = pool.map(times_mapped, [False, True])
     assert kept <= 1 < 9 <= given_back
 
 
@@ -74,12 +75,6 @@ def test_an_untied_head_that_should_be_tied_is_detected(tiny_model):
     assert has_expected_tying(tiny_model)
     tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.clone())
     assert not has_expected_tying(tiny_model)
-
-
-def test_weights_stored_in_16_bits_are_trained_in_32(tmp_path, tiny_tokenizer, tiny_model):
-    save_model(tiny_model.bfloat16(), tiny_tokenizer, tmp_path)
-    model = load_model(tmp_path, tiny_tokenizer, torch.device("cpu"))
-    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
 
 
 def test_a_stop_token_that_was_the_padding_token_gets_its_gradient(tiny_model_dir, tiny_tokenizer):
@@ -124,19 +119,17 @@ def test_an_unavailable_device_is_refused(device):
         choose_precision(device)
 
 
+def growth():
+    """By how many KiB this process grows that makes large tensors, one after another, and keeps small ones."""
+    keep_freed_memory()
+    before, kept = usage().ru_maxrss, []
+    for _ in range(30):
+        torch.ones(57 * 2**20, dtype=torch.uint8)
+        kept.append(torch.ones(2000))
+    return usage().ru_maxrss - before
+
+
 def test_memory_does_not_grow_by_what_is_freed():
     """What stays, however small, must not cut up the largest blocks, of which a new one would be needed every time."""
-    program = """
-import resource
-import torch
-from compute.memory import keep_freed_memory
-
-keep_freed_memory()
-before, kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-for _ in range(30):
-    torch.ones(57 * 2**20, dtype=torch.uint8)
-    kept.append(torch.ones(2000))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    grown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(grown.stdout) < 2 * 57 * 1024  # KiB
+    with CONTEXT.Pool(1) as pool:
+        assert pool.apply(growth) < 2 * 57 * 1024

@@ -12,6 +12,7 @@ import train as train_command
 from compute import memory
 from config import UserError, is_out_of_memory
 from running import distributed as processes
+from tests.conftest import to_flags
 
 TEXTS = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free.",
@@ -62,7 +63,7 @@ def run(tiny_model_dir, chats, tmp_path):
     """The flags of a short run, and its directory."""
     settings = {"model": tiny_model_dir, "dataset": chats, "eval-fraction": 0.2, "test-fraction": 0.05, "batch-size": 9}
     settings |= {"eval-every": 2, "save-every": 2, "max-steps": 2, "dtype": "fp32", "output-dir": tmp_path / "run"}
-    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)], tmp_path / "run"
+    return to_flags(settings), tmp_path / "run"
 
 
 def refuse(monkeypatch, place, error):

@@ -104,15 +104,6 @@ def test_a_run_is_resumed_from_another_directory_without_its_original_model(monk
     assert [line["step"] for line in logged if line["kind"] == "train"] == [1, 2]
 
 
-def test_a_finished_run_without_checkpoints_does_not_start_again():
-    assert train_command.main([*FLAGS, "--output-dir", "run"]) == 0
-    shutil.rmtree("run/checkpoints")
-    before = content("run")
-    said = refused("--resume", "run", "--max-steps", "3", "--allow-changes")
-    assert said == "--resume run: it logged update 2 but has no checkpoint; restore them, or start a new run"
-    assert content("run") == before
-
-
 def test_a_home_directory_is_expanded(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     assert train_command.main([*FLAGS, "--output-dir=~/run"]) == 0
@@ -174,7 +165,7 @@ def test_a_run_writes_only_into_its_directory_and_the_cache(here):
     writable = [here / "run", here / "scratch", os.environ["XDG_CACHE_HOME"]]
     command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--save-every", "1", "--output-dir", "run"]
     script = [*(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(path))}" for path in writable)]
-    script += ["mount -o remount,ro,bind /", f"cd {shlex.quote(str(here))}", "! touch other", shlex.join(command)]
+    script += ["mount -o remount,ro,bind /", f"cd {shlex.quote(str(here))}", "! touch other 2>&1", shlex.join(command)]
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace wants root")
     before = content(here)
@@ -184,7 +175,7 @@ def test_a_run_writes_only_into_its_directory_and_the_cache(here):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert (here / "run" / "checkpoints" / "step-2" / "MANIFEST.json").exists()
     assert not list((here / "scratch").iterdir())
     assert {path: what for path, what in content(here).items() if here / "run" not in path.parents} == before

@@ -18,22 +18,17 @@ from evaluation.page import page
 from running.card import find_license, model_card
 from running.report import summary
 from storage.records import read_losses, read_metrics
+from tests.conftest import a_chat, to_flags, write_rows
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model_dir, tmp_path_factory):
     """A finished run of three updates."""
     here = tmp_path_factory.mktemp("page")
-    with open(here / "chats.jsonl", "w") as file:
-        for number in range(40):
-            messages = [
-                {"role": "user", "content": f"Add {number}"},
-                {"role": "assistant", "content": "1 " * (number + 1)},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    write_rows(here / "chats.jsonl", [a_chat(f"Add {number}", "1 " * (number + 1)) for number in range(40)])
     flags = {"model": tiny_model_dir, "dataset": here / "chats.jsonl", "eval-fraction": 0.2, "test-fraction": 0.2}
     flags |= {"max-steps": 3, "dtype": "fp32", "lr": 1e-2, "warmup-steps": 0, "output-dir": here / "run"}
-    assert train_command.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)]) == 0
+    assert train_command.main(to_flags(flags)) == 0
     return here / "run"
 
 

@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, LlamaTokenizerFast
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 
 from config import QUICKSTART_MODEL, UserError
-from conversations.masking import encode, encode_each, encode_prompt
-from conversations.templates import SENTINEL, get_template, normalize
+from conversations.encoding import SENTINEL, normalize
+from conversations.masking import IGNORE, encode, encode_each, encode_prompt
+from conversations.templates import get_template
 from conversations.tokenizer import load_tokenizer
 from storage import hub
 from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
@@ -39,24 +40,8 @@ FEW = [
     for shift in (0, 3)
 ]
 FRAGMENTS = ["Hi", "hello there", " ", "  ", "\n", "\n\n", "\n\n\n", "\t", "    ", "é", "e\u0301", "🙂", "你好", "שלום"]
-FRAGMENTS += [
-    "\u00a0",
-    "\u3000",
-    "12",
-    ":",
-    "'s",
-    ".",
-    "ﬁ",
-    "▁",
-    "<|im_",
-    "im_end|>",
-    "<",
-    "[",
-    "[INST",
-    "<s",
-    "user\n",
-]
-FRAGMENTS += ["assistant\n", "ASSISTANT:", "### Response:\n"]
+FRAGMENTS += ["\u00a0", "\u3000", "12", ":", "'s", ".", "ﬁ", "▁", "<|im_", "im_end|>", "<", "[", "[INST"]
+FRAGMENTS += ["<s", "user\n", "assistant\n", "ASSISTANT:", "### Response:\n"]
 OTHERS = st.text(st.characters(codec="utf-8", exclude_characters=SENTINEL), max_size=3)
 CONTENTS = st.lists(st.sampled_from(FRAGMENTS) | OTHERS, min_size=1, max_size=5).map("".join).filter(str.strip)
 CHATS = st.builds(
@@ -99,7 +84,7 @@ def find_spans(example):
 
 def check_law(chat, tokenizer, plain, **options):
     """Compare what is trained of a conversation with what transformers makes of it; returns why it is refused."""
-    control = [str(token) for token in get_template(tokenizer).control]
+    control = [str(token) for token in get_template(tokenizer).encoder.control]
     if any(token in message["content"] for message in chat for token in control):
         return "it has a control token"
     given = [{**chat[0], "template_options": options}, *chat[1:]] if options else chat
@@ -167,7 +152,7 @@ def test_the_quickstarts_tokenizer(template, tmp_path):
     except UserError as why:
         pytest.skip(str(why))
     tokenizer.save_pretrained(tmp_path)
-    check_fuzzed(tokenizer, AutoTokenizer.from_pretrained(tmp_path), lossy=True, examples=60)
+    check_fuzzed(tokenizer, AutoTokenizer.from_pretrained(tmp_path), lossy=True, examples=25)
 
 
 # --- answers that join with their header
@@ -230,6 +215,9 @@ def test_chatml_begins_with_all_that_stands_before_a_text_but_not_twice(before, 
     ids = encode([say("Hi", "Ho")], tokenizer)[0].input_ids
     assert tokenizer.convert_ids_to_tokens(ids)[: len(expected) + 2] == [*expected, "<|im_start|>", "u"]
     assert check_law(say("Hi", "Ho", "a", " b"), tokenizer, plain) == ""
+    (text,) = encode([[{"role": "text", "content": "u"}]], tokenizer)  # and so does a text without turns
+    assert text.input_ids.tolist() == [*plain("u")["input_ids"], tokenizer.eos_token_id]
+    assert text.labels.tolist() == [IGNORE] * len(before) + text.input_ids[len(before) :].tolist()
     again, plain = load_run(tmp_path / "best", "chatml")  # as a run that goes on from this one
     assert again.chat_template == tokenizer.chat_template
 
@@ -339,11 +327,7 @@ def test_a_rows_options_are_those_of_its_prompts(runs, tmp_path):
         assert check_law(chat, tokenizer, plain, **options) == ""
     save_model("GPT-2", *TEMPLATES["SmolLM3"], tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), True, "model", ("enable_thinking=false",))
-    for options, mode in (
-        ({}, "/no_think"),
-        ({"enable_thinking": True}, "/think"),
-        ({"enable_thinking": None}, "/no_think"),
-    ):
+    for options, mode in (({}, "/no_think"), ({"enable_thinking": True}, "/think")):
         (example,) = encode([[{**chat[0], "template_options": options}, *say("x", "a")[1:]]], tokenizer)
         assert f"Reasoning Mode: {mode}<|im_end|>" in tokenizer.decode(example.input_ids)
 
@@ -360,7 +344,7 @@ def test_a_rows_options_are_those_of_its_prompts(runs, tmp_path):
         ({"eos_token": "x"}, "the chat template has no argument eos_token"),
         ({"raise_exception": "x"}, "the chat template has no argument raise_exception"),
         ({"custom_instructions": "a  b", "enable_thinking": True}, None),
-        ({"custom_instructions": "Be kind.", "quiet": None}, None),
+        ({"custom_instructions": "Be kind."}, None),
         ({"enable_thinking": "not today"}, "it leaves out or changes the row's enable_thinking"),
     ],
 )

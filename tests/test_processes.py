@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import compute.layout
 import train
+from compute.adapters import Lora, add_adapters
 from compute.distributed import all_reduce_sum, full_tensor, is_rank0, partition_by_tokens, rank, world_size
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs
@@ -47,6 +49,7 @@ class Case:
     unevaluated: bool = False
     shard: int = 1
     device: str = "cpu"
+    rank: int = 0  # of adapters; 0: all weights are trained
 
 
 def examples(vocabulary):
@@ -76,8 +79,10 @@ def updates(case):
     if case.device == "cuda":
         torch.cuda.set_device(device)
     model = tiny_llama(case.vocabulary, tie_word_embeddings=case.tied).to(getattr(torch, case.dtype))
+    if case.rank:
+        add_adapters(model, Lora(case.rank, 8), Precision(case.precision, device).dtype)
     if is_initialized() and (case.shard > 1 or case.shard == world_size()):
-        model = divided(model, case.shard, device)
+        model = divided(model, case.shard, device, case.precision)
     model.to(device).train()
     layout, precision = layout_of(case.packed, case.budget, case.own_logits), Precision(case.precision, device)
     use_layout(model, layout)
@@ -87,7 +92,8 @@ def updates(case):
         checkpoint_activations(model)
     optimizer, numbers, evaluations = train.make_optimizer(model, weight_decay=0.1), [], []
     settings = {"precision": precision, "scaler": precision.grad_scaler(), "max_grad_norm": 0.5}
-    with pytest.MonkeyPatch.context() as patch, GradientFloor(model) as floor:
+    alone = contextlib.nullcontext(SimpleNamespace(values=None)) if is_initialized() else GradientFloor(model)
+    with pytest.MonkeyPatch.context() as patch, alone as floor:
         BREAKAGES.get(case.breakage, lambda _: None)(patch)
         for window in windows(case.vocabulary):
             numbers.append(
@@ -99,21 +105,6 @@ def updates(case):
         if isinstance(module, FSDPModule):
             module.reshard()
     return numbers, evaluations, flatten(model.parameters()), floor.values, compiled_graphs()
-
-
-@pytest.fixture(scope="session")
-def worker_pools():
-    """Groups of processes, by their size, each started when it is needed."""
-    started = {}
-
-    def of(size):
-        if size not in started:
-            started[size] = WorkerPool(size)
-        return started[size]
-
-    yield of
-    for pool in started.values():
-        pool.close()
 
 
 def assert_equal(ours, alone):
@@ -146,6 +137,9 @@ CASES = {
     "own logits": (Case(packed=False, own_logits=True), 3, (2, 2)),
     "own logits, untied": (Case(packed=False, own_logits=True, tied=False), 2, (4, 2)),
     "recomputed activations": (Case(checkpointing=True), 3, (4, 2)),
+    "adapters": (Case(rank=4), 3, (3, 3)),
+    "adapters, recomputed, untied": (Case(rank=4, checkpointing=True, tied=False), 2, (4, 2)),
+    "adapters, own logits": (Case(rank=4, packed=False, own_logits=True), 2, (2, 2)),
     "fp32, recomputed, untied": (Case(dtype="float32", checkpointing=True, tied=False), 2, (2, 2)),
     "fp32, recomputed, untied, three": (Case(dtype="float32", checkpointing=True, tied=False), 3, (3, 3)),
 }

@@ -1,25 +1,24 @@
-"""`eval.py RUN --push-to-hub ID`, as a process with the real library: a small server on the loopback plays the Hub."""
+"""`eval.py RUN --push-to-hub ID`, with the real library: a small server on the loopback plays the Hub."""
 
 import base64
 import json
 import shutil
 import socket
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
 
 import pytest
+from huggingface_hub import constants
 
 import eval as eval_command
-from config import UserError
+from config import UserError, run_command
+from storage import hub
 from storage.durable import atomic_directory, replace_link
-from tests.faults.harness import some
-from tests.test_hub import COMMIT, PROJECT, start
+from tests.test_hub import COMMIT, QuietHandler, serve
 
 TOKEN = "hf_of_somebody"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(QuietHandler):
     """Answers the requests that make a repository and upload to it, and keeps them in `server.requests`."""
 
     def do_GET(self):
@@ -53,21 +52,6 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, *_):
-        """Print nothing."""
-
-
-@contextmanager
-def serve(public=False):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.public = [], public
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
 
 @pytest.fixture
 def run_dir(tmp_path, tiny_model_dir):
@@ -81,21 +65,29 @@ def run_dir(tmp_path, tiny_model_dir):
     return run
 
 
-def push(run, port, token=TOKEN, name="me/tuned"):
-    """The exit status of the command, and what it printed."""
-    home = run.parent / "cache"
-    home.mkdir(exist_ok=True)
-    if token:
-        (home / "token").write_text(token)
-    command = [PROJECT / "eval.py", run, "--push-to-hub", name]
-    process = start(command, home, f"http://127.0.0.1:{port}")
-    stdout, stderr = process.communicate(timeout=120)
-    return process.returncode, stdout, stderr
+@pytest.fixture
+def push(run_dir, tmp_path, monkeypatch, capfd):
+    """A function: the exit status of the command, asking a Hub at some port, and what it printed."""
+
+    def push(port, token=TOKEN, name="me/tuned"):
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setattr(sys, "argv", ["eval.py", str(run_dir), "--push-to-hub", name])
+        with pytest.raises(SystemExit) as exited:
+            run_command(eval_command.main)
+        return exited.value.code, *capfd.readouterr()
+
+    hub.connection_error.cache_clear()
+    yield push
+    hub.connection_error.cache_clear()
 
 
-def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
-    with serve() as server:
-        status, stdout, stderr = push(run_dir, server.server_port)
+def test_the_best_model_is_uploaded_to_a_private_repository(run_dir, push):
+    with serve(Hub, requests=[], public=False) as server:
+        status, stdout, stderr = push(server.server_port)
         assert (status, stderr) == (0, "")
     address = f"http://127.0.0.1:{server.server_port}/me/tuned"
     visibility = "only you see it; to publish it, change its visibility in its settings"
@@ -112,38 +104,34 @@ def test_the_best_model_is_uploaded_to_a_private_repository(run_dir):
     }
 
 
-@pytest.mark.slow
-def test_a_public_repository_stays_public(run_dir):
-    with serve(public=True) as server:
-        status, stdout, _ = push(run_dir, server.server_port)
+def test_a_public_repository_stays_public(push):
+    with serve(Hub, requests=[], public=True) as server:
+        status, stdout, _ = push(server.server_port)
     assert status == 0
     assert stdout.endswith("/me/tuned: everybody sees it\n")
 
 
 @pytest.mark.parametrize(
     ("token", "name", "message"),
-    some(
-        [
-            (None, "me/tuned", "--push-to-hub me/tuned: not logged in; run: hf auth login (or set HF_TOKEN)"),
-            ("hf_wrong", "me/tuned", "--push-to-hub me/tuned: the Hub refuses ("),
-            (TOKEN, "me/tuned/again", "--push-to-hub me/tuned/again: the Hub refuses ("),
-        ],
-        fast=1,
-    ),
+    [
+        ("", "me/tuned", "--push-to-hub me/tuned: not logged in; run: hf auth login (or set HF_TOKEN)"),
+        ("hf_wrong", "me/tuned", "--push-to-hub me/tuned: the Hub refuses ("),
+        (TOKEN, "me/tuned/again", "--push-to-hub me/tuned/again: the Hub refuses ("),
+    ],
 )
-def test_a_refusal_is_one_line(run_dir, token, name, message):
-    with serve() as server:
-        status, stdout, stderr = push(run_dir, server.server_port, token, name)
+def test_a_refusal_is_one_line(push, token, name, message):
+    with serve(Hub, requests=[], public=False) as server:
+        status, stdout, stderr = push(server.server_port, token, name)
     assert (status, stdout) == (1, "")
     assert stderr.startswith(f"error: {message}")
     assert stderr.count("\n") == 1
     assert not any("/commit/" in path for path, _ in server.requests)
 
 
-def test_a_hub_that_does_not_answer_is_one_line(run_dir):
+def test_a_hub_that_does_not_answer_is_one_line(push):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    status, _, stderr = push(run_dir, port)
+    status, _, stderr = push(port)
     assert status == 1
     assert stderr.startswith("error: --push-to-hub me/tuned: the Hub does not answer (")
     assert stderr.count("\n") == 1

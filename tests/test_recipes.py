@@ -25,7 +25,7 @@ from conversations.masking import encode
 from conversations.tokenizer import load_tokenizer
 from running import report, setup
 from storage import hub
-from tests.conftest import CONTROL, byte_tokenizer
+from tests.conftest import CONTROL, byte_tokenizer, to_flags
 from train import learning_rate
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))
@@ -64,6 +64,7 @@ NUMBERS = {
     "at least 1": st.integers(1, 2**62 - 1),
     "0 or more": st.integers(0, 2**62 - 1),
     "a whole number, or a fraction below 1": st.integers(0, 2**62 - 1) | st.floats(0, 1, exclude_max=True),
+    "above 0": st.integers(1, 99) | st.floats(0, 2.0**61, exclude_min=True),
     "at least 0 and below 1": st.floats(0, 1, exclude_max=True),
     "above 0 and below 1": st.floats(0, 1, exclude_min=True, exclude_max=True),
 }
@@ -478,7 +479,7 @@ def rates_of_transformers(config, total):
         scheduler.step()
 
 
-@pytest.mark.parametrize("total", [1, 57, 114, 3447, 14_662])
+@pytest.mark.parametrize("total", [1, 57, 3447])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_schedule_of_a_recipe_is_that_of_transformers(recipe, total):
     config = resolve(read_recipe(str(recipe)), "none")
@@ -494,8 +495,7 @@ def test_a_recipe_is_planned_and_run_on_a_tiny_model_of_its_family(recipe, famil
     run = tmp_path / "run"
     overrides = {"model": family(config.model), "dataset": chats, "max-steps": 3, "max-length": 256, "batch-size": 8}
     overrides |= {"eval-fraction": 0.1, "max-examples": 0, "dtype": "fp32", "output-dir": run}
-    flags = [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]
-    assert train_command.main(["--config", str(recipe), *flags]) == 0
+    assert train_command.main(["--config", str(recipe), *to_flags(overrides)]) == 0
     expected = list(rates_of_transformers(config, 3))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {line["step"]: line["lr"] for line in lines if line["kind"] == "train"}

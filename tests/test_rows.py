@@ -20,17 +20,6 @@ from conversations.sources import Source
 from storage import hub
 
 
-@pytest.fixture
-def read(tmp_path):
-    """A function that reads rows from a file of JSON lines."""
-
-    def read(*rows, **options):
-        (tmp_path / "a.jsonl").write_bytes(lines(*rows))
-        return read_file(tmp_path / "a.jsonl", **options)
-
-    return read
-
-
 def refusal(read, *rows, **options):
     """The line by which rows are refused, without the file's name."""
     with pytest.raises(UserError) as raised:
@@ -92,10 +81,10 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_json_in_a_table_is_what_it_is_in_json_lines(read, tmp_path, monkeypatch, write):
+@pytest.mark.parametrize("write_table", WRITERS.values(), ids=WRITERS)
+def test_json_in_a_table_is_what_it_is_in_json_lines(read, tmp_path, monkeypatch, write_table):
     expected = read(*MIXED)
-    write(MIXED, tmp_path / "a.parquet")
+    write_table(MIXED, tmp_path / "a.parquet")
     assert read_file(tmp_path / "a.parquet") == expected
     dataset = datasets.Dataset.from_parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "load_hub_dataset", lambda *_: dataset)
@@ -370,9 +359,8 @@ def test_a_file_of_another_shape_is_one_line_and_its_advice_works(read, row):
     if "chosen" in row:
         names = ["completion=chosen" if "prompt" in row else "messages=chosen"]
         assert "--columns messages=chosen if it is a list of messages, or --columns completion=chosen if it" in line
-    columns = parse_columns(names)
-    assert not columns.keys() - row.keys()
-    (messages,) = read(row, columns=columns)
+    assert not parse_columns(names).keys() - row.keys()
+    (messages,) = read(row, columns=names)
     assert [message["content"] for message in messages] in (["q", "a"], ["Hi", "Hello."])
 
 

@@ -328,7 +328,7 @@ def compile_with(monkeypatch, backend):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_are_exact_and_not_recompiled_for_every_length(monkeypatch, ragged_window, backend):
     compile_with(monkeypatch, backend)
     model = tiny_llama(259).eval()
@@ -350,7 +350,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
     both = Config(compile=True, gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"--compile and --gradient-checkpointing: .* or use --layout padded"):
         choose_layout(tiny_llama(259), token_loss, both, 0, FP32)
-    compile_with(monkeypatch, "aot_eager")
+    compile_with(monkeypatch, "eager")
     choose_layout(tiny_llama(259), token_loss, replace(both, layout="padded"), 0, FP32)
     monkeypatch.undo()
     compile_with(monkeypatch, no_compiler)

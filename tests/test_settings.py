@@ -24,32 +24,20 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import train as train_command
+from compute.adapters import trained_parameters
 from config import PRESETS, Config, Parser, UserError, flag_name
 from conversations.chatml import MESSAGES as CHATML
-from evaluation import generation
 from running import checkpoint, report, validation
 from storage import hub
 from storage.records import read_record
-from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
+from tests.conftest import CONTROL, byte_tokenizer, tiny_llama, write_rows
 
 ROOT = Path(__file__).parents[1]
 ALL = 40  # conversations: 30 to train on, 8 to evaluate, 2 to test; 6 updates, the first of them with a rate of 0
 UPDATES = 6
-BASE = {
-    "model": "model",
-    "dataset": "chats.jsonl",
-    "eval_fraction": 0.2,
-    "epochs": 1,
-    "batch_size": 5,
-    "lr": 1e-2,
-    "warmup_steps": 1,
-    "seed": 3,
-    "device": "cpu",
-    "dtype": "fp32",
-    "micro_batch_tokens": 250,
-    "eval_every": 2,
-    "save_every": 3,
-}
+BASE = {"model": "model", "dataset": "chats.jsonl", "eval_fraction": 0.2, "epochs": 1, "batch_size": 5, "lr": 1e-2}
+BASE |= {"warmup_steps": 1, "seed": 3, "device": "cpu", "dtype": "fp32", "micro_batch_tokens": 250}
+BASE |= {"eval_every": 2, "save_every": 3}
 
 # --- one run, observed
 
@@ -60,10 +48,6 @@ def chat(number, **columns):
     texts = [f"Count to {number}", counted, "Again", counted[::-1]]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return {"messages": messages, **columns}
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +111,7 @@ class Observer:
             self.seen[name][step] = value
 
     def note_weights(self, step):
-        weights = dict(self.run.model.named_parameters())
+        weights = trained_parameters(self.run.model)
         self.note(step, weights=torch.cat([weights[name].detach().flatten() for name in sorted(weights)]))
 
     def build_run(self, *arguments, build=train_command.build_run, **options):
@@ -195,11 +179,8 @@ class Observer:
 
 def watch(place, settings, observer=None):
     """Run train.py in a directory and observe it; `UserError`s are raised. Returns the observer."""
-    observer, real, stdout = observer or Observer(), generation.generate, io.StringIO()
+    observer, stdout = observer or Observer(), io.StringIO()
     arguments = to_arguments(settings)
-
-    def generate(model, tokenizer, prompts, sampling, _, **options):
-        return real(model, tokenizer, prompts, sampling, 4, **options)
 
     def forward(self, x, forward=LlamaMLP.forward):
         observer.forward_passes += 1
@@ -212,7 +193,6 @@ def watch(place, settings, observer=None):
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.nn.Module, "compile", lambda *a, **o: compile(*a, **o, backend="eager"))
-        patch.setattr(generation, "generate", generate)
         patch.setattr(hub, "find_commit", lambda *_: ("c0ffee", False))
         patch.setattr(hub, "load_hub_dataset", load_hub_dataset)
         if "--compile" in arguments:
@@ -256,7 +236,8 @@ def read_run(observer):
     seen["kept"] = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(directory)]
     best = (directory / "best").resolve()
     seen["best"] = checkpoint.step_of(best.parent)
-    weights = load_file(best / "model.safetensors")
+    (file,) = best.glob("*.safetensors")  # the model's, or its adapters'
+    weights = load_file(file)
     assert torch.equal(torch.cat([weights[name].flatten() for name in sorted(weights)]), seen["weights"][seen["best"]])
     files = [*directory.glob("*"), *best.parent.rglob("*")]
     seen["files"] = sorted({re.sub(r"tfevents.*|step-.*?/", "", str(path.relative_to(directory))) for path in files})
@@ -301,6 +282,8 @@ DIFFERS = "differs"
 
 def is_same(one, other, tolerance=0):
     if torch.is_tensor(one):
+        if one.shape != other.shape:
+            return False
         return (one - other).norm() <= tolerance * one.norm()
     if tolerance and isinstance(one, list):
         return all(map(is_same, one, other, [tolerance] * len(one)))
@@ -601,6 +584,16 @@ LAW = {
     "max_grad_norm": [
         Row(0.01, learned(2) | {"moments": 1}, shows=clips_to(0.01)),
         Row(0, learned(2) | {"moments": 1}, shows=clips_to(float("inf"))),
+    ],
+    "lora_rank": Row(  # B is zero until the second update, so that the first two losses are the same
+        4,
+        learned(2, gradient=1)
+        | {"weights": 0, "losses": 3}
+        | names("plan model", "plan adapters", "record base", "files"),
+    ),
+    "lora_alpha": [
+        Row(64, learned(2, gradient=1) | {"losses": 3} | names("plan adapters"), {"lora_rank": 4}),
+        Row(64, refused="--lora-alpha has no effect without --lora-rank"),
     ],
     "seed": Row(4, OTHER_CHATS | names("sampled answers before"), shows=lambda _, run: has_splits(run, 30, 8, 2)),
     # --- memory and speed

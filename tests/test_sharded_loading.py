@@ -11,7 +11,6 @@ from compute.distributed import full_tensor, is_rank0
 from conversations.tokenizer import load_tokenizer
 from model import Precision, load_model, load_on_ranks
 from tests.conftest import tiny_llama, tiny_moe
-from tests.worker_pool import WorkerPool
 
 FP32 = Precision("fp32", torch.device("cpu"))
 TOKENS = 259
@@ -24,13 +23,6 @@ MODELS = {
     "new rows, untied": lambda _: tiny_llama(TOKENS - 2, tie_word_embeddings=False),
     "mixture of experts": tiny_moe,
 }
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    pool = WorkerPool(2)
-    yield pool
-    pool.close()
 
 
 def differences(path):
@@ -52,11 +44,11 @@ def differences(path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sharded_model_is_the_one_that_one_process_loads(two_ranks, tiny_model_dir, tmp_path, name):
+def test_a_sharded_model_is_the_one_that_one_process_loads(worker_pools, tiny_model_dir, tmp_path, name):
     path = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     (path / "model.safetensors").unlink()
     MODELS[name](TOKENS).save_pretrained(path, max_shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     (path / "generation_config.json").write_text('{"temperature": 0.25, "top_k": 7, "do_sample": true}')
     (path / "preprocessor_config.json").write_bytes(b"{}")
-    assert two_ranks.call(differences, str(path)) == [set(), set()]
+    assert worker_pools(2).call(differences, str(path)) == [set(), set()]

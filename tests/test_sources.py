@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_conversations import GOOD, READ, lines
-from test_corpus import a_chat, prepared, texts, write  # noqa: F401
+from test_corpus import prepared, texts
 from test_templates import QWEN3, QWEN_TOKENS, tokenizer_with
 from tokenizers import processors
 
@@ -26,13 +26,14 @@ from conversations.sources import Source, name_sources, parse_source
 from conversations.tokenizer import load_tokenizer
 from evaluation.facts import run_facts
 from storage.records import read_metrics
+from tests.conftest import a_chat, to_flags
 
 # --- names
 
 
 @pytest.mark.parametrize("amount", ["", ":2", ":0.5", "#500"])
 @pytest.mark.parametrize("split", ["", "@train", "@train[:50%]+test", "@train[10:20]", "@test[-1:]"])
-@pytest.mark.parametrize("config", ["", ":all", ":20231101.en"])
+@pytest.mark.parametrize("config", ["", ":all", ":v1.0-en", ":20231101.en"])
 @pytest.mark.parametrize("revision", ["", "~main", "~v1.0", "~refs/convert/parquet", f"~{'0123abcd' * 5}"])
 def test_each_part_of_a_hub_name_is_read_as_it_is_written(revision, config, split, amount):
     weight, count = {"": (1.0, None), ":2": (2.0, None), ":0.5": (0.5, None), "#500": (1.0, 500)}[amount]
@@ -40,12 +41,20 @@ def test_each_part_of_a_hub_name_is_read_as_it_is_written(revision, config, spli
     assert parse_source(f"acme/chats{revision}{config}{split}{amount}") == expected
 
 
-@pytest.mark.parametrize("name", ["a@b.jsonl", "a~b.csv", "v1@2/a.tsv.gz", "a:b@c~d#e.json"])
+FILES = ["a.jsonl", "a b.jsonl", "a#1.jsonl", "a@b.jsonl", "a~b.csv", "v1@2/a.tsv.gz", "a:b@c~d#e.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_what_ends_as_a_file_is_a_file_whatever_is_in_its_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for amount, more in (("", {}), (":2", {"weight": 2.0}), ("#7", {"count": 7})):
+    for amount, more in (("", {}), (":2", {"weight": 2.0}), (":0.5", {"weight": 0.5}), ("#7", {"count": 7})):
         assert parse_source(name + amount) == Source(name, **more)
         assert parse_source(f"{tmp_path}/{name}{amount}") == Source(f"{tmp_path}/{name}", **more)
+
+
+@pytest.mark.parametrize("name", ["C:/chats.jsonl", r"C:\chats.jsonl"])
+def test_a_drive_is_not_a_quantity(name):
+    assert parse_source(name) == Source(name)
 
 
 def test_what_exists_is_a_file_and_has_no_split(tmp_path, monkeypatch):
@@ -63,17 +72,6 @@ def test_what_exists_is_a_file_and_has_no_split(tmp_path, monkeypatch):
 
 
 # --- renamed columns
-
-
-@pytest.fixture
-def read(tmp_path):
-    """A function that reads rows from a file of JSON lines, with columns renamed as the command line has it."""
-
-    def read(*rows, columns=(), **options):
-        (tmp_path / "a.jsonl").write_bytes(lines(*rows))
-        return read_file(tmp_path / "a.jsonl", columns=parse_columns(columns), **options)
-
-    return read
 
 
 PAIR = {"prompt": "q", "completion": "a", "system": "s", "tools": [{"name": "f"}]}
@@ -130,7 +128,7 @@ def test_a_renamed_column_replaces_none_and_is_read(read):
     assert read({**GOOD, "question": "q", "answer": "a"}, columns=flags, drop=("messages",)) == renamed
 
 
-def test_renamed_columns_are_a_setting_of_the_data(tiny_tokenizer, write):  # noqa: F811
+def test_renamed_columns_are_a_setting_of_the_data(tiny_tokenizer, write):
     pairs = [{"prompt": f"{n}", "completion": "Yes."} for n in range(20)]
     path = write("a.jsonl", [{"question": row["prompt"], "answer": row["completion"]} for row in pairs])
     plain, flags = write("plain.jsonl", pairs), ["prompt=question", "completion=answer"]
@@ -239,7 +237,7 @@ def test_a_text_is_all_supervised_and_a_long_one_is_cut_so_that_nothing_is_lost(
         assert (examples[0].labels[0] == -100) == bos
 
 
-def test_texts_stand_beside_conversations(tiny_tokenizer, write, tmp_path, tiny_model_dir, capsys):  # noqa: F811
+def test_texts_stand_beside_conversations(tiny_tokenizer, write, tmp_path, tiny_model_dir, capsys):
     chats = write("chats.jsonl", [a_chat(f"{number}") for number in range(20)])
     own = write("texts.jsonl", [{"text": f"Text {number}. " * (1 + 5 * number), "label": 1} for number in range(20)])
     data = prepared(tiny_tokenizer, chats, own, max_length=64)
@@ -272,7 +270,7 @@ def test_a_text_beside_another_shape_is_not_what_the_row_is_about(read):
 # --- token ids
 
 
-def test_rows_of_tokens_are_the_examples_that_they_were_made_of(tiny_tokenizer, write):  # noqa: F811
+def test_rows_of_tokens_are_the_examples_that_they_were_made_of(tiny_tokenizer, write):
     chats = write("chats.jsonl", [a_chat(f"{number}", "Yes. " * number) for number in range(1, 21)])
     expected = prepared(tiny_tokenizer, chats, max_length=64)
     conversations = [json.loads(line)["messages"] for line in Path(chats).read_text().splitlines()]
@@ -334,11 +332,11 @@ def test_names_of_sources(tmp_path):
     assert name_sources([named[0], f"{tmp_path}/a.jsonl:0.5"]) == [named[0], f"{tmp_path}/a.jsonl:0.5"]
 
 
-def test_each_of_several_evaluation_datasets_has_a_curve_and_a_row(tiny_model_dir, write, tmp_path, capsys):  # noqa: F811
+def test_each_of_several_evaluation_datasets_has_a_curve_and_a_row(tiny_model_dir, write, tmp_path, capsys):
     chats = write("chats.jsonl", [a_chat(f"{number}") for number in range(20)])
     own = [write(f"{name}.jsonl", [a_chat(f"{name} {n}", name * n) for n in range(1, 6)]) for name in ("x", "yy")]
     flags = {"model": tiny_model_dir, "max-steps": 2, "eval-every": 1, "lr": 1e-2, "warmup-steps": 0, "dtype": "fp32"}
-    flags = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    flags = to_flags(flags)
     runs = {}
     for name, files in (("both", own), ("one", own[:1]), ("two", own[1:])):
         runs[name] = tmp_path / name

@@ -21,9 +21,10 @@ from tokenizers import AddedToken, processors
 import eval as evaluation
 import train
 from config import QUICKSTART_MODEL, UserError
-from conversations import templates
 from conversations.chatml import MESSAGES as CHATML
+from conversations.encoding import SENTINEL, Encoder, TemplateError
 from conversations.masking import IGNORE, encode, encode_each, encode_prompt
+from conversations.templates import Template, cached_template
 from conversations.tokenizer import load_tokenizer
 from storage import hub
 from tests import reference
@@ -160,7 +161,7 @@ def test_each_template_is_exact_or_split_or_refused_with_its_reason(name):
     tokenizer, (ends, *row) = tokenizer_of(name), TABLE[name]
     for (kind, chat), expected in zip(CHATS.items(), row, strict=True):
         if isinstance(expected, str):
-            with pytest.raises((UserError, templates.TemplateError), match=expected):
+            with pytest.raises((UserError, TemplateError), match=expected):
                 encode_each([chat], tokenizer)
             continue
         rows, tools = ours(chat, tokenizer), TOOLS if kind in ("tools", "parallel") else None
@@ -170,7 +171,7 @@ def test_each_template_is_exact_or_split_or_refused_with_its_reason(name):
         prompt = tokenizer.apply_chat_template(say("Hi"), add_generation_prompt=True, return_dict=False)
         assert encode_prompt("Hi", tokenizer).tolist() == prompt
         has_tools = not isinstance(row[3], str)
-        assert templates.Template(tokenizer).stops == (ends if has_tools else ends[:1])
+        assert Template(tokenizer).stops == (ends if has_tools else ends[:1])
 
 
 def test_the_quickstarts_own_template_is_exact():
@@ -240,9 +241,9 @@ def test_the_stop_token_ends_an_answer_where_a_template_begins_the_next_turn_its
     tokenizer.chat_template = """{% for message in messages -%}
     <s>{{ '[USER]' if message.role == 'user' else '[BOT]' }}{{ message.content }}</s>
     {%- endfor %}<s>{{ '[BOT]' if add_generation_prompt else '' }}"""
-    assert templates.Template(tokenizer).end_of_turn == "<s>"
+    assert Template(tokenizer).end_of_turn == "<s>"
     tokenizer.eos_token = "</s>"
-    assert templates.Template(tokenizer).end_of_turn == "</s>"
+    assert Template(tokenizer).end_of_turn == "</s>"
     assert supervised_texts(ours(CHATS["plain"], tokenizer), tokenizer) == ["Hello there.</s>"]
 
 
@@ -260,7 +261,7 @@ MARKED = {  # TRL's templates with `{% generation %}`: what TRL's marks have tha
 def test_trls_marks_are_the_definition_or_differ_in_a_known_way(difference):
     for name in MARKED[difference]:
         tokenizer, chat = tokenizer_of(name + "_training"), CHATS["multi-turn"]
-        end = templates.Template(tokenizer).end_of_turn
+        end = Template(tokenizer).end_of_turn
         marked = tokenizer.apply_chat_template(
             as_taken(chat, tokenizer), return_dict=True, return_assistant_tokens_mask=True
         )
@@ -298,7 +299,7 @@ def conversations(draw, name):
     """A conversation of any turns, calls, reasoning and hostile text."""
     # Sorted, as the tokenizer gives them in another order every time.
     special = sorted(token for token in tokenizer_of(name).get_added_vocab() if token != "<tool_call>")
-    others = st.text(st.characters(codec="utf-8", exclude_characters=templates.SENTINEL), max_size=3)
+    others = st.text(st.characters(codec="utf-8", exclude_characters=SENTINEL), max_size=3)
     pieces = st.sampled_from(FRAGMENTS) | st.sampled_from(special) | others
     text = st.lists(pieces, min_size=1, max_size=5).map("".join).filter(str.strip)
     answer = text.filter(lambda text: not re.match(r"\s*<think>", text) and "<tool_call>" not in text)
@@ -374,12 +375,17 @@ ATTACK = [
     result("wet", 2),
     assistant("Wet.", thinking="So."),
 ]
-TURN, TURNS, EXAMPLES, PREPARE = (getattr(templates.Template, name) for name in "turn turns examples prepare".split())
+CUT, TURNS, ENCODE, PREPARE = (getattr(Template, name) for name in "cut_answer turns encode prepare".split())
 
 
 def one_rendering(template, chat, wanted, tools):
-    turns, full_text = TURNS(template, chat, wanted, tools)
-    return [turn._replace(text=full_text[: len(turn.text)]) for turn in turns], full_text
+    turns, text = TURNS(template, chat, wanted, tools)
+    return [(number, text[: len(prompt)], text[len(prompt) :][: len(it)]) for number, prompt, it in turns], text
+
+
+def last_answer(template, messages):
+    turns, ids = ENCODE(template, messages)
+    return turns[-1:], ids
 
 
 def without_reasoning(messages):
@@ -387,29 +393,27 @@ def without_reasoning(messages):
 
 
 BREAKAGES = {
-    "texts are not escaped": ("escape_control_tokens", lambda _self, value: value),
+    "texts are not escaped": (Encoder, "escape", lambda _self, value: value),
     "the prompt is not looked at": (
-        "turn",
-        lambda self, number, prompt, *rest: TURN(self, number, prompt.rpartition("<|im_start|>")[0], *rest),
+        Template,
+        "cut_answer",
+        lambda self, chat, prompt, text: CUT(self, chat, prompt.rpartition("<|im_start|>")[0], text),
     ),
-    "a turn has no end": (
-        "turn",
-        lambda self, *each: (t := TURN(self, *each))._replace(text=t.text[: -len("<|im_end|>")]),
-    ),
-    "one rendering is taken for all answers": ("turns", one_rendering),
-    "only the last answer is supervised": ("examples", lambda self, messages: EXAMPLES(self, messages)[-1:]),
-    "reasoning is left out": ("prepare", lambda self, messages: PREPARE(self, without_reasoning(messages))),
+    "a turn has no end": (Template, "cut_answer", lambda self, *each: CUT(self, *each).removesuffix("<|im_end|>")),
+    "one rendering is taken for all answers": (Template, "turns", one_rendering),
+    "only the last answer is supervised": (Template, "encode", last_answer),
+    "reasoning is left out": (Template, "prepare", lambda self, chat: PREPARE(self, without_reasoning(chat))),
 }
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_breakage_is_caught(breakage, monkeypatch):
     check_law("qwen3", ATTACK)
-    monkeypatch.setattr(templates.Template, *BREAKAGES[breakage])
-    templates.cached_template.cache_clear()
+    monkeypatch.setattr(*BREAKAGES[breakage])
+    cached_template.cache_clear()
     with pytest.raises((AssertionError, UserError)):
         check_law("qwen3", ATTACK)
-    templates.cached_template.cache_clear()
+    cached_template.cache_clear()
 
 
 # --- what is refused, and how contents are read
@@ -537,6 +541,16 @@ def test_a_typed_think_tag_is_text(tmp_path):
     ids = encode([say("<think>x</think>", "y</think>z<think>")], tokenizer)[0].input_ids.tolist()
     assert ids.count(2) == ids.count(3) == 1  # the template's own
     assert trained(say("a", "y</think>z<think>"), tokenizer) == ["<think>\n\n</think>\n\ny</think>z<think><|im_end|>"]
+
+
+def test_a_typed_think_tag_is_text_in_a_text_without_turns_too(tmp_path):
+    """Qwen3's tag is a token that is not "special"."""
+    tokenizer = byte_tokenizer(CHATML_TOKENS)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    loaded = save_and_load(tokenizer, QWEN3, CHATML_TOKENS, tmp_path)
+    assert len(loaded("<think>")["input_ids"]) == 1
+    (example,) = encode([[{"role": "text", "content": "<think>x"}]], loaded)
+    assert len(example.input_ids) == len("<think>x") + 1
 
 
 def test_reasoning_after_a_prompt_that_closes_it_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """A pool of processes with a process group, which serves many tests: a call costs no new start."""
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -16,6 +17,7 @@ SECONDS = 120  # the longest time of a call
 def serve(rank, size, port, pipe):
     """Join the process group, and call the functions that come through the pipe."""
     torch.set_num_threads(1)
+    gc.freeze()
     os.environ["LOCAL_RANK"] = str(rank)
     store = distributed.TCPStore("127.0.0.1", port, is_master=False)
     timeout = timedelta(seconds=SECONDS)

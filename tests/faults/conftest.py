@@ -1,6 +1,5 @@
 """A small run that never stopped, and the means to start others like it."""
 
-import json
 import shutil
 import signal
 from functools import partial
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import to_flags, write_chats
 from tests.faults.harness import ProcessGroup, TrainProcess, lines, steps_saved
 from tests.faults.inject import kill, on_call
 
@@ -15,13 +15,7 @@ from tests.faults.inject import kill, on_call
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory):
     """A file of 40 small conversations."""
-    path = tmp_path_factory.mktemp("faults") / "chats.jsonl"
-    with open(path, "w") as file:
-        for number in range(40):
-            words = " ".join(map(str, range(number % 7 + 1)))
-            messages = [{"role": "user", "content": f"Count to {number}"}, {"role": "assistant", "content": words}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_chats(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +25,7 @@ def flags(tiny_model_dir, conversations):
     settings = {"model": tiny_model_dir, "dataset": conversations, "eval-fraction": 0.2}
     settings |= {"test-fraction": 0.05, "batch-size": 7, "warmup-steps": 2, "lr": 1e-2, "seed": 3, "dtype": "fp32"}
     settings |= {"micro-batch-tokens": 200, "eval-every": 4, "save-every": 3, "log-every": 2}
-    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return to_flags(settings)
 
 
 @pytest.fixture(scope="session")

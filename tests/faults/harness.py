@@ -1,12 +1,14 @@
 """Processes of `train.py` that can be killed, forked from one that has imported everything, so that each takes a second
 or two; and the comparison of two runs."""
 
+import gc
 import json
 import multiprocessing
 import os
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import distributed
 import train as train_command
 from config import run_command
 from running.checkpoint import list_checkpoints, step_of
+from tests.conftest import shorten_answers
 
 BOUND = 15  # seconds between the end of a first process and that of the last
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,6 +31,8 @@ def program(argv, output, faults, environment):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
+    gc.freeze()
+    shorten_answers()
     os.environ.update(environment)
     for fault in faults:
         fault()
@@ -72,7 +77,7 @@ class TrainProcess:
         """Wait until a condition holds or the process has ended; whether it holds."""
         end = time.monotonic() + seconds
         while not (held := condition()) and self.child.is_alive() and time.monotonic() < end:
-            pass
+            time.sleep(0.0005)  # a save takes some hundredths of a second
         return held
 
     @property
@@ -168,8 +173,12 @@ def steps_saved(run):
 
 def curves(run):
     """What TensorBoard draws: of each curve the steps, which never go back, with their values."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
+    files = sorted(Path(run).glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+    with TemporaryDirectory() as ordered:  # it reads files by the second in their names, and two may have the same
+        for number, path in enumerate(files):
+            (Path(ordered) / f"events.out.tfevents.{number:010}").symlink_to(path.resolve())
+        events = EventAccumulator(ordered, size_guidance={"scalars": 0})
+        events.Reload()
     drawn = {}
     for tag in events.Tags()["scalars"]:
         if tag.startswith(("train/", "eval/", "test/")) and not tag.endswith(TIMINGS):

@@ -8,30 +8,31 @@ import pytest
 from safetensors.torch import load_file
 
 from storage.durable import MANIFEST, write_checksummed
-from tests.faults.harness import assert_same, lines, on_dataset, some, steps_saved
+from tests.faults.harness import assert_same, lines, on_dataset, steps_saved
 from tests.faults.inject import kill, on_call
 
-CHANGES = [
-    ("--lr", "0.02", "--lr 0.01 -> 0.02"),
-    ("--epochs", "3", "--epochs 2 -> 3"),
-    ("--dtype", "bf16", "forward pass in fp32 -> bf16 (--dtype fp32 keeps it)"),
-    ("--seed", "4", "--seed 3 -> 4"),
-    ("--batch-size", "6", "--batch-size 7 -> 6"),
-    ("--weight-decay", "0", "--weight-decay 0.1 -> 0.0"),
-    ("--max-length", "50", "--max-length 0 -> 50"),
-    ("--eval-every", "5", "--eval-every 4 -> 5"),
-]
+CHANGES = {  # flags, and the lines that name them
+    "--lr 0.02": "--lr 0.01 -> 0.02",
+    "--epochs 3": "--epochs 2 -> 3",
+    "--dtype bf16": "forward pass in fp32 -> bf16 (--dtype fp32 keeps it)",
+    "--seed 4": "--seed 3 -> 4",
+    "--batch-size 6": "--batch-size 7 -> 6",
+    "--weight-decay 0": "--weight-decay 0.1 -> 0.0",
+    "--max-length 50": "--max-length 0 -> 50",
+    "--eval-every 5": "--eval-every 4 -> 5",
+}
 
 
-@pytest.mark.parametrize(("flag", "value", "change"), some(CHANGES, fast=3))
-def test_a_changed_setting_is_named_and_refused(interrupted, start_process, flag, value, change):
-    process = start_process(["--resume", interrupted, flag, value])
+def test_changed_settings_are_named_and_refused(interrupted, start_process):
+    process = start_process(["--resume", interrupted, *" ".join(CHANGES).split()])
     assert process.wait() == 1
-    first, second, *_ = process.stderr.splitlines()
+    first, *named = process.stderr.splitlines()
     assert first == (
         f"error: --resume {interrupted}: it would be a different run; leave that out, or allow it with --allow-changes"
     )
-    assert second.strip() == change
+    changed = {line.strip() for line in named}
+    assert changed >= {*CHANGES.values()}
+    assert all(line.startswith("data ") for line in changed - {*CHANGES.values()})  # the length cuts conversations
     assert steps_saved(interrupted) == [4, 6]
 
 

@@ -135,23 +135,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, name, changes):
 # --- (b) any flags
 
 NUMBERS = ["-1", "0", "1", "2", "7", "0.25", "1e3", "1e-12", "nan", "inf", "x", "", str(2**63), "9" * 30, "٣"]
-WORDS = [
-    "",
-    "x",
-    "-",
-    "a b",
-    "é",
-    "..",
-    "/",
-    "\x01",
-    "chatml",
-    "model",
-    "none",
-    "ultrachat",
-    "quickstart",
-    "cpu",
-    "cuda",
-]
+WORDS = ["", "x", "-", "a b", "é", "..", "/", "\x01", *"chatml model none ultrachat quickstart cpu cuda".split()]
 
 
 def odd_values(setting, model, chats):

@@ -1,5 +1,6 @@
 """Several processes: whatever happens to one of them ends all, with one line that explains, and the run can resume."""
 
+import itertools
 import json
 import os
 import re
@@ -12,12 +13,14 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import running.distributed
+import running.resume
 import running.setup
 import running.validation
 from config import UserError
@@ -42,6 +45,11 @@ from tests.faults.test_signals import STOPPING, children, is_zombie
 ROOT = Path(__file__).parents[2]
 LOST = r"another process ended \(torchrun's summary names it\), or did not answer for 30 minutes"
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+
+
+def answer_nothing():
+    """An answer of three processes that share the weights takes as long as many updates."""
+    running.validation.DEFAULT_PROMPTS = ()
 
 
 def assert_resumes(start_group, run, uninterrupted_group):
@@ -224,11 +232,12 @@ def test_a_mistake_is_reported_once_and_nothing_is_left(flags, start_group, tmp_
 def test_a_failure_of_one_ends_all_with_shards_too(flags, start_group, tmp_path, rank, fault):
     run = tmp_path / "run"
     faulty = partial(on_call, "train.train_step", 5, partial(on_call, "model.supervised_states", 1, fault))
-    group = start_group(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty))
+    silent = [(each, answer_nothing) for each in range(3)]
+    group = start_group(3, [*flags, "--output-dir", run, "--shard", 3], (rank, faulty), *silent)
     assert group.wait() == [137 if fault is kill and each == rank else 1 for each in range(3)]
     assert group.stderr.count("rror: ") == 1
     assert steps_saved(run) == [3, 4]
-    again = start_group(3, ["--resume", run])
+    again = start_group(3, ["--resume", run], *silent)
     assert again.wait() == [0, 0, 0], again.stderr
 
 
@@ -303,10 +312,15 @@ def test_ranks_with_different_settings_are_refused(flags, start_group, tmp_path)
     assert not (run / "config.json").exists()
 
 
+def pass_time_quickly():
+    """A process that waits for a file to appear looks for it four times instead of ten seconds long."""
+    running.resume.time = SimpleNamespace(monotonic=itertools.count(step=3).__next__, sleep=lambda _: None)
+
+
 def test_a_directory_that_one_rank_cannot_read_is_refused(flags, start_group, tmp_path):
     run = tmp_path / "run"
     blind = partial(pretend, "running.resume.read_owner", "")
-    group = start_group(2, [*flags, "--output-dir", run], (1, blind))
+    group = start_group(2, [*flags, "--output-dir", run], (1, blind), (1, pass_time_quickly))
     assert group.wait() == [1, 1]
     assert group.stderr == (
         f"error: --output-dir {run}: process 1 does not see it; "
@@ -482,12 +496,10 @@ def test_a_signal_to_torchrun_stops_and_saves(flags, torchrun, tmp_path, number)
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_the_processes_and_the_run_continues(flags, torchrun, start_group, tmp_path):
+def test_torchrun_restarts_the_processes_and_the_run_continues(flags, torchrun, tmp_path):
     flags, run, uninterrupted = [*flags, *LONG], tmp_path / "run", tmp_path / "uninterrupted"
-    assert start_group(2, [*flags, "--output-dir", uninterrupted, "--save-every", "1", "--keep", "100"]).wait() == [
-        0,
-        0,
-    ]
+    every = ["--save-every", "1", "--keep", "100"]  # its answers are as long as those of the processes below
+    assert torchrun(TWO, [*flags, *every, "--output-dir", uninterrupted]).wait() == 0
     agent = torchrun([*TWO, "--max-restarts", "2"], [*flags, "--output-dir", run, "--resume", "auto"])
     for rank, step in enumerate((10, 30)):
         agent.wait_for_update(run, step)
@@ -517,12 +529,10 @@ def test_a_signal_to_one_of_two_torchruns_stops_both_and_saves(flags, torchrun, 
 
 
 @pytest.mark.slow
-def test_two_machines_lose_a_process_and_then_a_torchrun(flags, torchrun, start_group, tmp_path):
+def test_two_machines_lose_a_process_and_then_a_torchrun(flags, torchrun, tmp_path):
     flags, run, uninterrupted = [*flags, *LONG], tmp_path / "run", tmp_path / "uninterrupted"
-    assert start_group(2, [*flags, "--output-dir", uninterrupted, "--save-every", "1", "--keep", "100"]).wait() == [
-        0,
-        0,
-    ]
+    every = ["--save-every", "1", "--keep", "100"]  # its answers are as long as those of the processes below
+    assert torchrun(TWO, [*flags, *every, "--output-dir", uninterrupted]).wait() == 0
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
 
     both = machines(torchrun, 29511, argv)
@@ -584,11 +594,6 @@ def test_one_process_needs_no_variables(flags, tmp_path, environment):
 
 
 # --- memory
-
-
-def answer_nothing():
-    """An answer of three processes that share the weights takes as long as many updates."""
-    running.validation.DEFAULT_PROMPTS = ()
 
 
 @pytest.mark.slow
