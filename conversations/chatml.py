@@ -50,7 +50,7 @@ def encode_chatml(conversations, tokenizer):
     texts = [f"{message['role']}\n{message['content']}" for messages in conversations for message in messages]
     encoder, thread = get_template(tokenizer).encoder.get_tokenizer(NEXT), ThreadPoolExecutor(1)
     encodings = thread.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)
-    thread.shutdown(wait=False)  # when it has encoded the texts
+    thread.shutdown(wait=False)  # it ends by itself, with the call
     return join_runs(conversations, encodings, tokenizer)
 
 
