@@ -277,18 +277,20 @@ def merge(candidate, directory, dtype):
     They are merged in fp32. It is stored in `dtype`, "auto" for fp32. Returns the exit status.
     """
     config, path = candidate.config, Path(directory).expanduser()
-    if candidate.run is None or not is_adapter(candidate.model):
-        raise UserError(f"--merge: {candidate.model} is not a run with adapters; there is nothing to merge")
+    if not is_adapter(candidate.model):
+        raise UserError(f"--merge: {candidate.model} has no adapters; there is nothing to merge")
     if path.exists():
         raise UserError(f"--merge {path}: it exists already; name a new directory")
-    facts, stored = run_facts(candidate.run), "fp32" if dtype == "auto" else dtype
-    precision = choose_precision(config.device, facts["precision"])
-    tokenizer = load_tokenizer(candidate.model, True, config.chat_template, config.template_option)
-    split = load_data(config, tokenizer).eval
-    losses = {"as trained": (facts["losses"]["eval"]["after"] or {}).get("loss")}
+    stored, losses, split = "fp32" if dtype == "auto" else dtype, {}, None
+    template = (config.chat_template, config.template_option) if candidate.run else ("model", ())  # as it was saved
+    tokenizer = load_tokenizer(candidate.model, True, *template)
+    if candidate.run:
+        facts, split = run_facts(candidate.run), load_data(config, tokenizer).eval
+        precision = choose_precision(config.device, facts["precision"])
+        losses["as trained"] = (facts["losses"]["eval"]["after"] or {}).get("loss")
 
     def add_loss(what, directory):
-        if split.examples:
+        if split and split.examples:
             evaluated, layout = load_for_evaluation(directory, True, tokenizer, precision, config, split.longest)
             losses[what] = evaluate(evaluated, split.examples, layout, precision).loss
 
@@ -299,7 +301,7 @@ def merge(candidate, directory, dtype):
         save_model(model.to(Precision(stored, model.device).dtype), tokenizer, partial)
         add_loss(f"merged, stored in {stored}", partial)
     known = [f"{loss:.4f} {what}" for what, loss in losses.items() if loss is not None]
-    print(f"written to {path}; eval loss: {', '.join(known) or 'not known, as the run has no eval split'}")
+    print(f"written to {path}; eval loss: {', '.join(known) or 'not known, without a run and its eval split'}")
     return 0
 
 

@@ -165,6 +165,16 @@ def test_merging_writes_an_ordinary_model_once_and_judges_it(uninterrupted_adapt
             run_eval(uninterrupted_adapters, "--merge", target)
 
 
+def test_adapters_apart_from_their_run_are_merged_too(uninterrupted_adapters, tmp_path, capsys):
+    best = Path(shutil.copytree(uninterrupted_adapters / "best", tmp_path / "adapters"))
+    assert run_eval(best, "--merge", tmp_path / "merged") == 0
+    assert "merged; eval loss: not known, without a run and its eval split" in capsys.readouterr().out
+    assert run_eval(uninterrupted_adapters / "best", "--merge", tmp_path / "again") == 0
+    assert "as trained" in capsys.readouterr().out
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("merged", "again")]
+    assert files[0] == files[1]
+
+
 def lines_of_best(run):
     """The eval loss that chose the best model of a run, rounded as it is printed."""
     return round(min(line["loss"] for line in lines(run, "eval") if line["step"]), 4)
@@ -175,7 +185,7 @@ def test_what_cannot_be_merged_or_trained_on_is_one_line(
     uninterrupted, uninterrupted_adapters, flags, start_process, tmp_path, what
 ):
     if what == "a full run":
-        with pytest.raises(UserError, match="is not a run with adapters; there is nothing to merge"):
+        with pytest.raises(UserError, match="has no adapters; there is nothing to merge"):
             run_eval(uninterrupted, "--merge", tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
         return
