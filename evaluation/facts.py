@@ -97,13 +97,18 @@ def pair_answers(answers):
         {
             "prompt": after["prompt"],
             "decoding": "greedy" if after["greedy"] else "sampled",
-            "before": before["text"] + ("" if before["finished"] else " …"),
-            "after": after["text"] + ("" if after["finished"] else " …"),
+            "before": answer_text(before),
+            "after": answer_text(after),
         }
         for before, after in zip(answers.get("before", []), answers.get("after", []), strict=False)
     ]
     prompts = [pair["prompt"] for pair in pairs]
     return sorted(pairs, key=lambda pair: prompts.index(pair["prompt"]))
+
+
+def answer_text(answer):
+    """The text of an answer, a dict, with a mark where it was cut off at the length limit."""
+    return answer["text"] + ("" if answer["finished"] else " …")
 
 
 def is_hub_id(name):

@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 from config import format_value
 from evaluation.comparison import verdict
+from evaluation.facts import answer_text
 
 
 def format_report(report):
@@ -22,8 +23,8 @@ def format_report(report):
         lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
     for number, answer in enumerate(answers):
         lines.append(f"\n  > {answer['prompt']}{'' if answer['greedy'] else ' (sampled)'}")
-        text = answer["text"] + ("" if answer["finished"] else " …")
-        lines += side_by_side(other["answers"][number]["text"], text) if other else [f"  {text}"]
+        text = answer_text(answer)
+        lines += side_by_side(answer_text(other["answers"][number]), text) if other else [f"  {text}"]
     ended = f", of {other['model']} {other['finished']}" if other else ""
     lines.append(f"\n  {report['finished']} of {len(answers)} answers ended by themselves{ended}")
     return "\n".join(lines)
@@ -34,15 +35,12 @@ def format_losses(report):
     yield f"{report['model']} ({report['precision']})"
     if report["dataset"]:
         yield f"  on {format_value(report['dataset'])}"
-    for name, split in report["splits"].items():
-        yield format_loss(name, split, "supervised tokens")
+    rows = [(name, split, "supervised tokens") for name, split in report["splits"].items()]
     if text := report.get("text"):
-        yield format_loss("text", text, f"tokens of {text['file']}")
-
-
-def format_loss(name, split, unit):
-    losses = "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
-    return f"  {name:<5} {losses}   {split['supervised_tokens']:,} {unit}"
+        rows.append(("text", text, f"tokens of {text['file']}"))
+    for name, split, unit in rows:
+        losses = "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
+        yield f"  {name:<5} {losses}   {split['supervised_tokens']:,} {unit}"
 
 
 def format_comparison(found):

@@ -75,7 +75,7 @@ def save(run):
         run.saver.started = run.saver.saved = run.step
     seconds = time.perf_counter() - began
     run.saver.seconds += seconds
-    run.log.add_points(run.step, {"time/checkpoint": seconds})
+    run.log.draw_line("time", run.step, checkpoint=seconds)
 
 
 def is_due(run):
@@ -146,13 +146,13 @@ def link_best(run, best_step):
 
 def prune(run, step, keep):
     """Remove a run's checkpoints up to `step`, but for the newest `keep` and the best model that each of them names."""
-    done, best_steps = [path for path in list_checkpoints(run) if step_of(path) <= step], {}
-    for path in done:
+    done, best_steps = {each: path for each, path in list_checkpoints(run).items() if each <= step}, {}
+    for each, path in done.items():
         with contextlib.suppress(CorruptError):  # one that resuming has skipped
-            best_steps[step_of(path)] = read_manifest(path)["best_step"]
+            best_steps[each] = read_manifest(path)["best_step"]
     kept = list(best_steps)[-keep:]
-    for path in done:
-        if step_of(path) not in {*kept, *(best_steps[each] for each in kept)}:
+    for each, path in done.items():
+        if each not in {*kept, *(best_steps[each] for each in kept)}:
             remove_directory(path)
 
 
@@ -193,19 +193,14 @@ class Saver:
 
 
 def list_checkpoints(run):
-    """A run's checkpoint directories, oldest first."""
-    found = (Path(run) / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+    """A run's checkpoint directories, by the number of updates before each, oldest first."""
+    paths = [path for path in (Path(run) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
 
 
 def checkpoint_path(run, step):
     """The directory of a run's checkpoint after `step` updates."""
     return Path(run) / "checkpoints" / f"step-{step}"
-
-
-def step_of(checkpoint):
-    """The number of updates before a checkpoint: the N of `step-N`."""
-    return int(Path(checkpoint).name.removeprefix("step-"))
 
 
 # --- restoring

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from evaluation.facts import escape_markdown
+from evaluation.facts import answer_text, escape_markdown
 from storage import records
 from storage.durable import sha256, sync
 
@@ -97,18 +97,18 @@ class Log:
 
     def draw_line(self, kind, step, **metrics):
         """Draw a line of `metrics.jsonl`; of the test split, which has no curve, nothing."""
-        if kind != "test":
-            self.add_points(step, {f"{kind}/{name}": value for name, value in metrics.items()})
-
-    def add_points(self, step, values):
-        """Draw a point of some curves, given by name."""
-        for tag, value in values.items():
-            self.call_tensorboard("add_scalar", tag, value, step)
+        for name, value in metrics.items() if kind != "test" else ():
+            self.call_tensorboard("add_scalar", f"{kind}/{name}", value, step)
 
     def show_answers(self, tag, step, answers):
         """Show answers, those to each prompt as one text."""
         for prompt in dict.fromkeys(answer.prompt for answer in answers):
-            texts = [format_answer(answer) for answer in answers if answer.prompt == prompt]
+            texts = [
+                f"*{'greedy' if answer.greedy else 'sampled'}, {answer.tokens} tokens:*\n\n"
+                f"> {escape_markdown(answer_text(asdict(answer)))}"
+                for answer in answers
+                if answer.prompt == prompt
+            ]
             self.call_tensorboard("add_text", f"{tag}/{prompt}", "\n\n".join(texts), step)
 
 
@@ -118,19 +118,13 @@ class NullLog:
     def ignore(self, *_, **__):
         pass
 
-    write = write_answers = write_losses = show_answers = add_points = state = sync = close = ignore
+    write = write_answers = write_losses = show_answers = draw_line = state = sync = close = ignore
 
 
 def hide_tensorboard_traceback(failure):
     """`threading.excepthook` without the tracebacks of TensorBoard's thread: the next call of its writer raises."""
     if not type(failure.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(failure)
-
-
-def format_answer(answer):
-    """An answer as Markdown."""
-    text = escape_markdown(answer.text) + ("" if answer.finished else " …")
-    return f"*{'greedy' if answer.greedy else 'sampled'}, {answer.tokens} tokens:*\n\n> {text}"
 
 
 def peak_memory(device):

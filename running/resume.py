@@ -30,7 +30,8 @@ class ResumePoint:
 
 def find_resume_point(run, recorded):
     """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped."""
-    for checkpoint in reversed(list_checkpoints(run)):
+    checkpoints = list_checkpoints(run)
+    for checkpoint in reversed(checkpoints.values()):
         try:
             manifest = verify(checkpoint)
         except CorruptError as error:
@@ -38,7 +39,7 @@ def find_resume_point(run, recorded):
             continue
         print(f"resuming {run} from {checkpoint.name}")
         return ResumePoint(checkpoint, manifest, is_best_lost(run, manifest))
-    if list_checkpoints(run):
+    if checkpoints:
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     logged = max((line["step"] for line in read_metrics(run)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
-from config import RUN_FORMAT, Config, UserError, resolve
+from config import FIELDS, RUN_FORMAT, UserError, resolve
 from storage.durable import replace_file
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
@@ -41,7 +41,7 @@ def read_record(run):
         if "model_type" in record:
             raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
         settings = record["config"]
-        if record.get("format") != RUN_FORMAT or settings.keys() != Config.__dataclass_fields__.keys():
+        if record.get("format") != RUN_FORMAT or settings.keys() != FIELDS.keys():
             raise UserError(
                 f"{path}: this run was made by another version of this program; use that one, or start a new run"
             )
