@@ -1,5 +1,6 @@
 """The log of a run: `metrics.jsonl`, the same numbers for TensorBoard, and the answers it generates."""
 
+import json
 import resource
 import sys
 import threading
@@ -10,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from evaluation.facts import answer_text, escape_markdown
 from storage import records
-from storage.durable import sha256, sync
+from storage.durable import replace_file, sha256, sync
 
 # Each number of a train or eval line in metrics.jsonl is a curve of its name; this chart has two of them.
 LAYOUT = {"loss": {"train and eval": ["Multiline", ["(train|eval)/loss$"]]}}
@@ -26,7 +27,7 @@ class Log:
         """
         self.run, self.path = run, run / "metrics.jsonl"
         kept = records.read_metrics(run, lines)
-        records.write_metrics(run, kept)
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if digest and sha256(self.path) != digest:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
@@ -45,7 +46,8 @@ class Log:
     def write(self, kind, step, metrics):
         """Log the metrics of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
         line = {"step": step, "kind": kind, **metrics}
-        records.append_metrics(self.run, line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         self.lines += 1
         self.draw_line(**line)
 

@@ -53,18 +53,7 @@ def read_record(run):
     return record
 
 
-# --- metrics.jsonl: one line for each logged update, evaluation and test
-
-
-def write_metrics(run, metrics):
-    """Replace all lines of a run's metrics."""
-    replace_file(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-
-
-def append_metrics(run, line):
-    """Append one line to a run's metrics; it is on disk once the file is synced."""
-    with open(Path(run) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+# --- metrics.jsonl: one line for each logged update, evaluation and test, which `running.metrics` writes
 
 
 def read_metrics(run, count=None):

@@ -157,9 +157,9 @@ class Observer:
         self.evaluated = self.numbers(examples)
         return evaluate(model, examples, *arguments)
 
-    def write_checkpoint(self, model, tokenizer, snapshot, write=checkpoint.write_checkpoint):
-        write(model, tokenizer, snapshot)
-        self.saved.append(snapshot.about["step"])
+    def write_checkpoint(self, model, tokenizer, about, *content, write=checkpoint.write_checkpoint):
+        write(model, tokenizer, about, *content)
+        self.saved.append(about["step"])
 
     def plan_of_data(self, run, plan=report.plan_of_data):
         return self.see_plan(plan(run))

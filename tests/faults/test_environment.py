@@ -151,7 +151,7 @@ def test_too_little_memory(flags, start_process, tmp_path, flags_too, largest, a
     process = start_process([*flags, "--output-dir", run, *flags_too], fault)
     assert process.wait() == 1
     assert re.fullmatch(
-        rf"error: after update 3: out of memory in a micro-batch of {largest} tokens, its longest conversation 45: "
+        rf"error: update 4: out of memory in a micro-batch of {largest} tokens, its longest conversation 45: "
         rf"use {advice}; --resume {run} continues after update 3\n",
         process.stderr,
     )
@@ -174,7 +174,7 @@ def test_a_machine_with_too_little_memory(flags, start_process, tmp_path):
     )
     assert process.wait() == 1
     assert (
-        "after update 2: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192"
+        "update 3: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192"
         in process.stderr
     )
     assert steps_saved(run) == [1, 2]

@@ -185,7 +185,7 @@ FAILURES = {
     "an exception": (partial(on_call, "train.train_step", 5, fail), "RuntimeError: a bug"),
     "too little memory": (
         partial(on_call, "train.train_step", 5, partial(on_call, "train.token_loss", 1, ask_for_too_much)),
-        r"error: after update 4: out of memory in a micro-batch of \d+ tokens",
+        r"error: update 5: out of memory in a micro-batch of \d+ tokens",
     ),
     "a full disk": (
         partial(on_call, "train.train_step", 5, full_disk),
