@@ -9,6 +9,7 @@ from pathlib import Path
 from config import FIELDS, RUN_FORMAT, UserError, resolve
 from storage.durable import replace_file
 
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a damaged file raises
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
 
 
@@ -48,7 +49,7 @@ def read_record(run):
         resolve(settings, settings["preset"])
         if not {"precision", "data", "versions"} <= record.keys():
             raise ValueError("entries are missing")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
     return record
 
@@ -65,7 +66,7 @@ def read_metrics(run, count=None):
             metrics.append(json.loads(line))
             if not (isinstance(metrics[-1]["step"], int) and isinstance(metrics[-1]["kind"], str)):
                 raise ValueError("no step and kind")
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise UserError(f"{path}:{number}: damaged; delete that line to continue without it") from error
     return metrics
 
@@ -88,7 +89,7 @@ def read_answers(run):
         for answer in [*answers.get("before", []), *answers.get("after", [])]:
             if answer.keys() != {"prompt", "text", "greedy", "tokens", "finished"}:
                 raise ValueError("not an answer")
-    except (ValueError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged; delete it, and resuming writes the answers again") from error
     return answers
 
@@ -112,6 +113,6 @@ def read_losses(run):
         losses = json.loads((Path(run) / "losses.json").read_bytes())
         for pair in (pair for split in losses.values() for pairs in split.values() for pair in pairs):
             float(pair[0]), int(pair[1])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, *DAMAGE):
         return {}
     return losses

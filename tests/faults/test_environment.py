@@ -173,8 +173,5 @@ def test_a_machine_with_too_little_memory(flags, start_process, tmp_path):
         flags, keep_none, give_memory_back, partial(on_call, "train.train_step", 3, partial(little_memory, 1))
     )
     assert process.wait() == 1
-    assert (
-        "update 3: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192"
-        in process.stderr
-    )
+    assert "update 3: out of memory in a micro-batch of 24576 tokens, its longest conversation 8192" in process.stderr
     assert steps_saved(run) == [1, 2]
