@@ -275,7 +275,7 @@ class Parser(argparse.ArgumentParser):
             if name in ("output_dir", "resume", "html", "write_config") and value:
                 options[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
         recipe = read_recipe(options.pop("config")) if "config" in options else {}
-        overrides = lists_to_tuples({name: options.pop(name) for name in FIELDS if name in options})
+        overrides = {name: options.pop(name) for name in FIELDS if name in options}
         for name, value in overrides.items():
             check_rule(name, value)
         return {name: recipe[name] for name in recipe if name in self.settings} | overrides, options
@@ -302,7 +302,8 @@ def resolve(overrides: dict, preset: str) -> Config:
     Raises:
         UserError: a value breaks the rule of its setting.
     """
-    overrides, settings = lists_to_tuples(overrides), PRESETS[preset]
+    overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+    settings = PRESETS[preset]
     if overrides.get("dataset", settings.get("dataset")) != settings.get("dataset"):
         settings = {name: value for name, value in settings.items() if name == "model"}
     named = {**settings, **overrides, "preset": preset}
@@ -331,15 +332,12 @@ def check_rule(name, value):
         raise UserError(f"{flag_name(name)} must be below 2**62, not {value}")
 
 
-def lists_to_tuples(settings: dict) -> dict:
-    """Settings with the tuples of `Config` instead of the lists of a parser or of JSON."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
-
 def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
     """Settings with absolute paths of what exists in `base`, so that a run can be resumed from anywhere."""
 
     def absolute(name):
+        if not isinstance(name, str):
+            return tuple(map(absolute, name))
         amount = re.search(r"[:#][^:#/]*$", name)
         for end in (len(name), amount.start() if amount else 0):
             path = base / Path(name[:end]).expanduser()
@@ -347,13 +345,10 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
                 return str(path.absolute()) + name[end:]
         return name
 
-    paths = {name: absolute(overrides[name]) for name in ("model",) if name in overrides}
-    if overrides.get("chat_template", "model") not in ("chatml", "model"):
-        paths["chat_template"] = absolute(overrides["chat_template"])
-    for name in ("dataset", "eval_dataset"):
-        if name in overrides:
-            paths[name] = tuple(map(absolute, overrides[name]))
-    return {**overrides, **paths}
+    paths = {"model", "dataset", "eval_dataset"}
+    if overrides.get("chat_template") not in ("chatml", "model"):
+        paths.add("chat_template")
+    return {name: absolute(value) if name in paths else value for name, value in overrides.items()}
 
 
 # --- recipes: flat TOML files of settings, by the names of their flags

@@ -109,11 +109,11 @@ def load_data(config, tokenizer):
         evaluated, known, eval_notes, eval_sources = load_eval_dataset(config, tokenizer)
         notes += eval_notes
         is_known = pyarrow.compute.is_in(digests.take(rows), known).to_numpy(zero_copy_only=False)
-        eval_fraction, chosen, rows = 0.0, rows, rows[~is_known]
+        eval_fraction, rows = 0.0, rows[~is_known]
         if not len(rows):
             raise UserError(f"--dataset {format_value(config.dataset)}: all of its conversations are in --eval-dataset")
-        if len(rows) < len(chosen):
-            notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
+        if is_known.any():
+            notes.append(f"{is_known.sum():,} left out of training because they are in --eval-dataset")
     splits = split_rows(len(rows), eval_fraction, config.test_fraction, config.seed)
     group_of = digests.dictionary_encode().indices.to_numpy()  # conversations of one digest are a group
     train, shared, test = keep_duplicates_together([rows[split] for split in splits], group_of)

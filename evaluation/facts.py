@@ -35,17 +35,14 @@ def run_facts(run):
     before, after = (losses["eval"][when] or {} for when in ("before", "after"))
     sources = [key for key in before if key.startswith("loss/") and key in after]  # of several --eval-dataset
     return {
+        **{name: record.get(name) for name in ("precision", "data", "versions", "base")},  # the base is of adapters
         "directory": str(run),
         "title": f"{model} on {', '.join(datasets)}",
         "model": model,
         "datasets": datasets,
         "settings": config,
         "recipe": {name: format_value(config[name]) for name in RECIPE + LORA * bool(config["lora_rank"])},
-        "precision": record["precision"],
-        "data": record["data"],
-        "base": record.get("base"),  # the model that adapters belong to
         "commits": {kind: record.get("commits", {}).get(kind, {}) for kind in ("model", "dataset")},
-        "versions": record["versions"],
         "metrics": metrics,
         "updates": updates,
         "best_step": best_step,

@@ -10,8 +10,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation.facts import answer_text, escape_markdown
-from storage import records
 from storage.durable import replace_file, sha256, sync
+from storage.records import read_losses, read_metrics
 
 # Each number of a train or eval line in metrics.jsonl is a curve of its name; this chart has two of them.
 LAYOUT = {"loss": {"train and eval": ["Multiline", ["(train|eval)/loss$"]]}}
@@ -26,13 +26,13 @@ class Log:
         Lines that an interrupted run logged beyond that are discarded.
         """
         self.run, self.path = run, run / "metrics.jsonl"
-        kept = records.read_metrics(run, lines)
+        kept = read_metrics(run, lines)
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if digest and sha256(self.path) != digest:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
-        records.write_answers(run, self.answers)
-        self.losses = records.read_losses(run)
+        self.save_answers()
+        self.losses = read_losses(run)
         self.lines = len(kept)
         threading.excepthook = hide_tensorboard_traceback
         # TensorBoard discards its events from `step` on; the lines kept of that step are drawn again.
@@ -55,13 +55,16 @@ class Log:
         """Log answers generated "before" or "after" training, in `answers.json` and as text for TensorBoard."""
         self.show_answers(f"answers of the {'untrained' if when == 'before' else 'best'} model", step, answers)
         self.answers[when] = [asdict(answer) for answer in answers]
-        records.write_answers(self.run, self.answers)
+        self.save_answers()
+
+    def save_answers(self):
+        replace_file(self.run / "answers.json", json.dumps(self.answers, indent=2, ensure_ascii=False) + "\n")
 
     def write_losses(self, split, when, evaluation):
         """Log the losses of a split's conversations, "before" or "after" training, in `losses.json`."""
         pairs = [[losses.sum().item(), len(losses)] for losses in evaluation.token_losses]
         self.losses.setdefault(split, {})[when] = pairs
-        records.write_losses(self.run, self.losses)
+        replace_file(self.run / "losses.json", json.dumps(self.losses) + "\n")
 
     def state(self):
         """The state of the log for a checkpoint, to continue it: its number of lines, their SHA-256, the answers."""

@@ -13,11 +13,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from config import UserError
+
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".partial-"  # part of every temporary name
 
 
-class CorruptError(Exception):
+class CorruptError(UserError):
     """A directory is not what was written; the message says which file, and what is wrong with it."""
 
 

@@ -1,4 +1,7 @@
-"""The records of a run: config.json, metrics.jsonl, answers.json, losses.json; `evaluation.facts` combines them."""
+"""The records of a run: config.json, metrics.jsonl, answers.json, losses.json; `evaluation.facts` combines them.
+
+`running.metrics` writes all of them but the first.
+"""
 
 import importlib.metadata
 import json
@@ -54,7 +57,7 @@ def read_record(run):
     return record
 
 
-# --- metrics.jsonl: one line for each logged update, evaluation and test, which `running.metrics` writes
+# --- metrics.jsonl: one line for each logged update, evaluation and test
 
 
 def read_metrics(run, count=None):
@@ -72,11 +75,6 @@ def read_metrics(run, count=None):
 
 
 # --- answers.json: the answers "before" and "after" training, lists of `generation.Answer` as dicts
-
-
-def write_answers(run, answers):
-    """Write a run's answers.json."""
-    replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_answers(run):
@@ -100,11 +98,6 @@ def is_finished(run):
 
 
 # --- losses.json: of each split the losses of its conversations "before" and "after", as pairs [loss sum, tokens]
-
-
-def write_losses(run, losses):
-    """Write a run's losses.json."""
-    replace_file(Path(run) / "losses.json", json.dumps(losses) + "\n")
 
 
 def read_losses(run):

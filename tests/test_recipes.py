@@ -229,7 +229,7 @@ def test_flags_override_a_recipe_and_a_recipe_overrides_the_preset_and_the_defau
     text = 'preset = "quickstart"\nbatch-size = 3\ncompile = true\ndataset = ["a", "b"]\nlr = 1\n'
     recipe = write(tmp_path / "recipe.toml", text)
     named = parse("--config", recipe, "--no-compile", "--dataset", "c", "--lr", "0.5")
-    assert named == {"preset": "quickstart", "batch_size": 3, "compile": False, "dataset": ("c",), "lr": 0.5}
+    assert named == {"preset": "quickstart", "batch_size": 3, "compile": False, "dataset": ["c"], "lr": 0.5}
     only = write(tmp_path / "only.toml", 'preset = "quickstart"\nbatch-size = 3\n')
     expected = dataclasses.replace(resolve({}, "quickstart"), batch_size=3)
     assert resolve(parse("--config", only), "quickstart") == expected

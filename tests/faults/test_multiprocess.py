@@ -213,7 +213,7 @@ def test_an_update_that_is_not_finite_is_explained_once(flags, start_group, unin
     assert group.wait() == [1, 1]
     first, *window = group.stderr.splitlines()
     assert first.startswith("error: update 8: loss ")
-    assert first.endswith(f"--resume {run} continues after update 6; its window:")
+    assert first.endswith(f"--resume {run} continues after update 6; its conversations:")
     assert len(window) == 7
     assert_resumes(start_group, run, uninterrupted_group)
 
