@@ -337,7 +337,7 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
 
     def absolute(name):
         if not isinstance(name, str):
-            return tuple(map(absolute, name))
+            return type(name)(map(absolute, name))
         amount = re.search(r"[:#][^:#/]*$", name)
         for end in (len(name), amount.start() if amount else 0):
             path = base / Path(name[:end]).expanduser()

@@ -132,8 +132,11 @@ def length(example):
     return len(example.input_ids)
 
 
-def cut_padded(examples, budget):
-    """Lists of examples of at most `budget` padded tokens, longest first; an example that is too long is alone."""
+def cut_padded(examples, budget, length=length):
+    """Lists of examples of at most `budget` padded tokens, longest first; an example that is too long is alone.
+
+    The examples may be anything of which `length` gives the tokens.
+    """
     batches = []
     for example in sorted(examples, key=length, reverse=True):
         # The first example of a batch is its longest: all its rows are padded to that length.

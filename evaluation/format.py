@@ -50,20 +50,18 @@ def format_comparison(found):
         return
     yield "    won {won}, lost {lost}, tied {tied} of {conversations} conversations".format(**found)
     for title in ("by_turn", "by_source"):
-        if len(found[title]) > 1:
+        groups = found[title] if len(found[title]) > 1 else []
+        if groups:
             yield f"    {title.replace('_', ' ')}"
-            yield from (f"      {group['name']:<22} {format_difference(group)}" for group in found[title])
+        for group in groups:
+            counts = "{conversations} conversations, {tokens:,} tokens".format(**group)
+            yield f"      {group['name']:<22} {verdict(group)} ({counts})"
     for title, rows in (("got better most", found["better"]), ("got worse most", found["worse"])):
         if rows:
             yield f"    {title}"
         for row in rows:
             losses = f"{row['before']:.3f} -> {row['after']:.3f}"
             yield f"      {losses}  {row['location'].rsplit('/', 1)[-1]}  {row['opening']}"
-
-
-def format_difference(found):
-    interval = "[{:+.4f}, {:+.4f}]".format(*found["interval"]) if found["interval"] else "too few for an interval"
-    return f"{found['difference']:+.4f} {interval} ({found['conversations']} conversations, {found['tokens']:,} tokens)"
 
 
 def format_runs(reports, means):

@@ -255,9 +255,9 @@ def test_files_beside_a_recipe_are_found_there_and_other_names_are_those_of_flag
         'chat-template = "template.jinja"\noutput-dir = "run"\n',
     )
     expected = {
-        "dataset": (f"{there}/both.jsonl:2", "here.jsonl", "hub/id"),
+        "dataset": [f"{there}/both.jsonl:2", "here.jsonl", "hub/id"],
         "model": f"{there}/model",
-        "eval_dataset": (f"{there}/both.jsonl#3",),
+        "eval_dataset": [f"{there}/both.jsonl#3"],
         "chat_template": f"{there}/template.jinja",
         "output_dir": "run",
     }
