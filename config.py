@@ -78,12 +78,9 @@ MAX_NUMBER = 2**62  # above every setting: seeds, and their sum with an epoch, a
 GROUPS = {"preset": "data", "epochs": "what is learned", "device": "memory and speed", "output_dir": "the run"}
 
 
-def parse_number(text: str) -> int | float:
-    """A number of updates as the command line has it: an integer, or a fraction of all."""
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not a number: {text!r}") from error
+def number(text: str) -> int | float:
+    """A number of updates as the command line has it: an integer, or a fraction of all. Its name is in the error."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def count_updates(amount: int | float, total: int) -> int:
@@ -260,7 +257,7 @@ class Parser(argparse.ArgumentParser):
                 options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
             elif "choices" not in options:
                 metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[each.type]
-                options |= {"type": parse_number if each.type == int | float else each.type, "metavar": metavar}
+                options |= {"type": number if each.type == int | float else each.type, "metavar": metavar}
             group.add_argument(flag_name(name), **options)
         help = "recipe: a TOML file of settings, by the names of these flags, which override it"
         group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)

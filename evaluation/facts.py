@@ -13,9 +13,8 @@ from storage.records import read_answers, read_losses, read_metrics, read_record
 
 RECIPE = (
     "epochs max_steps batch_size lr schedule warmup_steps min_lr weight_decay adam_beta2 max_grad_norm max_length "
-    "supervise seed"
+    "supervise seed lora_rank lora_alpha"
 ).split()
-LORA = ["lora_rank", "lora_alpha"]  # of a run that trains adapters
 
 
 def run_facts(run):
@@ -41,7 +40,7 @@ def run_facts(run):
         "model": model,
         "datasets": datasets,
         "settings": config,
-        "recipe": {name: format_value(config[name]) for name in RECIPE + LORA * bool(config["lora_rank"])},
+        "recipe": {name: format_value(config[name]) for name in RECIPE if config["lora_rank"] or "lora" not in name},
         "commits": {kind: record.get("commits", {}).get(kind, {}) for kind in ("model", "dataset")},
         "metrics": metrics,
         "updates": updates,

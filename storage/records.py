@@ -1,6 +1,6 @@
-"""The records of a run: config.json, metrics.jsonl, answers.json, losses.json; `evaluation.facts` combines them.
+"""The records of a run, which `running.run` and `running.metrics` write: what they hold, and how they are read.
 
-`running.metrics` writes all of them but the first.
+`evaluation.facts` combines them.
 """
 
 import importlib.metadata
@@ -10,13 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from config import FIELDS, RUN_FORMAT, UserError, resolve
-from storage.durable import replace_file
 
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a damaged file raises
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
 
 
-# --- config.json: what the run is
+# --- config.json: what the run is, and the changes made on purpose when it was resumed
 
 
 def describe(config, precision, data):
@@ -30,11 +29,6 @@ def describe(config, precision, data):
         "versions": versions,
     }
     return json.loads(json.dumps(record))
-
-
-def write_record(run, record, changes):
-    """Write a run's config.json: its `describe` record, and the changes made on purpose when it was resumed."""
-    replace_file(Path(run) / "config.json", json.dumps({**record, "changes": changes}, indent=2) + "\n")
 
 
 def read_record(run):

@@ -366,7 +366,7 @@ def test_resume_auto_begins_continues_and_ends(flags, start_process, uninterrupt
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
     assert (
-        start_process(argv, partial(on_call, "storage.records.replace_file", 1, kill)).wait() == 137
+        start_process(argv, partial(on_call, "running.run.replace_file", 1, kill)).wait() == 137
     )  # before there is a run
     assert start_process(argv, partial(on_call, "train.train_step", 8, kill)).wait() == 137
     process = start_process(argv)
