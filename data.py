@@ -253,13 +253,12 @@ def keep_duplicates_together(splits, group_of):
     for number, rows in enumerate(splits):
         split_of[rows] = number
     used = np.flatnonzero(split_of >= 0)
-    groups, first = np.unique(group_of[used], return_index=True)
-    split_of_group = np.empty(group_of.max(initial=0) + 1, dtype=int)
-    split_of_group[groups] = split_of[used[first]]
+    _, first, groups = np.unique(group_of[used], return_index=True, return_inverse=True)
+    split_of[used] = split_of[used[first]][groups]  # where the first row of its group was put
     together = []
     for number, rows in enumerate(splits):
         own_first = np.concatenate([rows, *splits[:number], *splits[number + 1 :]])
-        together.append(own_first[split_of_group[group_of[own_first]] == number])
+        together.append(own_first[split_of[own_first] == number])
     return together
 
 

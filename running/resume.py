@@ -10,7 +10,7 @@ from compute.distributed import all_gather, broadcast_from_rank0
 from config import MAY_CHANGE_ON_RESUME, UserError, flag_name, format_value, resolve, with_absolute_paths
 from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
 from running.directory import read_owner
-from storage.durable import CorruptError, verify
+from storage.durable import CorruptError, find_corruption, verify
 from storage.records import describe, is_finished, read_metrics, read_record
 
 
@@ -52,13 +52,11 @@ def find_resume_point(run, recorded):
 
 def is_best_lost(run, manifest):
     """Warn where the best model that a checkpoint's manifest names is corrupt, and return True."""
-    if manifest["best_step"] not in (0, manifest["step"]):
-        try:
-            verify(checkpoint_path(run, manifest["best_step"]))
-        except CorruptError as error:
-            print(f"warning: {error}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
-            return True
-    return False
+    is_other = manifest["best_step"] not in (0, manifest["step"])
+    problem = find_corruption(checkpoint_path(run, manifest["best_step"])) if is_other else None
+    if problem:
+        print(f"warning: {problem}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
+    return problem is not None
 
 
 def find_run_to_resume(resume, named):

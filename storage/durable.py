@@ -158,6 +158,14 @@ def verify(directory):
     return content
 
 
+def find_corruption(directory):
+    """The first file of a directory that is missing or corrupt, as a `CorruptError`; None where there is none."""
+    try:
+        verify(directory)
+    except CorruptError as error:
+        return error
+
+
 def verify_file(path, expected):
     """Raise `CorruptError` where a file does not have the size and SHA-256 of its entry in the manifest."""
     try:
