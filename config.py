@@ -350,6 +350,7 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
 
 # --- recipes: flat TOML files of settings, by the names of their flags
 
+# The kinds of values, by their types in TOML and the types of the defaults in Config.
 TOML_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number"}
 TOML_KINDS |= dict.fromkeys((list, tuple), "a list of strings")
 
@@ -369,7 +370,7 @@ def read_recipe(path: str) -> dict:
     parser.add_config_flags()
     for key, value in recipe.items():
         try:
-            settings |= parser.parse(recipe_to_flags(key, value))[0]
+            settings |= parser.parse(convert_to_flags(key, value))[0]
         except UserError as error:
             line = re.search(rf"""^[ \t[]*["']?{re.escape(key)}["']?[ \t]*[]=.]""", text, re.MULTILINE)
             place = f"{path}:{text.count(chr(10), 0, line.start()) + 1}" if line else path
@@ -377,7 +378,7 @@ def read_recipe(path: str) -> dict:
     return with_absolute_paths(settings, Path(path).expanduser().parent.resolve())
 
 
-def recipe_to_flags(key, value):
+def convert_to_flags(key, value):
     """A key and its value in a recipe as arguments of the command line; `UserError` unless it has such a setting."""
     if isinstance(value, dict):
         raise UserError(f"{key!r} is a table; a recipe has none, only lines like epochs = 2")
