@@ -211,9 +211,9 @@ def load_adapters(directory, tokenizer, device, frozen_dtype):
     """The model of `load_model` with the adapters in a directory, whose base model must be as it was."""
     directory = Path(directory)
     settings = adapter.read_json(directory, adapter.CONFIG)
-    base = adapter.check_base(directory)
     path, local_files_only = adapter.find_base(directory)
     model = load_model(path, tokenizer, "cpu", local_files_only)
+    base = adapter.check_base(directory)  # its files are there by now, if they were on the Hub
     adapters.add_adapters(model, adapters.Lora(settings["r"], settings["lora_alpha"], base=base), frozen_dtype)
     try:
         tensors = load_file(directory / adapter.WEIGHTS)

@@ -23,7 +23,6 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compute.adapters import trained_parameters
 from compute.distributed import all_reduce_sum, all_reduce_tensor, broadcast_from_rank0, full_tensor, on_rank0
 from compute.gradients import GradientAllReduce, load_balance
 from compute.layers import compiled_graphs, deterministic_algorithms
@@ -31,7 +30,7 @@ from compute.layout import Batch, PrefetchedWindows
 from config import Parser, UserError, run_command
 from model import Precision, token_loss
 from running import checkpoint, directory, report, resume, setup
-from running.diagnostics import explain_failed_update, explain_failed_write, warn_of_untrained
+from running.diagnostics import explain_failed_update, explain_failed_write
 from running.distributed import run_distributed
 from running.estimate import estimate
 from running.metrics import peak_memory
@@ -142,7 +141,7 @@ def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_
 
 def make_optimizer(model, weight_decay, adam_beta2=0.999):
     """Fused AdamW of what is trained; matrices and embeddings decay, but not biases and norms (of one dimension)."""
-    trained = trained_parameters(model).values()
+    trained = [weights for weights in model.parameters() if weights.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -206,7 +205,7 @@ def fit(run, signals):
     with Progress(run.total_steps, run.step) as progress:
         for metrics in updates(run):
             if unchecked and metrics["lr"]:
-                unchecked = warn_of_untrained(run.model)
+                unchecked = report.warn_of_untrained(run.model)
             if run.step % run.config.log_every == 0:
                 run.log.write("train", run.step, metrics)
             progress.update(metrics)

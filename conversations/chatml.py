@@ -4,9 +4,11 @@ It begins with what the tokenizer puts before a text by itself, such as the BOS 
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import AddedToken
 
+from conversations.encoding import NEXT
 from conversations.templates import get_template, with_conversation
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -40,16 +42,24 @@ def is_chatml(tokenizer):
 
 
 def encode_chatml(conversations, tokenizer):
-    """The ids of conversations in ChatML, each as `masking.make_examples` takes them.
+    """The ids of conversations in ChatML: an iterator, each as `masking.make_examples` takes them.
 
     The texts between control tokens are encoded as plain text, in one call, and those tokens are inserted as ids. So no
-    text can become a control token.
+    text can become a control token. The call begins at once, in a thread, and runs beside Python.
     """
+    texts = [f"{message['role']}\n{message['content']}" for messages in conversations for message in messages]
+    encoder, thread = get_template(tokenizer).encoder.get_tokenizer(NEXT), ThreadPoolExecutor(1)
+    encodings = thread.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)
+    thread.shutdown(wait=False)  # it ends by itself, with the call
+    return join_runs(conversations, encodings, tokenizer)
+
+
+def join_runs(conversations, encodings, tokenizer):
+    """Yield the ids of each conversation, of a future with the encodings of their texts."""
     encoder = get_template(tokenizer).encoder
     opening, (start, end) = map(tokenizer.convert_tokens_to_ids, (find_opening(tokenizer, (START, END)), [START, END]))
     header, newline = encoder.encode_runs(["assistant\n", "\n"])
-    runs = iter(encoder.encode_runs([f"{m['role']}\n{m['content']}" for messages in conversations for m in messages]))
-    encoded = []
+    runs = (encoding.ids for encoding in encodings.result())
     for messages in conversations:
         ids, turns = list(opening), []
         with with_conversation(messages):
@@ -59,8 +69,7 @@ def encode_chatml(conversations, tokenizer):
                     answer = encoder.continue_run(header, run, message["content"], number)
                     turns.append(([*ids, start, *header], [*answer, end, *newline]))
                 ids += [start, *run, end, *newline]
-        encoded.append((turns, ids))
-    return encoded
+        yield turns, ids
 
 
 def encode_prompt(messages, tokenizer):

@@ -5,7 +5,9 @@ options, the code. Any change gives another key, so a stale corpus is never used
 batch by batch, and memory-mapped; its columns are arrays, as a million Python objects would take seconds.
 """
 
+import collections
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -14,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import torch
 from tqdm import tqdm
 
 from config import UserError
 from conversations.chatml import is_chatml
 from conversations.encoding import TemplateError
 from conversations.formats import ReadReport, parse_columns, read_conversations
-from conversations.masking import IGNORE, encode_each
+from conversations.masking import IGNORE, encode_as_lists
 from conversations.sources import InvalidRow, find_files, load_from_hub
 from conversations.templates import stop_ids
 from storage.cache import cached
@@ -35,6 +36,7 @@ TEXTS = {"location": pyarrow.string(), "digest": pyarrow.large_string()}
 SCHEMA = pyarrow.schema({**TEXTS, **NUMBERS, "input_ids": IDS, "labels": IDS})
 DIGITS = 32  # of a digest, in hexadecimal
 BATCH = 100  # conversations that are encoded at once
+AHEAD = 4  # batches that the tokenizer is given before one is written
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     key = cache_key(sources, tokenizer, {**reading, "supervise": config.supervise, "max_length": max_length})
 
     def write(directory):
-        make_corpus(directory, sources, reading, tokenizer, config.supervise, max_length)
+        gc.freeze()  # what the libraries have made, which Python would look through again every 10,000 rows
+        try:
+            make_corpus(directory, sources, reading, tokenizer, config.supervise, max_length)
+        finally:
+            gc.unfreeze()
 
     directory = cached(f"corpora/{key[:16]}", {"key": key}, write, "the cached corpus")
     notes, absent = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
@@ -112,21 +118,24 @@ def cache_key(sources, tokenizer, options):
 
 
 def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
-    """Read and check all rows, then read them again and encode them, into `directory`."""
-    report, conversations, examples = ReadReport(), 0, 0
+    """Read, check and encode all rows, into `directory`."""
+    report, checked, skip, refused = ReadReport(), ReadReport(), reading["skip_bad_rows"], []
     progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
-    for _ in progress(read_conversations(sources, **reading, report=report), "checking"):
-        pass
-    stops, options = stop_ids(tokenizer), (supervise, max_length)
-    rows = iter(progress(read_conversations(sources, **reading), "encoding", report.rows))
-    with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
-        while batch := list(itertools.islice(rows, BATCH)):
-            if encoded := list(encode_rows(batch, tokenizer, options, reading["skip_bad_rows"], report)):
-                columns = make_columns(encoded, stops, max_length)
-                writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, SCHEMA))
-                conversations += len(encoded)
-                examples += len(columns["location"])
-    report.check(reading["skip_bad_rows"])
+    if not is_chatml(tokenizer):  # a template takes a hundred times as long as the checks, so they come first
+        for _ in progress(read_conversations(sources, **reading, report=checked), "checking"):
+            pass
+    rows = iter(progress(read_conversations(sources, **reading, report=report), "encoding", checked.rows or None))
+    try:
+        batches = encode_batches(rows, (tokenizer, supervise, max_length), skip, refused)
+        valid = itertools.takewhile(lambda _: skip or not report.bad, batches)
+        conversations, examples = write_rows(directory / "rows.arrow", valid, stop_ids(tokenizer), max_length)
+    except UserError:
+        collections.deque(rows, maxlen=0)  # to name an invalid row first
+        raise
+    collections.deque(rows, maxlen=0)  # those after an invalid row are only checked
+    for problem, location in refused:
+        report.add_bad_row(problem, location)
+    report.check(skip)
     notes = list(report.notes())
     if conversations < examples:
         why = "the template writes an earlier answer differently from the last"
@@ -138,36 +147,60 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     (directory / "notes.json").write_text(json.dumps([notes, absent]), encoding="utf-8")
 
 
-def encode_rows(rows, tokenizer, options, skip, report):
-    """Yield `(location, source, examples)` for each `(location, source, messages)`.
+def encode_batches(rows, options, skip, refused):
+    """Yield batches of `(location, source, examples)` for the `(location, source, messages)` of all rows.
 
-    With `skip`, a conversation that the template cannot write is added to the report, and left out.
+    The tokenizer works at the next few batches while one is used. With `skip`, a conversation that the template cannot
+    write is left out, and added to `refused` as `(InvalidRow, location)`.
     """
-    # ChatML takes nearly every conversation, so many are encoded at once; a template renders them one by one.
-    groups = [rows] if is_chatml(tokenizer) else [[row] for row in rows]
-    for group in groups:
-        locations, sources, conversations = zip(*group, strict=True)
+    begun = collections.deque()
+    while batch := list(itertools.islice(rows, BATCH)):
+        begun.append((batch, encode_as_lists([messages for _, _, messages in batch], *options)))
+        if len(begun) > AHEAD:
+            yield finish_batch(*begun.popleft(), options, skip, refused)
+    yield from (finish_batch(*each, options, skip, refused) for each in begun)
+
+
+def finish_batch(rows, encoding, options, skip, refused):
+    """A list of `(location, source, examples)` for some rows, of the iterator over their examples."""
+    encoded, left = [], list(rows)
+    while left:
         try:
-            yield from zip(locations, sources, encode_each(conversations, tokenizer, *options), strict=True)
+            for examples in encoding:
+                location, source, _ = left.pop(0)
+                encoded.append((location, source, examples))
         except UserError as error:
-            if len(group) > 1:
-                for row in group:
-                    yield from encode_rows([row], tokenizer, options, skip, report)
-                continue
-            if not (skip and isinstance(error.__cause__, TemplateError)):
-                raise UserError(f"{locations[0]}: {error}") from error
-            problem = error.__cause__
-            report.add_bad_row(InvalidRow(f"--chat-template: {problem.reason}", problem.where), locations[0])
+            location, problem = left.pop(0)[0], error.__cause__
+            if not (skip and isinstance(problem, TemplateError)):
+                raise UserError(f"{location}: {error}") from error
+            refused.append((InvalidRow(f"--chat-template: {problem.reason}", problem.where), location))
+            encoding = encode_as_lists([messages for _, _, messages in left], *options)
+    return encoded
+
+
+def write_rows(path, batches, stops, max_length):
+    """Write batches of `(location, source, examples)` to a file; the numbers of conversations and of examples."""
+    conversations, examples = 0, 0
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+        for encoded in filter(None, batches):
+            columns = make_columns(encoded, stops, max_length)
+            writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, SCHEMA))
+            conversations += len(encoded)
+            examples += len(columns["location"])
+    return conversations, examples
 
 
 def make_columns(encoded, stops, max_length):
     """The columns of the examples of some `(location, source, examples)`."""
     origins = [(location, source, part) for location, source, found in encoded for part in range(len(found))]
     examples = [example for _, _, found in encoded for example in found]
-    lengths = np.array([len(example.input_ids) for example in examples])
+    lengths = np.array([len(ids) for ids, _ in examples])
     row_of = np.repeat(np.arange(len(examples)), lengths)  # of each token, as what follows: (tokens,)
     position = np.arange(len(row_of)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    ids, labels = (torch.cat(tensors).int().numpy() for tensors in zip(*examples, strict=True))
+    ids, labels = (
+        np.fromiter(itertools.chain.from_iterable(lists), np.int32, len(row_of))
+        for lists in zip(*examples, strict=True)
+    )
     supervised = (labels != IGNORE) & (position > 0)  # as `Example.supervised_tokens` counts them
     kept = position < max_length
 

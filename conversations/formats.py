@@ -3,26 +3,64 @@
 A conversation is a list of messages `{"role", "content", "train"}`; `train` says whether an assistant's message may be
 supervised. An assistant's message may have `tool_calls`, as OpenAI writes them with arguments as an object, and its
 reasoning as `thinking`; a tool's result the `name` of the tool and its `tool_call_id`; the first message the `tools` on
-offer, as JSON schemas, and the row's own arguments of the chat template, `template_options`. Every row is checked
-before anything is tokenised, and an invalid one is named by file and line.
+offer, as JSON schemas, and the row's own arguments of the chat template, `template_options`. Every row is checked,
+and an invalid one is named by file and line.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from config import UserError
-from conversations.sources import InvalidRow, Source, is_conversation, read_rows
+from conversations.sources import InvalidRow, Source, read_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
 # ShareGPT's names, and those of its many descendants.
 ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "observation": "tool"}
 ROLE_NAMES |= dict.fromkeys(("gpt", "chatgpt", "model", "bing", "bard", "function_call"), "assistant")
+KEY_NAMES = {"from": "role", "value": "content"}
 REASONING_KEYS = ("thinking", "reasoning_content", "reasoning")  # beside the content
+MORE_KEYS = {  # of a message, by its role
+    "assistant": ("tool_calls", *REASONING_KEYS, "name", "id"),
+    "tool": ("name", "tool_call_id", "id"),
+}
+SYSTEM_KEYS = ("system", "system_prompt")  # beside the messages, in any format
+CHAT_KEYS = (*SYSTEM_KEYS, "tools", "chat_template_kwargs")
+# Keys that change what a row or a message means.
+UNSUPPORTED = (
+    "functions function_call tool_calls reasoning_content reasoning thinking history images videos audios".split()
+)
+NOT_PLAIN = {"tool_calls": "tools", "thinking": "reasoning"}
+EMPTY = (None, False, "", "[]", "{}", [], {})
+SWITCHES = "on off true false yes no enabled disabled auto none low medium high".split()
+# The flags of axolotl, LLaMA-Factory, mistral-finetune, ms-swift, OpenAI, tinker, torchtune, verl and xtuner.
+TRAIN_IF = dict.fromkeys(
+    "train training trainable is_trainable weight loss loss_weight learn supervise supervised".split(), True
+) | dict.fromkeys("masked is_masked ignore ignored no_loss".split(), False)
+FLAG_TEXTS = {"true", "false", "0", "1", *ROLE_NAMES}
+FLAG_NAME = re.compile(  # of others, which may mean either, as `mask` does, or a part, as axolotl's `train_detail` does
+    r"(^|_|(?<=[a-z])(?=[A-Z]))(?i:(no|un)?(train(able|ed|ing)?|loss|mask(ed|ing)?|weight(s|ed)?|learn(able)?|"
+    r"supervis(ed|ion)|grad|backprop))(?=_|$|[A-Z])|^(is_)?((skip|exclude|ignore|include|keep)d?|context_only)$"
+)
+# The keys of shapes that are not read, and what to do.
+QUESTION_KEYS = "prompt question query problem instruction input inputs user human".split()
+ANSWER_KEYS = "completion response answer output outputs target targets solution assistant gpt".split()
+SHAPES = dict.fromkeys(
+    "conversation dialog dialogue chat turns items".split(),
+    'use --columns messages={}, if it is a list of objects with "role" and "content"',
+) | {
+    "rejected": "these are preferences; to train on the chosen answers alone, --columns messages=chosen if it is a "
+    'list of messages, or --columns completion=chosen if it is the answer to a "prompt"',
+    "input_ids": 'it needs "labels", -100 where a token is not supervised; or name the conversations',
+}
 
 
 @dataclass
@@ -31,8 +69,8 @@ class ReadReport:
 
     rows: int = 0
     formats: Counter = field(default_factory=Counter)
-    ignored: Counter = field(default_factory=Counter)  # columns and keys that no format uses
-    found: Counter = field(default_factory=Counter)  # columns that rows had, and that were to be dropped or renamed
+    ignored: set = field(default_factory=set)  # columns and keys that no format uses
+    found: set = field(default_factory=set)  # columns that rows had, and that were to be dropped or renamed
     bad: Counter = field(default_factory=Counter)  # invalid rows, by reason
     locations: dict = field(default_factory=dict)  # of each reason the first few: (file:line, where in the row)
 
@@ -48,10 +86,10 @@ class ReadReport:
 
     def absent_columns(self, drop, columns):
         """Lines about the columns to be dropped or renamed that no row had."""
-        if absent := [name for name in drop if name not in self.found]:
-            yield f"--drop-columns {' '.join(absent)}: no row has such a column"
-        if absent := [f"{new}={old}" for old, new in columns.items() if old not in self.found]:
-            yield f"--columns {' '.join(absent)}: no row has such a column"
+        renamed = {old: f"{new}={old}" for old, new in columns.items()}
+        for flag, wanted in (("--drop-columns", dict(zip(drop, drop, strict=True))), ("--columns", renamed)):
+            if absent := [text for name, text in wanted.items() if name not in self.found]:
+                yield f"{flag} {' '.join(absent)}: no row has such a column"
 
     def add_bad_row(self, problem, location):
         """Count a row with an `InvalidRow`."""
@@ -79,51 +117,40 @@ class ReadReport:
             raise UserError(f"{problems[0]}; correct that row{advice}")
         limit = f", more than --skip-bad-rows {skip_bad_rows:g}" if skip_bad_rows else ""
         summary = f"{count:,} of {self.rows:,} rows are invalid{limit}; correct them{advice}"
-        more = sum(list(self.bad.values())[SHOWN_PROBLEMS:])
-        rest = [f"… and {more:,} more"] if more else []
+        if more := sum(list(self.bad.values())[SHOWN_PROBLEMS:]):
+            problems[SHOWN_PROBLEMS:] = [f"… and {more:,} more"]
         separator = ": " if len(problems) == 1 and count == self.rows else "\n  "
-        raise UserError(separator.join([summary, *problems[:SHOWN_PROBLEMS], *rest]))
+        raise UserError(separator.join([summary, *problems]))
 
 
-def read_conversations(
-    sources,
-    split="train",
-    max_examples=0,
-    skip_bad_rows=0.0,
-    plain=False,
-    drop=(),
-    columns=None,
-    vocabulary=math.inf,
-    report=None,
-):
-    """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked.
+class Reading(NamedTuple):
+    """How rows are read."""
 
-    Args:
-        max_examples: stop after so many rows; 0: all.
-        skip_bad_rows: the share of rows that may be left out; 0: none.
-        plain: refuse tools, reasoning and arguments of a template, for which ChatML has no place.
-        drop: the columns without which the rows are read.
-        columns: new names of columns, by the names they have.
-        vocabulary: the number of token ids, for rows of them.
-        report: a `ReadReport` to fill; it is checked once all rows have been read.
+    split: str = "train"  # of a Hub dataset that names none
+    max_examples: int = 0  # stop after so many rows; 0: all
+    skip_bad_rows: float = 0.0  # the share of rows that may be left out
+    plain: bool = False  # refuse tools, reasoning and arguments of a template, for which ChatML has no place
+    drop: tuple = ()  # the columns without which the rows are read
+    columns: Mapping = MappingProxyType({})  # new names of columns, by the names they have
+    vocabulary: float = math.inf  # the number of token ids, for rows of them
+
+
+def read_conversations(sources, report=None, **options):
+    """Yield `(location, number of its source, messages)` for each row of some `Source`s, checked; options: `Reading`'s.
+
+    A `ReadReport` is filled, and it is checked once all rows have been read.
     """
-    report, columns = ReadReport() if report is None else report, columns or {}
-    for number, source in enumerate(sources):
-        for location, row in read_rows(source, split):
-            if max_examples and report.rows == max_examples:
-                break
-            report.rows += 1
-            if isinstance(row, dict):
-                report.found.update(row.keys() & {*drop, *columns})
-                row = {name: value for name, value in row.items() if name not in drop}
-            try:
-                messages = parse_row(rename_columns(row, columns), report, plain, columns.values())
-                check_vocabulary(messages, vocabulary)
-            except InvalidRow as problem:
-                report.add_bad_row(problem, location)
-            else:
-                yield location, number, messages
-    report.check(skip_bad_rows)
+    report, reading = ReadReport() if report is None else report, Reading(**options)
+    numbered = ((number, row) for number, source in enumerate(sources) for row in read_rows(source, reading.split))
+    for number, (location, row) in itertools.islice(numbered, reading.max_examples or None):
+        report.rows += 1
+        try:
+            messages = parse_row(select_columns(row, reading, report.found), report, reading)
+        except InvalidRow as problem:
+            report.add_bad_row(problem, location)
+        else:
+            yield location, number, messages
+    report.check(reading.skip_bad_rows)
     if report.rows == report.bad.total():
         names = " ".join(source.name for source in sources)
         raise UserError(f"--dataset {names}: it has no valid conversations")
@@ -139,7 +166,7 @@ def read_file(path, **options):
 
 def parse_columns(texts):
     """The new names of columns by those they have, a dict, from `new=old`; `UserError` where that is not clear."""
-    columns, known = {}, sorted({*SYSTEM_KEYS, *ROW_KEYS}.union(*(keys + more for _, keys, more, _ in FORMATS)))
+    columns, known = {}, sorted(set().union(*(keys + more for _, keys, more, _ in FORMATS)))
     for text in texts:
         new, _, old = text.partition("=")
         if not old or new not in known:
@@ -151,56 +178,42 @@ def parse_columns(texts):
     return columns
 
 
-def rename_columns(row, columns):
-    """A row with other names for some columns, which no other column of it may have."""
-    if not (isinstance(row, dict) and row.keys() & columns.keys()):
+def select_columns(row, reading, found):
+    """A row without some columns, and with other names for some, which no other column of it may have."""
+    drop, columns = reading.drop, reading.columns
+    if not isinstance(row, dict) or not (chosen := row.keys() & {*drop, *columns}):
         return row
-    renamed = {columns[name]: value for name, value in row.items() if name in columns}
-    rest = {name: value for name, value in row.items() if name not in columns}
+    found |= chosen
+    renamed = {columns[name]: row[name] for name in row if name in columns and name not in drop}
+    rest = {name: value for name, value in row.items() if name not in chosen}
     for name in renamed.keys() & rest.keys():
         if rest[name] not in EMPTY:
             raise InvalidRow(f'--columns: it has a "{name}" already; --drop-columns {name}')
     return rest | renamed
 
 
-def parse_row(row, report, plain=False, renamed=()):
+def parse_row(row, report, reading):
     """The messages of a row in any known format; `InvalidRow` if it has none, or nothing that can be supervised."""
     if isinstance(row, InvalidRow):
         raise row
-    if is_conversation(row):
-        row = {"messages": row}
     if not isinstance(row, dict):
         raise InvalidRow("not a JSON object")
     row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
-    matching = [entry for entry in FORMATS if row.keys() >= set(entry[1])]
-    if not matching or matching[0][0] == "text":  # a text beside a known shape is not what the row is about
+    name, keys, more, parse = next((entry for entry in FORMATS if row.keys() >= {*entry[1]}), FORMATS[-1])
+    if name == "text":  # which beside a known shape is not what the row is about
         explain_format(row)
-    name, keys, optional, parse = matching[0]
-    is_chat = name not in ("text", "tokens")
-    used = {*keys, *optional, *(SYSTEM_KEYS + ROW_KEYS if is_chat else ())}
-    unused = {key: value for key, value in row.items() if key not in used}
+    unused = {key: value for key, value in row.items() if key not in keys and key not in more}
     check_columns(row, unused)
-    if ignored := sorted(unused.keys() & set(renamed)):
+    if ignored := unused.keys() & {*reading.columns.values()}:
         advice = f"--drop-columns {' '.join(keys)}"
-        raise InvalidRow(f'--columns: "{ignored[0]}" is not read where the row is one of {name}; {advice}')
-    if not is_chat:
-        report.formats[name] += 1
-        report.ignored.update(unused.keys())
-        return parse(row, report)
-    messages, tools = parse(row, report), parse_tools(row.get("tools"))
-    options = parse_template_options(row.get("chat_template_kwargs"))
-    match_results_to_calls(messages, tools)
-    if plain:
-        check_plain(messages, tools, options)
-    messages = place_system_text(messages, row)
-    replies = [message for message in messages if message["role"] == "assistant"]
-    if not replies:
-        raise InvalidRow("no message is the assistant's: nothing would be supervised")
-    if not any(message["train"] for message in replies):
-        raise InvalidRow("every message of the assistant's is excluded from training")
-    messages[0] |= {key: value for key, value in (("tools", tools), ("template_options", options)) if value}
+        raise InvalidRow(f'--columns: "{min(ignored)}" is not read where the row is one of {name}; {advice}')
+    messages = parse(row, report)
+    if name not in ("text", "tokens"):
+        messages = parse_chat(messages, row, reading.plain)
+    elif name == "tokens" and not 0 <= min(messages[0]["content"]) <= max(messages[0]["content"]) < reading.vocabulary:
+        raise InvalidRow(f"a token id is not from 0 to {reading.vocabulary - 1}, as the tokenizer's are")
     report.formats[name] += 1
-    report.ignored.update(unused.keys())
+    report.ignored |= unused.keys()
     return messages
 
 
@@ -214,9 +227,9 @@ def explain_format(row):
         raise InvalidRow(f'no known format: it has "{question}" and "{answer}"; use --columns {advice}')
     for key, advice in SHAPES.items():
         if key in row:
-            raise InvalidRow(f'no known format: it has "{key}"; {advice}')
-    known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
+            raise InvalidRow(f'no known format: it has "{key}"; {advice.format(key)}')
     if "text" not in row:
+        known = ", ".join("+".join(keys) for _, keys, _, _ in FORMATS)
         raise InvalidRow(f"no known format: it has none of {known}", f"keys {', '.join(row)}"[:80] if row else "")
 
 
@@ -243,31 +256,57 @@ def check_supported(unused, where=""):
             raise InvalidRow(f'"{name}" is not supported; {advice}', where)
 
 
-def check_plain(messages, tools, options):
-    """Raise `InvalidRow` for what ChatML has no place for."""
-    advice = "use --chat-template model, or a file, with a template that has it, or write it into the content"
-    found = [(name, "") for name, value in (("tools", tools), ("chat_template_kwargs", options)) if value]
-    for number, message in enumerate(messages, 1):
-        for key, what in (("tool_calls", "tools"), ("thinking", "reasoning")):
-            found += [(what, f"message {number}")] * (key in message)
-    for what, where in found:
-        also = "" if where else f", or --drop-columns {what}"
-        raise InvalidRow(f"--chat-template chatml has no {what}; {advice}{also}", where)
-
-
 def parse_train(given, where=""):
     """Whether the flags of a message, a part of one or a row let it be supervised; `InvalidRow` if they are unclear."""
     flags = {}
-    for name, value in given.items():
-        is_known = name in TRAIN_IF_TRUE or name in TRAIN_IF_FALSE
-        if is_known and value in (0, 1):  # False and True are these too
-            flags[name] = bool(value) == (name in TRAIN_IF_TRUE)
-        elif is_known or (FLAG_NAME.search(name) and (not isinstance(value, str) or value.lower() in FLAG_TEXTS)):
+    for name in filter(is_flag, given):
+        value = given[name]
+        if name in TRAIN_IF and value in (0, 1):  # False and True are these too
+            flags[name] = bool(value) == TRAIN_IF[name]
+        elif name in TRAIN_IF or not isinstance(value, str) or value.lower() in FLAG_TEXTS:
             advice = 'write "train": true or false, or remove it' + f" (--drop-columns {name})" * (not where)
             raise InvalidRow(f'"{name}" does not tell clearly whether to train on it; {advice}', where)
     if len(set(flags.values())) > 1:
         raise InvalidRow(f"{' and '.join(flags)} contradict each other", where)
     return all(flags.values())
+
+
+@functools.lru_cache(10_000)  # as all rows have the same few keys
+def is_flag(name):
+    """Whether a key is named like a flag of training."""
+    return name in TRAIN_IF or bool(FLAG_NAME.search(name))
+
+
+# --- a conversation
+
+
+def parse_chat(messages, row, plain):
+    """Messages with the system text, the tools and the arguments of the template that a row has beside them."""
+    tools, options = parse_tools(row), parse_column(row, "chat_template_kwargs", dict, "a JSON object")
+    options = {name: item for name, item in options.items() if item not in (None, "", [], {})}  # as tables fill it
+    if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        match_results_to_calls(messages, tools)
+    if plain:
+        check_plain(messages, tools, options)
+    messages = place_system_text(messages, row)
+    trained = [message["train"] for message in messages if message["role"] == "assistant"]
+    if not trained:
+        raise InvalidRow("no message is the assistant's: nothing would be supervised")
+    if not any(trained):
+        raise InvalidRow("every message of the assistant's is excluded from training")
+    messages[0] |= {key: value for key, value in (("tools", tools), ("template_options", options)) if value}
+    return messages
+
+
+def check_plain(messages, tools, options):
+    """Raise `InvalidRow` for what ChatML has no place for."""
+    found = [(name, "") for name, value in (("tools", tools), ("chat_template_kwargs", options)) if value]
+    for number, message in enumerate(messages, 1):
+        found += [(NOT_PLAIN[key], f"message {number}") for key in NOT_PLAIN if key in message]
+    for what, where in found:
+        advice = "use --chat-template model, or a file, with a template that has it, or write it into the content"
+        also = "" if where else f", or --drop-columns {what}"
+        raise InvalidRow(f"--chat-template chatml has no {what}; {advice}{also}", where)
 
 
 def place_system_text(messages, row):
@@ -278,20 +317,31 @@ def place_system_text(messages, row):
     among = {message["content"].strip() for message in messages if message["role"] == "system"}
     if len(texts) > 1 or (among and texts.keys() - among):
         raise InvalidRow("different system texts beside the messages, or beside and among them")
-    return messages if among else [*(make_message("system", text, "system") for text in texts.values()), *messages]
+    system = [{"role": "system", "content": text, "train": True} for text in texts.values()]
+    return messages if among else system + messages
 
 
-def parse_template_options(value):
-    """A row's own arguments of the chat template; in a table null, "" and [] stand for those that are not given."""
-    options = {} if value in EMPTY else parse_json_value(value, '"chat_template_kwargs"', "")
-    if not isinstance(options, dict):
-        raise InvalidRow('"chat_template_kwargs" is not a JSON object')
-    return {name: item for name, item in options.items() if item not in (None, "", [], {})}
+def match_results_to_calls(messages, tools):
+    """Name the tool of each result; raise `InvalidRow` for a call to no tool, or a result without a call."""
+    known = {tool["function"]["name"] for tool in tools}
+    has_calls, open_calls = any("tool_calls" in message for message in messages), []
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "tool":
+            open_calls = list(message.get("tool_calls", ()))
+            for name in [call["function"]["name"] for call in open_calls]:
+                if known and name not in known:
+                    raise InvalidRow("a call to a tool that is not among its tools", f"message {number}, {name!r:.40}")
+        elif has_calls or "tool_call_id" in message:
+            identity, name = message.get("tool_call_id"), message.get("name")
+            answered = [call for call in open_calls if identity in (None, call.get("id", identity))]
+            answered = [call for call in answered if name in (None, call["function"]["name"])]
+            if not answered:
+                raise InvalidRow("a tool's result without a call that it answers", f"message {number}")
+            open_calls.remove(answered[0])
+            message["name"] = answered[0]["function"]["name"]
 
 
-def make_message(role, content, key):
-    """A message of the content that a row has under a key."""
-    return {"role": role, "content": parse_text(content, f'"{key}"'), "train": True}
+# --- a message
 
 
 def parse_messages(row, report, key="messages"):
@@ -304,7 +354,8 @@ def parse_messages(row, report, key="messages"):
     for number, given in enumerate(row[key], 1):
         message, unused = parse_message(given, f"message {number}")
         messages.append(message)
-        report.ignored.update(f"{key}[].{name}" for name in unused)
+        if unused:
+            report.ignored.update(f"{key}[].{name}" for name in unused)
     return messages
 
 
@@ -312,10 +363,9 @@ def parse_message(given, where):
     """A message, and the keys it has that are not used."""
     if not isinstance(given, dict):
         raise InvalidRow("not an object with a role and a content", where)
-    given = {name: value for name, value in given.items() if value is not None}
-    if "role" not in given:
-        names = {"from": "role", "value": "content"}
-        given = {names.get(name, name): value for name, value in given.items()}
+    if "role" not in given or None in given.values():
+        names = {} if given.get("role") is not None else KEY_NAMES
+        given = {names.get(name, name): value for name, value in given.items() if value is not None}
     if "role" not in given:
         raise InvalidRow('no "role"', where)
     role = ROLE_NAMES.get(str(given["role"]))
@@ -323,16 +373,23 @@ def parse_message(given, where):
         raise InvalidRow(f"an unknown role (known: {', '.join(ROLES)})", f"{where}, {given['role']!r:.40}")
     if given["role"] == "function_call":  # ShareGPT's: a call in place of a content
         given = {**given, "content": "", "tool_calls": given.get("content")}
-    train = parse_train(given, where)
-    used = {"role", "content", *TRAIN_IF_TRUE, *TRAIN_IF_FALSE, *MORE_KEYS.get(role, ())}
-    unused = {key: value for key, value in given.items() if key not in used}
-    check_supported(unused, where)
-    more = parse_more({key: given[key] for key in given.keys() & used if given[key] not in EMPTY}, role, where)
+    flags, beside, unused = sort_keys(role, *given)
+    train = parse_train({key: given[key] for key in flags}, where) if flags else True
+    check_supported({key: given[key] for key in unused}, where)
+    more = parse_more({key: given[key] for key in beside if given[key] not in EMPTY}, role, where) if beside else {}
     if "content" not in given and not more and role != "system":
         raise InvalidRow("no content", where)
     may_be_empty = role == "system" or bool(more.keys() & {"tool_calls", "thinking", "tool_call_id"})
     content = parse_text(given.get("content", ""), where, may_be_empty=may_be_empty)
     return {"role": role, "content": content, "train": train, **more}, unused
+
+
+@functools.lru_cache(10_000)  # as all messages have the same few keys
+def sort_keys(role, *names):
+    """The keys of a message that are flags of training, those that stand beside its content, and those not used."""
+    beside = [name for name in names if name in MORE_KEYS.get(role, ())]
+    unused = [name for name in names if name not in ("role", "content", *beside, *TRAIN_IF)]
+    return [name for name in names if is_flag(name)], beside, unused
 
 
 def parse_more(given, role, where):
@@ -376,6 +433,14 @@ def parse_text(content, where, what="its content", may_be_empty=False):
 # --- tools
 
 
+def parse_column(row, name, kind, kind_name):
+    """The JSON list or object that a row may have in a column, as it is or as JSON text; an empty one for none."""
+    value = kind() if row.get(name) in EMPTY else parse_json_value(row[name], f'"{name}"', "")
+    if not isinstance(value, kind):
+        raise InvalidRow(f'"{name}" is not {kind_name}')
+    return value
+
+
 def parse_json_value(value, what, where):
     """A JSON value that may be written as JSON text."""
     try:
@@ -406,65 +471,40 @@ def parse_tool_call(call, where):
     return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def parse_tools(value):
-    """The tools on offer, as JSON schemas in OpenAI's form; empty where there are none."""
-    tools = [] if value in EMPTY else parse_json_value(value, '"tools"', "")
-    if not isinstance(tools, list):
-        raise InvalidRow('"tools" is not a list of tools')
+def parse_tools(row):
+    """The tools on offer in a row, as JSON schemas in OpenAI's form; empty where there are none."""
+    tools = parse_column(row, "tools", list, "a list of tools")
     problem = "not an object with the name of a function"
     functions = [parse_function(tool, problem, f"tool {number}") for number, tool in enumerate(tools, 1)]
     return [{"type": "function", "function": function} for function in functions]
 
 
-def match_results_to_calls(messages, tools):
-    """Name the tool of each result; raise `InvalidRow` for a call to no tool, or a result without a call."""
-    known = {tool["function"]["name"] for tool in tools}
-    has_calls, open_calls = any("tool_calls" in message for message in messages), []
-    for number, message in enumerate(messages, 1):
-        if message["role"] != "tool":
-            open_calls = list(message.get("tool_calls", []))
-            for name in [call["function"]["name"] for call in open_calls]:
-                if known and name not in known:
-                    raise InvalidRow("a call to a tool that is not among its tools", f"message {number}, {name!r:.40}")
-        elif has_calls or "tool_call_id" in message:
-            identity, name = message.get("tool_call_id"), message.get("name")
-            for call in open_calls:
-                if identity in (None, call.get("id", identity)) and name in (None, call["function"]["name"]):
-                    break
-            else:
-                raise InvalidRow("a tool's result without a call that it answers", f"message {number}")
-            open_calls.remove(call)
-            message["name"] = call["function"]["name"]
-
-
 # --- the formats
+
+
+def parse_texts(row, _report, **roles):
+    """Messages of the texts that a row has in some columns, by their roles."""
+    return [{"role": role, "content": parse_text(row[key], f'"{key}"'), "train": True} for key, role in roles.items()]
 
 
 def parse_prompt_and_completion(row, report):
     """A prompt and its completion, as strings or as messages; only the completion is supervised."""
-    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        return [
-            make_message("user", row["prompt"], "prompt"),
-            make_message("assistant", row["completion"], "completion"),
-        ]
-    if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+    kinds = {type(row["prompt"]), type(row["completion"])}
+    if kinds == {str}:
+        return parse_texts(row, report, prompt="user", completion="assistant")
+    if kinds != {list}:
         raise InvalidRow('"prompt" and "completion" are not both strings, or both lists of messages')
     prompt, completion = (parse_messages(row, report, key) for key in ("prompt", "completion"))
     return [{**message, "train": False} for message in prompt] + completion
 
 
-def parse_alpaca(row, _report):
+def parse_alpaca(row, report):
     """Alpaca: an instruction, perhaps with an input, and the output."""
     parts = [row["instruction"], row.get("input", "")]
     if not all(isinstance(part, str) for part in parts):
         raise InvalidRow('"instruction" or "input" is not a string')
     question = "\n\n".join(part for part in parts if part.strip())
-    return [make_message("user", question, "instruction"), make_message("assistant", row["output"], "output")]
-
-
-def parse_plain_text(row, _report):
-    """A text without turns, all of which is supervised."""
-    return [make_message("text", row["text"], "text")]
+    return parse_texts({**row, "instruction": question}, report, instruction="user", output="assistant")
 
 
 def parse_tokens(row, _report):
@@ -488,51 +528,12 @@ def parse_tokens(row, _report):
     return [{"role": "tokens", "content": ids, "labels": labels}]
 
 
-def check_vocabulary(messages, vocabulary):
-    """Raise `InvalidRow` where token ids are none of the tokenizer's."""
-    ids = messages[0]["content"] if messages[0]["role"] == "tokens" else [0]
-    if not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise InvalidRow(f"a token id is not from 0 to {vocabulary - 1}, as the tokenizer's are")
-
-
-# The name of each format, the keys by which it is known, its optional keys, and its parser.
+# The name of each format, the keys by which it is known, its other keys, and its parser.
 FORMATS = (
-    ("messages", ("messages",), (), parse_messages),
-    ("ShareGPT", ("conversations",), (), functools.partial(parse_messages, key="conversations")),
-    ("prompt/completion", ("prompt", "completion"), (), parse_prompt_and_completion),
-    ("Alpaca", ("instruction", "output"), ("input",), parse_alpaca),
+    ("messages", ("messages",), CHAT_KEYS, parse_messages),
+    ("ShareGPT", ("conversations",), CHAT_KEYS, functools.partial(parse_messages, key="conversations")),
+    ("prompt/completion", ("prompt", "completion"), CHAT_KEYS, parse_prompt_and_completion),
+    ("Alpaca", ("instruction", "output"), ("input", *CHAT_KEYS), parse_alpaca),
     ("tokens", ("input_ids", "labels"), ("attention_mask",), parse_tokens),
-    ("text", ("text",), (), parse_plain_text),
+    ("text", ("text",), (), functools.partial(parse_texts, text="text")),
 )
-ROW_KEYS = ("tools", "chat_template_kwargs")  # beside the messages
-SYSTEM_KEYS = ("system", "system_prompt")  # beside the messages, in any format
-MORE_KEYS = {  # of a message, by its role
-    "assistant": ("tool_calls", *REASONING_KEYS, "name", "id"),
-    "tool": ("name", "tool_call_id", "id"),
-}
-# Keys that change what a row or a message means.
-UNSUPPORTED = (
-    "functions function_call tool_calls reasoning_content reasoning thinking history images videos audios".split()
-)
-EMPTY = (None, False, "", "[]", "{}", [], {})
-SWITCHES = "on off true false yes no enabled disabled auto none low medium high".split()
-# The flags of axolotl, LLaMA-Factory, mistral-finetune, ms-swift, OpenAI, tinker, torchtune, verl and xtuner.
-TRAIN_IF_TRUE = "train training trainable is_trainable weight loss loss_weight learn supervise supervised".split()
-TRAIN_IF_FALSE = "masked is_masked ignore ignored no_loss".split()
-FLAG_TEXTS = {"true", "false", "0", "1", *ROLE_NAMES}
-FLAG_NAME = re.compile(  # of others, which may mean either, as `mask` does, or a part, as axolotl's `train_detail` does
-    r"(^|_|(?<=[a-z])(?=[A-Z]))(?i:(no|un)?(train(able|ed|ing)?|loss|mask(ed|ing)?|weight(s|ed)?|learn(able)?|"
-    r"supervis(ed|ion)|grad|backprop))(?=_|$|[A-Z])|^(is_)?((skip|exclude|ignore|include|keep)d?|context_only)$"
-)
-# The keys of shapes that are not read, and what to do.
-QUESTION_KEYS = "prompt question query problem instruction input inputs user human".split()
-ANSWER_KEYS = "completion response answer output outputs target targets solution assistant gpt".split()
-SHAPES = {
-    **{
-        name: f'use --columns messages={name}, if it is a list of objects with "role" and "content"'
-        for name in "conversation dialog dialogue chat turns items".split()
-    },
-    "rejected": "these are preferences; to train on the chosen answers alone, --columns messages=chosen if it is a "
-    'list of messages, or --columns completion=chosen if it is the answer to a "prompt"',
-    "input_ids": 'it needs "labels", -100 where a token is not supervised; or name the conversations',
-}

@@ -5,6 +5,7 @@ context, with the label -100. A conversation is one example, or a few where its 
 once others follow it. docs/masking.md has the definition.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,16 @@ def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: s
 
 
 def encode_each(conversations: list, tokenizer, supervise="all", max_length=None) -> list[list[Example]]:
-    """Conversations to their `Example`s: for each a list of one, or of as few as its template needs.
+    """Conversations to their `Example`s, for each a list; the arguments and errors are those of `encode_as_lists`."""
+    encoded = encode_as_lists(conversations, tokenizer, supervise, max_length)
+    tensor = functools.partial(torch.tensor, dtype=torch.long)
+    return [[Example(tensor(ids), tensor(labels)) for ids, labels in examples] for examples in encoded]
+
+
+def encode_as_lists(conversations, tokenizer, supervise="all", max_length=None):
+    """Conversations to their examples, pairs of lists `(ids, labels)`: for each one, or as few as its template needs.
+
+    The tokenizer begins at once, in a thread; an iterator makes the examples. A million tensors would take a minute.
 
     Args:
         conversations: lists of messages, as `conversations.formats` makes them.
@@ -55,10 +65,10 @@ def encode_each(conversations: list, tokenizer, supervise="all", max_length=None
     encoded = encode_chatml(chats, tokenizer) if is_chatml(tokenizer) else map(get_template(tokenizer).encode, chats)
     encoded, length = iter(encoded), max_length or tokenizer.model_max_length
     opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
-    return [
+    return (
         make_examples(*next(encoded)) if is_chat(messages) else encode_plain(messages[0], tokenizer, opening, length)
         for messages in conversations
-    ]
+    )
 
 
 def is_chat(messages):
@@ -67,18 +77,18 @@ def is_chat(messages):
 
 
 def encode_plain(message, tokenizer, opening, length):
-    """The `Example`s of a text, or the one of token ids with labels.
+    """The examples of a text, or the one of token ids with labels.
 
     A text begins with `opening`, the ids that the tokenizer puts before one, and ends with the stop token. It is cut
     into parts of `length` tokens, each beginning with the last token of the one before it.
     """
     if message["role"] == "tokens":
-        return [Example(torch.tensor(message["content"]), torch.tensor(message["labels"]))]
+        return [(message["content"], message["labels"])]
     (ids,) = get_template(tokenizer).encoder.encode_runs([message["content"]], FIRST)
     ids = torch.tensor([*opening, *ids, tokenizer.eos_token_id])
     examples = slice_text(ids, length, overlap=1)
     examples[0].labels[: len(opening)] = IGNORE
-    return examples
+    return [(example.input_ids.tolist(), example.labels.tolist()) for example in examples]
 
 
 def slice_text(ids, length, overlap):
@@ -104,7 +114,7 @@ def mark_supervised(messages, supervise):
 
 
 def make_examples(turns, ids):
-    """The fewest `Example`s that have every turn; each answer is supervised once, in the first example that has it.
+    """The fewest examples that have every turn; each answer is supervised once, in the first example that has it.
 
     An example has a turn where it begins with the ids of its context and its answer.
 
@@ -120,16 +130,15 @@ def make_examples(turns, ids):
             found = [(ids if ids[: len(turn)] == turn else turn, [])]
             examples += found
         found[-1][1].append(slice(len(context), len(turn)))
-    return [make_example(*example) for example in reversed(examples or [(ids, [])])]
+    return [(ids, make_labels(ids, spans)) for ids, spans in reversed(examples or [(ids, [])])]
 
 
-def make_example(ids, spans):
-    """An `Example` of ids in which some slices are supervised."""
-    input_ids = torch.tensor(ids, dtype=torch.long)
-    labels = torch.full_like(input_ids, IGNORE)
+def make_labels(ids, spans):
+    """The labels of ids of which some slices are supervised; lists."""
+    labels = [IGNORE] * len(ids)
     for span in spans:
-        labels[span] = input_ids[span]
-    return Example(input_ids, labels)
+        labels[span] = ids[span]
+    return labels
 
 
 def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:

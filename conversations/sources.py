@@ -21,7 +21,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # as pyarrow calls 
 # Beside the rows of a dataset, or written by datasets' `save_to_disk`.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 csv.field_size_limit(2**31 - 1)  # a text may be long
-QUANTITY = re.compile(r"(?P<name>.+)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))", re.DOTALL)
+QUANTITY = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>\d+))?", re.DOTALL)
 HUB_NAME = re.compile(r"(?P<name>[^:@~#]+)(~(?P<revision>[^:@~#]+))?(:(?P<config>[^:@~#/]+))?(@(?P<split>[^@~#]+))?")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 BOM = b"\xef\xbb\xbf"
@@ -60,19 +60,16 @@ def parse_source(text):
         raise UserError("--dataset is empty; name a file, a directory or a Hub id")
     if is_local(text):
         return Source(text)
-    found = QUANTITY.fullmatch(text)
-    name, weight, count = found.group("name", "weight", "count") if found else (text, None, None)
-    if float(weight or 1) == 0 or int(count or 1) == 0:
+    name, weight, count = QUANTITY.fullmatch(text).group("name", "weight", "count")
+    weight, count = float(weight or 1), int(count) if count else None
+    if weight == 0 or count == 0:
         raise UserError(f"--dataset {text}: a quantity of 0 uses nothing; leave it out")
-    of_hub = {"name": name}
-    if not is_local(name):
-        for end in [found.start() for found in re.finditer("(?<=.)[:#@~]", name)]:
-            if is_local(name[:end]):
-                also = "" if name[end] in ":#" else "; a file has no split and no revision"
-                raise UserError(f"--dataset {text}: {text[end:]} is not a quantity; write :2, :0.5 or #500{also}")
-        if found := HUB_NAME.fullmatch(name):
-            of_hub = found.groupdict()
-    return Source(**of_hub, weight=float(weight or 1), count=int(count) if count else None)
+    for end in [] if is_local(name) else [found.start() for found in re.finditer("(?<=.)[:#@~]", name)]:
+        if is_local(name[:end]):
+            also = "" if name[end] in ":#" else "; a file has no split and no revision"
+            raise UserError(f"--dataset {text}: {text[end:]} is not a quantity; write :2, :0.5 or #500{also}")
+    of_hub = None if is_local(name) else HUB_NAME.fullmatch(name)
+    return Source(**(of_hub.groupdict() if of_hub else {"name": name}), weight=weight, count=count)
 
 
 def name_sources(texts):
@@ -102,8 +99,8 @@ def check_sources(config, recorded=()):
     Returns the commits of those on the Hub, by name: those `recorded` by a run that is resumed, else those of today.
     """
     commits = {}
-    eval_dataset = [("--eval-dataset", text) for text in config.eval_dataset]
-    for flag, text in [*(("--dataset", text) for text in config.dataset), *eval_dataset]:
+    flags = ["--dataset"] * len(config.dataset) + ["--eval-dataset"] * len(config.eval_dataset)
+    for flag, text in zip(flags, [*config.dataset, *config.eval_dataset], strict=True):
         with rewrite_errors("--dataset", flag):
             source = parse_source(text)
             if not find_files(source.name):
@@ -267,13 +264,16 @@ def read_csv(path, stream, delimiter=","):
     try:
         for cells in rows:
             line, begin = begin, rows.line_num + 1
-            if header is None and cells:
+            if not cells:
+                continue
+            if header is None:
                 header = check_header(cells, f"{path}:{line}")
-            elif len(cells) == len(header or ()) > 0 and not NOT_UTF8.search("".join(cells)):
+            elif len(cells) != len(header):
+                yield f"{path}:{line}", InvalidRow(f"it has {len(cells)} cells, and the header {len(header)}")
+            elif NOT_UTF8.search("".join(cells)):
+                yield f"{path}:{line}", InvalidRow("not UTF-8")
+            else:
                 yield f"{path}:{line}", {name: cell or None for name, cell in zip(header, cells, strict=True)}
-            elif cells:
-                ragged = f"it has {len(cells)} cells, and the header {len(header)}"
-                yield f"{path}:{line}", InvalidRow("not UTF-8" if len(cells) == len(header) else ragged)
     except csv.Error as error:
         advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
         raise UserError(f"{path}:{begin}: not valid CSV: {error}; {advice}") from error
@@ -292,22 +292,23 @@ def check_header(cells, location):
 READERS = {".parquet": read_parquet, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t")}
 
 
+def split_array(value):
+    """The rows in a JSON value: itself, or the items of an array of rows; a list of messages is a row of them."""
+    rows = [value] if not isinstance(value, list) or not value or is_conversation(value) else value
+    return [{"messages": row} if is_conversation(row) else row for row in rows]
+
+
 def is_conversation(value):
     """Whether a JSON value looks like a list of messages rather than a list of rows."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
 
 
-def split_array(value):
-    """The rows in a JSON value: itself, or the items of an array of rows."""
-    return value if isinstance(value, list) and value and not is_conversation(value) else [value]
-
-
 def parse_json(content):
     """The JSON value in some bytes, or an `InvalidRow`, with the number of its `line`."""
     line = 1
     try:
-        text = content.decode("utf-8-sig").rstrip()
+        text = content.removeprefix(BOM).decode().rstrip()
         return json.loads(text)
     except UnicodeDecodeError as error:
         *earlier, last = content[: error.start].split(b"\n")

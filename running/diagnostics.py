@@ -3,10 +3,7 @@
 import contextlib
 import math
 import shlex
-import sys
-import textwrap
 
-from compute.adapters import list_untrained
 from compute.distributed import rank
 from config import UserError, first_line, is_out_of_memory
 from data import window_indices
@@ -56,14 +53,6 @@ def explain_failed_write(run):
         if is_out_of_memory(error):
             why = f"out of memory ({why}); free some, or go on where there is more"
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
-
-
-def warn_of_untrained(model):
-    """Name the adapters that an update has left as they were. Returns False: there is nothing to check any more."""
-    if names := list_untrained(model):
-        what = f"{len(names)} of its layers are not called by the model, so that their adapters stay without effect"
-        print(f"warning: {what}: {textwrap.shorten(', '.join(names), 300)}", file=sys.stderr)
-    return False
 
 
 def highest_losses(run, examples, indices, most=10):

@@ -2,8 +2,11 @@
 
 import math
 import shlex
+import sys
+import textwrap
 from pathlib import Path
 
+from compute.adapters import list_untrained
 from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
 from compute.memory import count_parameters
@@ -97,6 +100,14 @@ def describe_adapters(model, trained, held):
         f"gradients, moments and the frozen ones{'; the experts stay frozen' if experts else ''}"
         f"{f'; vLLM needs --max-lora-rank {model.lora.rank}' if model.lora.rank > 16 else ''}"
     )
+
+
+def warn_of_untrained(model):
+    """Name the adapters that an update has left as they were. Returns False: there is nothing to check any more."""
+    if names := list_untrained(model):
+        what = f"{len(names)} of its layers are not called by the model, so that their adapters stay without effect"
+        print(f"warning: {what}: {textwrap.shorten(', '.join(names), 300)}", file=sys.stderr)
+    return False
 
 
 def format_plan(lines, warnings):

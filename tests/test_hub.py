@@ -8,6 +8,7 @@ its own and prints, as JSON, what its calls gave.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -568,6 +569,42 @@ def test_a_resumed_run_keeps_the_commits_it_began_with(repositories, revisions, 
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         best = min(line["loss"] for line in lines if line["kind"] == "eval" and line["step"])
         assert json.loads(again)["splits"]["eval"]["loss"] == pytest.approx(best)
+
+
+@pytest.mark.slow
+def test_adapters_find_their_base_model_on_the_hub_again(repositories, revisions, tmp_path):
+    """By its commit, in an empty cache, too; other weights there are noticed."""
+    run, number = tmp_path / "run", itertools.count()
+    flags = ["--model", "acme/moved", "--dataset", "acme/moved", "--dtype", "fp32", "--max-steps", "2"]
+    flags += ["--batch-size", "2", "--lora-rank", "4", "--output-dir", run]
+
+    def command(endpoint, *arguments):
+        process = start([PROJECT / arguments[0], *arguments[1:]], tmp_path / f"cache-{next(number)}", endpoint)
+        stdout, stderr = process.communicate(timeout=120)
+        return process.returncode, stdout, stderr
+
+    with serve_hub(repositories, revisions) as endpoint:
+        status, _, stderr = command(endpoint, "train.py", *flags)
+        assert status == 0, stderr
+    config = json.loads((run / "best" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/moved", COMMIT)
+    card = ModelCard.load(run / "best" / "README.md").data
+    assert (card.library_name, card.base_model) == ("peft", "acme/moved")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = min(line["loss"] for line in lines if line["kind"] == "eval" and line["step"])
+    moved = revisions | {("models", "acme/moved", "main"): revisions["models", "acme/moved", OLDER]}
+    moved["models", "acme/moved", COMMIT] = (COMMIT, repositories["models", "acme/moved"])
+    asked = ("eval.py", run, "--json", "--max-new-tokens", "1", "--greedy")
+    with serve_hub(repositories, moved) as endpoint:
+        status, stdout, stderr = command(endpoint, *asked)
+        assert status == 0, stderr
+        assert json.loads(stdout)["splits"]["eval"]["loss"] == pytest.approx(best)
+    others = {**repositories, ("models", "acme/moved"): revisions["models", "acme/moved", OLDER][1]}
+    with serve_hub(others, revisions) as endpoint:
+        status, _, stderr = command(endpoint, *asked)
+    assert status == 1, stderr
+    assert f"its base model acme/moved@{COMMIT} has changed, model.safetensors is not what the adapters" in stderr
+    assert "Traceback" not in stderr
 
 
 if __name__ == "__main__":

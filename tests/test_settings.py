@@ -589,7 +589,7 @@ LAW = {
         4,
         learned(2, gradient=1)
         | {"weights": 0, "losses": 3}
-        | names("plan model", "plan adapters", "record base", "files"),
+        | names("plan model", "plan device", "plan adapters", "record base", "files"),
     ),
     "lora_alpha": [
         Row(64, learned(2, gradient=1) | {"losses": 3} | names("plan adapters"), {"lora_rank": 4}),
