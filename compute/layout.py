@@ -8,7 +8,7 @@ import math
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
@@ -132,8 +132,11 @@ def length(example):
     return len(example.input_ids)
 
 
-def cut_padded(examples, budget):
-    """Lists of examples of at most `budget` padded tokens, longest first; an example that is too long is alone."""
+def cut_padded(examples, budget, length=length):
+    """Lists of examples of at most `budget` padded tokens, longest first; an example that is too long is alone.
+
+    The examples may be anything of which `length` gives the tokens.
+    """
     batches = []
     for example in sorted(examples, key=length, reverse=True):
         # The first example of a batch is its longest: all its rows are padded to that length.
@@ -173,19 +176,15 @@ class PrefetchedWindows:
     """This rank's micro-batches of each window, collated in a thread while the update before it runs."""
 
     def __init__(self, examples, batch_size, seed, layout):
-        self.arguments, self.layout = (examples, batch_size, seed), layout
-        self.thread, self.ahead = ThreadPoolExecutor(max_workers=1), {}
+        thread = ThreadPoolExecutor(max_workers=1)
+
+        def collate(step):
+            return list(layout.local_micro_batches(window_at(step, examples, batch_size, seed)))
+
+        # Starts to collate a window, and remembers this update's and the next. Called once a GPU has its work, as
+        # collating takes Python's time from launching it.
+        self.prefetch = lru_cache(maxsize=2)(lambda step: thread.submit(collate, step))
 
     def get(self, step):
         """This rank's micro-batches of the window that update `step` (from 0) sees."""
-        self.prefetch(step)
-        self.ahead = {step: self.ahead[step]}
-        return self.ahead[step].result()
-
-    def prefetch(self, step):
-        """Start to collate a window; called once a GPU has its work, as this takes Python's time from launching it."""
-        if step not in self.ahead:
-            self.ahead[step] = self.thread.submit(self.collate, step)
-
-    def collate(self, step):
-        return list(self.layout.local_micro_batches(window_at(step, *self.arguments)))
+        return self.prefetch(step).result()

@@ -8,7 +8,7 @@ from config import DATASET_SETTINGS, Config, UserError, flag_name, resolve
 from conversations.sources import pin_commits
 from storage import hub
 from storage.adapter import BASE, is_adapter, read_json
-from storage.durable import MANIFEST, CorruptError, verify
+from storage.durable import MANIFEST, verify
 from storage.records import read_record
 
 
@@ -53,15 +53,12 @@ def is_run(path):
 
 
 def find_best(run):
-    """The directory of a run's best model; raises `UserError` where there is none, or where it is corrupt."""
+    """The directory of a run's best model; raises `UserError` where there is none or where it is corrupt."""
     best = run / "best"
     if not best.is_dir():
         raise UserError(f"{run}: this run has no best model yet; its first evaluation writes one")
     if best.is_symlink():  # a copy of the checkpoint that it links to has no manifest
-        try:
-            verify(best.resolve().parent)
-        except CorruptError as error:
-            raise UserError(str(error)) from error
+        verify(best.resolve().parent)
     return best
 
 

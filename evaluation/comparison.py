@@ -4,7 +4,6 @@ Both are scored on each conversation, so the comparison is paired. The uncertain
 out: intervals come from a bootstrap, which draws the conversations anew with replacement.
 """
 
-import itertools
 import sys
 
 import numpy as np
@@ -51,15 +50,9 @@ def compare(before, after, examples, locations, excerpts):
     sums = np.array([[float(one.sum()) for one in losses] for losses in (before, after)])
     tokens = np.array([len(one) for one in before])
     per_token = (sums[1] - sums[0]) / tokens
-    rows = [
-        {
-            "location": locations[row],
-            "opening": excerpts[row],
-            "before": sums[0][row] / tokens[row],
-            "after": sums[1][row] / tokens[row],
-        }
-        for row in np.argsort(per_token, kind="stable").tolist()
-    ]
+    columns = {"location": locations, "opening": excerpts, "before": sums[0] / tokens, "after": sums[1] / tokens}
+    order = np.argsort(per_token, kind="stable").tolist()
+    rows = [{name: column[row] for name, column in columns.items()} for row in order]
     return {
         **difference(*sums, tokens),
         "won": int((per_token <= -TIE).sum()),
@@ -87,11 +80,8 @@ def by_turn(before, after, examples):
 
 def by_group(sums, tokens, names):
     """The `difference` of each group, by "name": of loss sums before and after, (2, n), and n tokens and names."""
-    names = np.array(names)
-    return [
-        {"name": name, **difference(*sums[:, names == name], tokens[names == name])}
-        for name in np.unique(names).tolist()
-    ]
+    groups = {name: np.array(names) == name for name in sorted(set(names))}
+    return [{"name": name, **difference(*sums[:, rows], tokens[rows])} for name, rows in groups.items()]
 
 
 def turn_numbers(example):
@@ -107,11 +97,11 @@ def compare_models(before, after):
     A split that the models read differently is left out with a warning: its losses are over different tokens.
     """
     found = {"comparison": {}}
-    for name in [name for name in before.evaluations if name in after.evaluations]:
+    for name in (name for name in before.evaluations if name in after.evaluations):
         losses = [model.evaluations[name].token_losses for model in (before, after)]
-        examples, others = list(before.examples[name]), list(after.examples[name])
-        pairs = itertools.zip_longest(examples, others)
-        if not all(one and other and one.labels.equal(other.labels) for one, other in pairs):
+        examples, others = (list(model.examples[name]) for model in (before, after))
+        pairs = zip(examples, others, strict=False)
+        if len(examples) != len(others) or not all(one.labels.equal(other.labels) for one, other in pairs):
             why = "as the two models read it differently (tokenizer, template or context length)"
             print(f"warning: {name}: not compared, {why}", file=sys.stderr)
         elif name == "text":

@@ -13,9 +13,8 @@ from storage.records import read_answers, read_losses, read_metrics, read_record
 
 RECIPE = (
     "epochs max_steps batch_size lr schedule warmup_steps min_lr weight_decay adam_beta2 max_grad_norm max_length "
-    "supervise seed"
+    "supervise seed lora_rank lora_alpha"
 ).split()
-LORA = ["lora_rank", "lora_alpha"]  # of a run that trains adapters
 
 
 def run_facts(run):
@@ -35,17 +34,14 @@ def run_facts(run):
     before, after = (losses["eval"][when] or {} for when in ("before", "after"))
     sources = [key for key in before if key.startswith("loss/") and key in after]  # of several --eval-dataset
     return {
+        **{name: record.get(name) for name in ("precision", "data", "versions", "base")},  # the base is of adapters
         "directory": str(run),
         "title": f"{model} on {', '.join(datasets)}",
         "model": model,
         "datasets": datasets,
         "settings": config,
-        "recipe": {name: format_value(config[name]) for name in RECIPE + LORA * bool(config["lora_rank"])},
-        "precision": record["precision"],
-        "data": record["data"],
-        "base": record.get("base"),  # the model that adapters belong to
+        "recipe": {name: format_value(config[name]) for name in RECIPE if config["lora_rank"] or "lora" not in name},
         "commits": {kind: record.get("commits", {}).get(kind, {}) for kind in ("model", "dataset")},
-        "versions": record["versions"],
         "metrics": metrics,
         "updates": updates,
         "best_step": best_step,
@@ -97,13 +93,18 @@ def pair_answers(answers):
         {
             "prompt": after["prompt"],
             "decoding": "greedy" if after["greedy"] else "sampled",
-            "before": before["text"] + ("" if before["finished"] else " …"),
-            "after": after["text"] + ("" if after["finished"] else " …"),
+            "before": answer_text(before),
+            "after": answer_text(after),
         }
         for before, after in zip(answers.get("before", []), answers.get("after", []), strict=False)
     ]
     prompts = [pair["prompt"] for pair in pairs]
     return sorted(pairs, key=lambda pair: prompts.index(pair["prompt"]))
+
+
+def answer_text(answer):
+    """The text of an answer, a dict, with a mark where it was cut off at the length limit."""
+    return answer["text"] + ("" if answer["finished"] else " …")
 
 
 def is_hub_id(name):

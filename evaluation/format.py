@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 from config import format_value
 from evaluation.comparison import verdict
+from evaluation.facts import answer_text
 
 
 def format_report(report):
@@ -22,8 +23,8 @@ def format_report(report):
         lines += ["", *side_by_side(f"answers of {other['model']}", report["model"])]
     for number, answer in enumerate(answers):
         lines.append(f"\n  > {answer['prompt']}{'' if answer['greedy'] else ' (sampled)'}")
-        text = answer["text"] + ("" if answer["finished"] else " …")
-        lines += side_by_side(other["answers"][number]["text"], text) if other else [f"  {text}"]
+        text = answer_text(answer)
+        lines += side_by_side(answer_text(other["answers"][number]), text) if other else [f"  {text}"]
     ended = f", of {other['model']} {other['finished']}" if other else ""
     lines.append(f"\n  {report['finished']} of {len(answers)} answers ended by themselves{ended}")
     return "\n".join(lines)
@@ -34,15 +35,12 @@ def format_losses(report):
     yield f"{report['model']} ({report['precision']})"
     if report["dataset"]:
         yield f"  on {format_value(report['dataset'])}"
-    for name, split in report["splits"].items():
-        yield format_loss(name, split, "supervised tokens")
+    rows = [(name, split, "supervised tokens") for name, split in report["splits"].items()]
     if text := report.get("text"):
-        yield format_loss("text", text, f"tokens of {text['file']}")
-
-
-def format_loss(name, split, unit):
-    losses = "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
-    return f"  {name:<5} {losses}   {split['supervised_tokens']:,} {unit}"
+        rows.append(("text", text, f"tokens of {text['file']}"))
+    for name, split, unit in rows:
+        losses = "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
+        yield f"  {name:<5} {losses}   {split['supervised_tokens']:,} {unit}"
 
 
 def format_comparison(found):
@@ -52,20 +50,18 @@ def format_comparison(found):
         return
     yield "    won {won}, lost {lost}, tied {tied} of {conversations} conversations".format(**found)
     for title in ("by_turn", "by_source"):
-        if len(found[title]) > 1:
+        groups = found[title] if len(found[title]) > 1 else []
+        if groups:
             yield f"    {title.replace('_', ' ')}"
-            yield from (f"      {group['name']:<22} {format_difference(group)}" for group in found[title])
+        for group in groups:
+            counts = "{conversations} conversations, {tokens:,} tokens".format(**group)
+            yield f"      {group['name']:<22} {verdict(group)} ({counts})"
     for title, rows in (("got better most", found["better"]), ("got worse most", found["worse"])):
         if rows:
             yield f"    {title}"
         for row in rows:
             losses = f"{row['before']:.3f} -> {row['after']:.3f}"
             yield f"      {losses}  {row['location'].rsplit('/', 1)[-1]}  {row['opening']}"
-
-
-def format_difference(found):
-    interval = "[{:+.4f}, {:+.4f}]".format(*found["interval"]) if found["interval"] else "too few for an interval"
-    return f"{found['difference']:+.4f} {interval} ({found['conversations']} conversations, {found['tokens']:,} tokens)"
 
 
 def format_runs(reports, means):

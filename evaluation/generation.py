@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 from compute.adapters import frozen_dtype
 from compute.attention import PACKED
 from compute.layers import in_eval_mode, without_router_loss
+from compute.layout import cut_padded
 from conversations.masking import encode_prompt
 from conversations.templates import stop_ids
 
@@ -69,7 +70,7 @@ def generate_answers(
     """
     encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
     stops, answers = torch.tensor(stop_ids(tokenizer)), {}
-    for batch in batch_prompts(encoded, max_new_tokens):
+    for batch in cut_padded(range(len(encoded)), BATCH_TOKENS, lambda number: len(encoded[number]) + max_new_tokens):
         new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens)
         for number, ids in zip(batch, new, strict=True):
             text, finished = tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(torch.isin(ids[-1], stops))
@@ -81,15 +82,6 @@ def encode_with_system(prompt, tokenizer, system=""):
     """The ids of a system message (none if empty) and a prompt up to where the assistant answers, (T,)."""
     before = [{"role": "system", "content": system}] if system else []
     return encode_prompt([*before, {"role": "user", "content": prompt}], tokenizer)
-
-
-def batch_prompts(encoded, max_new_tokens):
-    """The indices of prompts as batches of similar length within BATCH_TOKENS, the longest first."""
-    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
-    while order:
-        size = max(1, BATCH_TOKENS // (len(encoded[order[-1]]) + max_new_tokens))
-        yield order[-size:]
-        del order[-size:]
 
 
 def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None):

@@ -17,7 +17,6 @@ import pickle
 import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,18 +39,6 @@ PROGRESS = ("step", "evaluated", "best_step", "best_loss", "overflows")  # field
 # --- saving
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The content of a checkpoint, on rank 0's CPU."""
-
-    directory: Path  # of the run
-    about: dict  # the manifest's entries besides the files
-    weights: dict  # tensors by name, tied ones once
-    state: dict  # the content of training.pt
-    card: str  # the model card, where this is the best model so far
-    keep: int
-
-
 def save(run):
     """Save a run as it is now. All ranks call this; rank 0 writes, in a thread where the run has a GPU.
 
@@ -70,12 +57,12 @@ def save(run):
         return
     snapshot = take_snapshot(run)
     if is_rank0():
-        run.saver.start(run.step, write_checkpoint, run.model, run.tokenizer, snapshot)
+        run.saver.start(run.step, write_checkpoint, run.model, run.tokenizer, *snapshot)
     else:
         run.saver.started = run.saver.saved = run.step
     seconds = time.perf_counter() - began
     run.saver.seconds += seconds
-    run.log.add_points(run.step, {"time/checkpoint": seconds})
+    run.log.draw_line("time", run.step, checkpoint=seconds)
 
 
 def is_due(run):
@@ -86,7 +73,7 @@ def is_due(run):
 
 
 def take_snapshot(run):
-    """The `Snapshot` of a run on rank 0; what it returns on other ranks is not used. All ranks call this."""
+    """The arguments of `write_checkpoint` on rank 0; what other ranks get is not used. All ranks call this."""
     weights, moments = gather_state(run.model, run.optimizer)
     run.log.sync()
     device = run.precision.device
@@ -98,8 +85,7 @@ def take_snapshot(run):
         "random": all_gather((torch.get_rng_state(), on_gpu)),  # which dropout draws from
     }
     card = model_card(run_facts(run.directory)) if run.best_step == run.step and is_rank0() else ""
-    about = {"step": run.step, "best_step": run.best_step, **run.describe()}
-    return Snapshot(run.directory, about, weights, state, card, run.config.keep)
+    return {"step": run.step, "best_step": run.best_step, **run.describe()}, weights, state, card
 
 
 def gather_state(model, optimizer):
@@ -115,16 +101,23 @@ def gather_state(model, optimizer):
     return {name: tensor for name, tensor in weights.items() if name in named_once}, moments
 
 
-def write_checkpoint(model, tokenizer, snapshot):
-    """Write a snapshot as `checkpoints/step-N`, verified on disk; then link the best model and prune older ones."""
-    path = checkpoint_path(snapshot.directory, snapshot.about["step"])
-    with atomic_directory(path, snapshot.about) as directory:
-        save_model(model, tokenizer, directory / MODEL, snapshot.weights)
-        if snapshot.card:
-            (directory / MODEL / "README.md").write_text(snapshot.card, encoding="utf-8")
-        save_state(snapshot.state, directory / STATE)
-    link_best(snapshot.directory, snapshot.about["best_step"])
-    prune(snapshot.directory, snapshot.about["step"], snapshot.keep)
+def write_checkpoint(model, tokenizer, about, weights, state, card):
+    """Write `checkpoints/step-N`, verified on disk; then link the best model and prune older ones.
+
+    Args:
+        about: the manifest's entries besides the files: the record of the run, its step and its best step.
+        weights: tensors by name, on the CPU, tied ones once.
+        state: the content of training.pt.
+        card: the model card, where this is the best model so far, else "".
+    """
+    run, keep = Path(about["config"]["output_dir"]), about["config"]["keep"]
+    with atomic_directory(checkpoint_path(run, about["step"]), about) as directory:
+        save_model(model, tokenizer, directory / MODEL, weights)
+        if card:
+            (directory / MODEL / "README.md").write_text(card, encoding="utf-8")
+        save_state(state, directory / STATE)
+    link_best(run, about["best_step"])
+    prune(run, about["step"], keep)
 
 
 def save_state(state, path):
@@ -146,13 +139,13 @@ def link_best(run, best_step):
 
 def prune(run, step, keep):
     """Remove a run's checkpoints up to `step`, but for the newest `keep` and the best model that each of them names."""
-    done, best_steps = [path for path in list_checkpoints(run) if step_of(path) <= step], {}
-    for path in done:
+    done, best_steps = {each: path for each, path in list_checkpoints(run).items() if each <= step}, {}
+    for each, path in done.items():
         with contextlib.suppress(CorruptError):  # one that resuming has skipped
-            best_steps[step_of(path)] = read_manifest(path)["best_step"]
+            best_steps[each] = read_manifest(path)["best_step"]
     kept = list(best_steps)[-keep:]
-    for path in done:
-        if step_of(path) not in {*kept, *(best_steps[each] for each in kept)}:
+    for each, path in done.items():
+        if each not in {*kept, *(best_steps[each] for each in kept)}:
             remove_directory(path)
 
 
@@ -193,19 +186,14 @@ class Saver:
 
 
 def list_checkpoints(run):
-    """A run's checkpoint directories, oldest first."""
-    found = (Path(run) / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+    """A run's checkpoint directories, by the number of updates before each, oldest first."""
+    paths = [path for path in (Path(run) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
 
 
 def checkpoint_path(run, step):
     """The directory of a run's checkpoint after `step` updates."""
     return Path(run) / "checkpoints" / f"step-{step}"
-
-
-def step_of(checkpoint):
-    """The number of updates before a checkpoint: the N of `step-N`."""
-    return int(Path(checkpoint).name.removeprefix("step-"))
 
 
 # --- restoring

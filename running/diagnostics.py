@@ -12,17 +12,32 @@ from running.distributed import lost_process
 from storage.durable import CorruptError
 
 
-@contextlib.contextmanager
 def explain_failed_update(run):
-    """Turn a non-finite update, or one that does not fit into memory, into a `UserError` about its window."""
-    config, examples = run.config, run.data.train.examples
-    window = (run.step, len(examples), config.batch_size, config.seed)
+    """A context, as `explain_failure`, for the next update and its window."""
+    examples = run.data.train.examples
+    window = window_indices(run.step, len(examples), run.config.batch_size, run.config.seed)
+    return explain_failure(run, f"update {run.step + 1}", examples, window)
+
+
+@contextlib.contextmanager
+def explain_failure(run, what, examples, indices):
+    """Turn a loss that is not finite, or too little memory for some of the examples, into a `UserError` about them."""
     try:
-        with explain_out_of_memory(run, lambda: [examples[index] for index in window_indices(*window)]):
-            yield
+        yield
     except FloatingPointError as error:
-        losses = highest_losses(run, examples, window_indices(*window))
-        raise UserError(f"update {run.step + 1}: {error}; {resume_hint(run)}; its window:\n{losses}") from error
+        losses = highest_losses(run, examples, indices)
+        raise UserError(f"{what}: {error}; {resume_hint(run)}; its conversations:\n{losses}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        largest = run.layout.partition([examples[index] for index in indices])[rank()][0]
+        tokens = run.layout.collate(largest).inputs["input_ids"].numel()
+        remedy = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
+        if len(largest) > 1:
+            remedy = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"
+        longest = max((len(example.input_ids) for example in largest), default=0)
+        why = f"out of memory in a micro-batch of {tokens} tokens, its longest conversation {longest}"
+        raise UserError(f"{what}: {why}: use {remedy}; {resume_hint(run)}") from error
 
 
 @contextlib.contextmanager
@@ -40,14 +55,6 @@ def explain_failed_write(run):
         raise UserError(f"{run.directory}, after update {run.step}: {why}; {resume_hint(run)}") from error
 
 
-def check_finite(run, split, loss):
-    """Raise `UserError` where the loss over a split is not finite; it names the split's worst conversations."""
-    if not math.isfinite(loss):
-        examples = getattr(run.data, split).examples
-        losses = highest_losses(run, examples, range(len(examples)))
-        raise UserError(f"after update {run.step}: {split} loss {loss}; {resume_hint(run)}; of these:\n{losses}")
-
-
 def highest_losses(run, examples, indices, most=10):
     """The losses of some examples, one a line: those that are not finite, then the highest."""
     losses = []
@@ -59,24 +66,6 @@ def highest_losses(run, examples, indices, most=10):
     if losses[most:]:
         lines.append(f"and {len(losses) - most} more, with losses up to {losses[most][0]:.4f}")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(run, examples):
-    """Turn running out of memory, over the examples that `examples()` returns, into a `UserError` that names a flag."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        largest = run.layout.partition(examples())[rank()][0]
-        tokens = run.layout.collate(largest).inputs["input_ids"].numel()
-        remedy = "a lower --max-length" if run.config.gradient_checkpointing else "--gradient-checkpointing"
-        if len(largest) > 1:
-            remedy = f"a --micro-batch-tokens below {tokens} (now {run.layout.tokens})"
-        longest = max((len(example.input_ids) for example in largest), default=0)
-        what = f"out of memory in a micro-batch of {tokens} tokens, its longest conversation {longest}"
-        raise UserError(f"after update {run.step}: {what}: use {remedy}; {resume_hint(run)}") from error
 
 
 def resume_hint(run):

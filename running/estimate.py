@@ -55,10 +55,10 @@ def measure_update(run, train_step):
     run.model.train()
     with explain_failed_update(run):
         measure(1)  # compiles, and allocates what stays
-        count, before, last = 2, measure(1), measure(min(2, len(window)))
+        count, before, last = 2, measure(1), measure(2)
         while last[1] < ENOUGH and count < len(window):
             count *= 2
-            before, last = last, measure(min(count, len(window)))
+            before, last = last, measure(count)
     tokens, seconds, peak = last
     per_update = train.tokens / run.steps_per_epoch
     full = min(run.layout.tokens * world_size(), per_update)

@@ -1,5 +1,6 @@
 """The log of a run: `metrics.jsonl`, the same numbers for TensorBoard, and the answers it generates."""
 
+import json
 import resource
 import sys
 import threading
@@ -8,9 +9,9 @@ from dataclasses import asdict
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from evaluation.facts import escape_markdown
-from storage import records
-from storage.durable import sha256, sync
+from evaluation.facts import answer_text, escape_markdown
+from storage.durable import replace_file, sha256, sync
+from storage.records import read_losses, read_metrics
 
 # Each number of a train or eval line in metrics.jsonl is a curve of its name; this chart has two of them.
 LAYOUT = {"loss": {"train and eval": ["Multiline", ["(train|eval)/loss$"]]}}
@@ -25,13 +26,13 @@ class Log:
         Lines that an interrupted run logged beyond that are discarded.
         """
         self.run, self.path = run, run / "metrics.jsonl"
-        kept = records.read_metrics(run, lines)
-        records.write_metrics(run, kept)
+        kept = read_metrics(run, lines)
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if digest and sha256(self.path) != digest:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
-        records.write_answers(run, self.answers)
-        self.losses = records.read_losses(run)
+        self.save_answers()
+        self.losses = read_losses(run)
         self.lines = len(kept)
         threading.excepthook = hide_tensorboard_traceback
         # TensorBoard discards its events from `step` on; the lines kept of that step are drawn again.
@@ -45,7 +46,8 @@ class Log:
     def write(self, kind, step, metrics):
         """Log the metrics of a "train", "eval" or "test" `kind` after `step` updates, in full precision."""
         line = {"step": step, "kind": kind, **metrics}
-        records.append_metrics(self.run, line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         self.lines += 1
         self.draw_line(**line)
 
@@ -53,13 +55,16 @@ class Log:
         """Log answers generated "before" or "after" training, in `answers.json` and as text for TensorBoard."""
         self.show_answers(f"answers of the {'untrained' if when == 'before' else 'best'} model", step, answers)
         self.answers[when] = [asdict(answer) for answer in answers]
-        records.write_answers(self.run, self.answers)
+        self.save_answers()
+
+    def save_answers(self):
+        replace_file(self.run / "answers.json", json.dumps(self.answers, indent=2, ensure_ascii=False) + "\n")
 
     def write_losses(self, split, when, evaluation):
         """Log the losses of a split's conversations, "before" or "after" training, in `losses.json`."""
         pairs = [[losses.sum().item(), len(losses)] for losses in evaluation.token_losses]
         self.losses.setdefault(split, {})[when] = pairs
-        records.write_losses(self.run, self.losses)
+        replace_file(self.run / "losses.json", json.dumps(self.losses) + "\n")
 
     def state(self):
         """The state of the log for a checkpoint, to continue it: its number of lines, their SHA-256, the answers."""
@@ -97,18 +102,18 @@ class Log:
 
     def draw_line(self, kind, step, **metrics):
         """Draw a line of `metrics.jsonl`; of the test split, which has no curve, nothing."""
-        if kind != "test":
-            self.add_points(step, {f"{kind}/{name}": value for name, value in metrics.items()})
-
-    def add_points(self, step, values):
-        """Draw a point of some curves, given by name."""
-        for tag, value in values.items():
-            self.call_tensorboard("add_scalar", tag, value, step)
+        for name, value in metrics.items() if kind != "test" else ():
+            self.call_tensorboard("add_scalar", f"{kind}/{name}", value, step)
 
     def show_answers(self, tag, step, answers):
         """Show answers, those to each prompt as one text."""
         for prompt in dict.fromkeys(answer.prompt for answer in answers):
-            texts = [format_answer(answer) for answer in answers if answer.prompt == prompt]
+            texts = [
+                f"*{'greedy' if answer.greedy else 'sampled'}, {answer.tokens} tokens:*\n\n"
+                f"> {escape_markdown(answer_text(asdict(answer)))}"
+                for answer in answers
+                if answer.prompt == prompt
+            ]
             self.call_tensorboard("add_text", f"{tag}/{prompt}", "\n\n".join(texts), step)
 
 
@@ -118,19 +123,13 @@ class NullLog:
     def ignore(self, *_, **__):
         pass
 
-    write = write_answers = write_losses = show_answers = add_points = state = sync = close = ignore
+    write = write_answers = write_losses = show_answers = draw_line = state = sync = close = ignore
 
 
 def hide_tensorboard_traceback(failure):
     """`threading.excepthook` without the tracebacks of TensorBoard's thread: the next call of its writer raises."""
     if not type(failure.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(failure)
-
-
-def format_answer(answer):
-    """An answer as Markdown."""
-    text = escape_markdown(answer.text) + ("" if answer.finished else " …")
-    return f"*{'greedy' if answer.greedy else 'sampled'}, {answer.tokens} tokens:*\n\n> {text}"
 
 
 def peak_memory(device):

@@ -72,18 +72,17 @@ def plan_of_model(run):
     of_each = "" if ranks == 1 else " of each process"
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     trained, frozen, held = count_parameters(run.model)
+    model, weights = f"{trained + frozen:,} parameters", "weights"
+    if config.lora_rank:
+        model, weights = f"{frozen:,} parameters, frozen", f"adapters, beside matrices in {run.precision.name}"
     lines = {
-        "model": f"{config.model}: {trained + frozen:,} parameters",
+        "model": f"{config.model}: {model}",
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
-        "over fp32 weights",
+        f"over fp32 {weights}",
         "layout": f"{layout.describe()}; a window in {micro_batches:.1f} micro-batches{of_each} "
         "(gradient accumulation)",
     }
     if config.lora_rank:
-        lines["device"] = lines["device"].replace(
-            "fp32 weights", f"fp32 adapters, beside matrices in {run.precision.name}"
-        )
-        lines["model"] = f"{config.model}: {frozen:,} parameters, frozen"
         lines["adapters"] = describe_adapters(run.model, trained, held)
     if others := list_extra_losses(run.model):
         why = "which the model's configuration asks for, depends on how a window is cut"

@@ -10,7 +10,7 @@ from compute.distributed import all_gather, broadcast_from_rank0
 from config import MAY_CHANGE_ON_RESUME, UserError, flag_name, format_value, resolve, with_absolute_paths
 from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
 from running.directory import read_owner
-from storage.durable import CorruptError, verify
+from storage.durable import CorruptError, find_corruption, verify
 from storage.records import describe, is_finished, read_metrics, read_record
 
 
@@ -30,7 +30,8 @@ class ResumePoint:
 
 def find_resume_point(run, recorded):
     """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped."""
-    for checkpoint in reversed(list_checkpoints(run)):
+    checkpoints = list_checkpoints(run)
+    for checkpoint in reversed(checkpoints.values()):
         try:
             manifest = verify(checkpoint)
         except CorruptError as error:
@@ -38,7 +39,7 @@ def find_resume_point(run, recorded):
             continue
         print(f"resuming {run} from {checkpoint.name}")
         return ResumePoint(checkpoint, manifest, is_best_lost(run, manifest))
-    if list_checkpoints(run):
+    if checkpoints:
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     logged = max((line["step"] for line in read_metrics(run)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
@@ -51,13 +52,11 @@ def find_resume_point(run, recorded):
 
 def is_best_lost(run, manifest):
     """Warn where the best model that a checkpoint's manifest names is corrupt, and return True."""
-    if manifest["best_step"] not in (0, manifest["step"]):
-        try:
-            verify(checkpoint_path(run, manifest["best_step"]))
-        except CorruptError as error:
-            print(f"warning: {error}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
-            return True
-    return False
+    is_other = manifest["best_step"] not in (0, manifest["step"])
+    problem = find_corruption(checkpoint_path(run, manifest["best_step"])) if is_other else None
+    if problem:
+        print(f"warning: {problem}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
+    return problem is not None
 
 
 def find_run_to_resume(resume, named):

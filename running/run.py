@@ -1,5 +1,6 @@
 """A run in memory: its settings, data, model and optimizer, and its position in training."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from data import Data, windows_per_epoch
 from model import Precision
 from running.checkpoint import Saver, link_best
 from running.metrics import Log, NullLog
-from storage.records import describe, write_record
+from storage.durable import replace_file
+from storage.records import describe
 
 
 @dataclass
@@ -72,7 +74,8 @@ class Run:
         """Begin to write in the run's directory: rank 0 records what the run is, and opens its log."""
         self.log = NullLog()
         if is_rank0():
-            write_record(self.directory, self.describe(), self.changes)
+            record = {**self.describe(), "changes": self.changes}
+            replace_file(self.directory / "config.json", json.dumps(record, indent=2) + "\n")
             link_best(self.directory, self.best_step)
             self.log = Log(self.directory, self.step if resumed else None, **self.log_state)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 
 import torch
 
@@ -12,7 +13,7 @@ from eval import DEFAULT_PROMPTS, evaluate, generate_greedy_and_sampled
 from evaluation.generation import Sampling, generate_answers
 from model import load_on_ranks
 from running.checkpoint import BEST
-from running.diagnostics import check_finite, explain_out_of_memory
+from running.diagnostics import explain_failure
 from storage.durable import verify
 
 
@@ -22,9 +23,10 @@ def evaluate_split(run, split, signals):
     Raises `Stopped` where a signal arrives; a resumed run evaluates again.
     """
     examples = getattr(run.data, split).examples
-    with explain_out_of_memory(run, lambda: examples):
+    with explain_failure(run, f"after update {run.step}", examples, range(len(examples))):
         evaluation = evaluate(run.model, examples, run.layout, run.precision, signals.check)
-    check_finite(run, split, evaluation.loss)
+        if not math.isfinite(evaluation.loss):
+            raise FloatingPointError(f"{split} loss {evaluation.loss}")
     if split != "eval":
         return evaluation
     losses = iter(evaluation.token_losses)  # of each of several evaluation datasets

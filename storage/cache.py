@@ -7,7 +7,7 @@ from pathlib import Path
 import filelock
 
 from config import UserError, first_line
-from storage.durable import CorruptError, atomic_directory, make_directory, remove_partial, verify
+from storage.durable import atomic_directory, find_corruption, make_directory, remove_partial
 
 
 def cache_directory():
@@ -41,11 +41,3 @@ def cached(name, about, write, label):
                 "set XDG_CACHE_HOME to a directory that can"
             ) from error
     return directory
-
-
-def find_corruption(directory):
-    """The first file of a directory that is missing or corrupt, as a `CorruptError`; None where there is none."""
-    try:
-        verify(directory)
-    except CorruptError as error:
-        return error

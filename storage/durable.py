@@ -13,11 +13,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from config import UserError
+
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".partial-"  # part of every temporary name
 
 
-class CorruptError(Exception):
+class CorruptError(UserError):
     """A directory is not what was written; the message says which file, and what is wrong with it."""
 
 
@@ -154,6 +156,14 @@ def verify(directory):
     with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
         list(threads.map(verify_file, paths, content["files"].values()))
     return content
+
+
+def find_corruption(directory):
+    """The first file of a directory that is missing or corrupt, as a `CorruptError`; None where there is none."""
+    try:
+        verify(directory)
+    except CorruptError as error:
+        return error
 
 
 def verify_file(path, expected):

@@ -1,4 +1,7 @@
-"""The records of a run: config.json, metrics.jsonl, answers.json, losses.json; `evaluation.facts` combines them."""
+"""The records of a run, which `running.run` and `running.metrics` write: what they hold, and how they are read.
+
+`evaluation.facts` combines them.
+"""
 
 import importlib.metadata
 import json
@@ -6,13 +9,13 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
-from config import RUN_FORMAT, Config, UserError, resolve
-from storage.durable import replace_file
+from config import FIELDS, RUN_FORMAT, UserError, resolve
 
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a damaged file raises
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "tqdm", "tensorboard")
 
 
-# --- config.json: what the run is
+# --- config.json: what the run is, and the changes made on purpose when it was resumed
 
 
 def describe(config, precision, data):
@@ -28,11 +31,6 @@ def describe(config, precision, data):
     return json.loads(json.dumps(record))
 
 
-def write_record(run, record, changes):
-    """Write a run's config.json: its `describe` record, and the changes made on purpose when it was resumed."""
-    replace_file(Path(run) / "config.json", json.dumps({**record, "changes": changes}, indent=2) + "\n")
-
-
 def read_record(run):
     """The record in a run's config.json; `UserError` where it is damaged, or another version's of this program."""
     path = Path(run) / "config.json"
@@ -41,30 +39,19 @@ def read_record(run):
         if "model_type" in record:
             raise UserError(f"{path}: this is a model's, not a run's; there is no run in {run}")
         settings = record["config"]
-        if record.get("format") != RUN_FORMAT or settings.keys() != Config.__dataclass_fields__.keys():
+        if record.get("format") != RUN_FORMAT or settings.keys() != FIELDS.keys():
             raise UserError(
                 f"{path}: this run was made by another version of this program; use that one, or start a new run"
             )
         resolve(settings, settings["preset"])
         if not {"precision", "data", "versions"} <= record.keys():
             raise ValueError("entries are missing")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged; checkpoints/step-N/MANIFEST.json holds the same settings") from error
     return record
 
 
 # --- metrics.jsonl: one line for each logged update, evaluation and test
-
-
-def write_metrics(run, metrics):
-    """Replace all lines of a run's metrics."""
-    replace_file(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-
-
-def append_metrics(run, line):
-    """Append one line to a run's metrics; it is on disk once the file is synced."""
-    with open(Path(run) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def read_metrics(run, count=None):
@@ -76,17 +63,12 @@ def read_metrics(run, count=None):
             metrics.append(json.loads(line))
             if not (isinstance(metrics[-1]["step"], int) and isinstance(metrics[-1]["kind"], str)):
                 raise ValueError("no step and kind")
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise UserError(f"{path}:{number}: damaged; delete that line to continue without it") from error
     return metrics
 
 
 # --- answers.json: the answers "before" and "after" training, lists of `generation.Answer` as dicts
-
-
-def write_answers(run, answers):
-    """Write a run's answers.json."""
-    replace_file(Path(run) / "answers.json", json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_answers(run):
@@ -99,7 +81,7 @@ def read_answers(run):
         for answer in [*answers.get("before", []), *answers.get("after", [])]:
             if answer.keys() != {"prompt", "text", "greedy", "tokens", "finished"}:
                 raise ValueError("not an answer")
-    except (ValueError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged; delete it, and resuming writes the answers again") from error
     return answers
 
@@ -112,17 +94,12 @@ def is_finished(run):
 # --- losses.json: of each split the losses of its conversations "before" and "after", as pairs [loss sum, tokens]
 
 
-def write_losses(run, losses):
-    """Write a run's losses.json."""
-    replace_file(Path(run) / "losses.json", json.dumps(losses) + "\n")
-
-
 def read_losses(run):
     """The losses of a run's held-out conversations; {} without a valid file, as only intervals depend on it."""
     try:
         losses = json.loads((Path(run) / "losses.json").read_bytes())
         for pair in (pair for split in losses.values() for pairs in split.values() for pair in pairs):
             float(pair[0]), int(pair[1])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, *DAMAGE):
         return {}
     return losses

@@ -267,7 +267,7 @@ def test_data_shows_conversations_as_text_and_as_json(chats, tiny_model_dir, cap
 def test_a_dataset_named_twice_is_both():
     parser = Parser()
     parser.add_config_flags(["dataset"])
-    assert parser.parse(["--dataset", "a", "b", "--dataset", "c"])[0] == {"dataset": ("a", "b", "c")}
+    assert parser.parse(["--dataset", "a", "b", "--dataset", "c"])[0] == {"dataset": ["a", "b", "c"]}
 
 
 def test_output_that_cannot_be_encoded_is_escaped(monkeypatch, tmp_path):

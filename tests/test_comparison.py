@@ -132,6 +132,8 @@ def test_a_model_is_compared_with_a_noisy_copy_of_it(tiny_model_dir, noisy_dir, 
     for part in ("95 % interval [", "got better most", "  answers of /", " | "):
         assert part in text
     assert text.count("  text  loss ") == 2
+    answers = [*report["answers"], *report["against"]["answers"]]
+    assert text.count(" …") == len(answers) - sum(answer["finished"] for answer in answers) > len(report["answers"])
     assert f"\n  text: {noisy_dir} against {tiny_model_dir}\n    loss " in text
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from compute.self_check import use_layout
 from conversations.masking import encode_prompt
 from evaluation import generation
-from evaluation.generation import GREEDY, Answer, Sampling, batch_prompts, generate_answers
+from evaluation.generation import GREEDY, Answer, Sampling, generate_answers
 from tests.conftest import layout_of
 
 PROMPTS = ["Hi", "What is the capital of France?", "a b c d e f g h i j k l m", "Who?", "Count to 7"]
@@ -104,14 +104,15 @@ def test_an_answer_ends_at_the_stop_token(tiny_model, tiny_tokenizer):
     assert found == [Answer(prompt, "", True, 1, True) for prompt in ("Hi", "Who are you?")]
 
 
-def test_batches_hold_a_bounded_number_of_tokens(monkeypatch):
-    monkeypatch.setattr(generation, "BATCH_TOKENS", 100)
-    lengths = [5, 60, 30, 7, 90, 200, 30]
-    batches = list(batch_prompts([torch.zeros(length) for length in lengths], 20))
-    assert sorted(number for batch in batches for number in batch) == list(range(7))
-    assert all(len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 20) <= 100 for batch in batches)
-    assert len(batches) == 5
-    assert list(batch_prompts([], 20)) == []
+def test_batches_hold_a_bounded_number_of_tokens(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "BATCH_TOKENS", 120)
+    sizes, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *arguments: sizes.append(arguments[2]) or generate(*arguments))
+    generate_answers(tiny_model, tiny_tokenizer, [*PROMPTS, 99 * "x"], GREEDY, 12)
+    assert all(len(batch) == 1 or len(batch) * (max(map(len, batch)) + 12) <= 120 for batch in sizes)
+    assert sorted(map(len, sizes))[0] == 1 < max(map(len, sizes))
+    sizes.clear()
+    assert generate_answers(tiny_model, tiny_tokenizer, [], GREEDY, 12) == sizes == []
 
 
 def test_a_prompt_may_be_a_conversation(tiny_tokenizer):

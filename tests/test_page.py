@@ -93,10 +93,20 @@ def test_charts_are_of_the_log(run, tiny_tokenizer):
 
 def test_losses_of_another_evaluation_give_no_interval(run):
     text = (run / "losses.json").read_text()
-    for damaged in (text.replace('"after": [[', '"after": [[7'), "{"):
+    for damaged in (text.replace('"after": [[', '"after": [[7'), "{", 9**5 * "["):
         (run / "losses.json").write_text(damaged)
         loss = run_facts(run)["losses"]["eval"]
         assert loss["difference"] == f"{loss['after']['loss'] - loss['before']['loss']:+.4f}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "answers.json"])
+@pytest.mark.parametrize(
+    "damaged", ["{\n", "[]\n", "7\n", 9**5 * "[" + "\n"], ids=["cut off", "a list", "a number", "deep"]
+)
+def test_a_damaged_record_is_one_line(run, name, damaged):
+    (run / name).write_text(damaged)
+    with pytest.raises(UserError, match=r"^[^\n]*: damaged; [^\n]*$"):
+        run_facts(run)
 
 
 def test_a_run_ends_by_naming_what_to_do_next(run, tmp_path):

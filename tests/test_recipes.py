@@ -157,10 +157,11 @@ def test_a_setting_of_another_type_is_refused_by_name_and_place(name, tmp_path):
     for kind in wrong.keys() - set(fits):
         recipe = write(tmp_path / "recipe.toml", f"\n\n{key_of(name)} = {wrong[kind]}")
         message = refusal(parse, "--config", recipe)
-        assert re.match(rf"{re.escape(str(recipe))}:3: {key_of(name)} (must be .+, not .+|is empty; .+)$", message)
+        said = rf"(argument )?(--)?{key_of(name)}:? (must be .+, not .+|is empty; .+|invalid (int value|choice): .+)"
+        assert re.fullmatch(rf"{re.escape(str(recipe))}:3: {said}", message)
     if each.metadata["rule"]:
         recipe = write(tmp_path / "recipe.toml", f"{key_of(name)} = -1")
-        assert refusal(parse, "--config", recipe).startswith(f"{recipe}:1: {key_of(name)} must be ")
+        assert refusal(parse, "--config", recipe).startswith(f"{recipe}:1: {flag_name(name)} must be ")
 
 
 NEAREST = {"batch_size": "batch-size", "batchsize": "batch-size", "learning_rate": "lr", "learn-rate": "lr"}
@@ -228,7 +229,7 @@ def test_flags_override_a_recipe_and_a_recipe_overrides_the_preset_and_the_defau
     text = 'preset = "quickstart"\nbatch-size = 3\ncompile = true\ndataset = ["a", "b"]\nlr = 1\n'
     recipe = write(tmp_path / "recipe.toml", text)
     named = parse("--config", recipe, "--no-compile", "--dataset", "c", "--lr", "0.5")
-    assert named == {"preset": "quickstart", "batch_size": 3, "compile": False, "dataset": ("c",), "lr": 0.5}
+    assert named == {"preset": "quickstart", "batch_size": 3, "compile": False, "dataset": ["c"], "lr": 0.5}
     only = write(tmp_path / "only.toml", 'preset = "quickstart"\nbatch-size = 3\n')
     expected = dataclasses.replace(resolve({}, "quickstart"), batch_size=3)
     assert resolve(parse("--config", only), "quickstart") == expected
@@ -254,9 +255,9 @@ def test_files_beside_a_recipe_are_found_there_and_other_names_are_those_of_flag
         'chat-template = "template.jinja"\noutput-dir = "run"\n',
     )
     expected = {
-        "dataset": (f"{there}/both.jsonl:2", "here.jsonl", "hub/id"),
+        "dataset": [f"{there}/both.jsonl:2", "here.jsonl", "hub/id"],
         "model": f"{there}/model",
-        "eval_dataset": (f"{there}/both.jsonl#3",),
+        "eval_dataset": [f"{there}/both.jsonl#3"],
         "chat_template": f"{there}/template.jinja",
         "output_dir": "run",
     }

@@ -157,9 +157,9 @@ class Observer:
         self.evaluated = self.numbers(examples)
         return evaluate(model, examples, *arguments)
 
-    def write_checkpoint(self, model, tokenizer, snapshot, write=checkpoint.write_checkpoint):
-        write(model, tokenizer, snapshot)
-        self.saved.append(snapshot.about["step"])
+    def write_checkpoint(self, model, tokenizer, about, *content, write=checkpoint.write_checkpoint):
+        write(model, tokenizer, about, *content)
+        self.saved.append(about["step"])
 
     def plan_of_data(self, run, plan=report.plan_of_data):
         return self.see_plan(plan(run))
@@ -233,9 +233,9 @@ def read_run(observer):
             kind = f"{'greedy' if answer['greedy'] else 'sampled'} answers {when}"
             seen[kind] = [*seen.get(kind, []), answer["text"]]
     seen["saved"] = observer.saved
-    seen["kept"] = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(directory)]
+    seen["kept"] = list(checkpoint.list_checkpoints(directory))
     best = (directory / "best").resolve()
-    seen["best"] = checkpoint.step_of(best.parent)
+    seen["best"] = int(best.parent.name.removeprefix("step-"))
     (file,) = best.glob("*.safetensors")  # the model's, or its adapters'
     weights = load_file(file)
     assert torch.equal(torch.cat([weights[name].flatten() for name in sorted(weights)]), seen["weights"][seen["best"]])

@@ -17,7 +17,7 @@ from torch import distributed
 
 import train as train_command
 from config import run_command
-from running.checkpoint import list_checkpoints, step_of
+from running.checkpoint import list_checkpoints
 from tests.conftest import shorten_answers
 
 BOUND = 15  # seconds between the end of a first process and that of the last
@@ -144,7 +144,7 @@ def assert_same(run, uninterrupted):
     assert curves(run) == curves(uninterrupted)
     assert (run / "answers.json").read_bytes() == (uninterrupted / "answers.json").read_bytes()
     assert tensors_in(run / "best") == tensors_in(uninterrupted / "best") != {}
-    ours = list_checkpoints(run)[-1]
+    ours = list(list_checkpoints(run).values())[-1]
     theirs = uninterrupted / "checkpoints" / ours.name
     assert tensors_in(ours / "model") == tensors_in(theirs / "model") != {}
     states = [torch.load(path / "training.pt", weights_only=True) for path in (ours, theirs)]
@@ -168,7 +168,7 @@ def on_dataset(flags, data):
 def steps_saved(run):
     """The steps of a run's checkpoints, and a check that nothing unfinished lies beside them."""
     assert not [path for path in Path(run).rglob("*.partial-*")]
-    return [step_of(path) for path in list_checkpoints(run)]
+    return list(list_checkpoints(run))
 
 
 def curves(run):

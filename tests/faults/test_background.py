@@ -137,5 +137,5 @@ def test_a_failed_update_waits_for_the_background_and_names_its_checkpoint(
     process = start_process([*flags, "--output-dir", run], saving_in_background, *faults)
     assert process.wait() == 1
     # It is that of update 6, or of 7 where 6 had to wait for the one before it.
-    assert re.search(rf"--resume {re.escape(str(run))} continues after update [67]; its window:", process.stderr)
+    assert re.search(rf"--resume {re.escape(str(run))} continues after update [67]; its conversations:", process.stderr)
     assert_resumes(start_process, flags, run, uninterrupted)

@@ -185,7 +185,7 @@ FAILURES = {
     "an exception": (partial(on_call, "train.train_step", 5, fail), "RuntimeError: a bug"),
     "too little memory": (
         partial(on_call, "train.train_step", 5, partial(on_call, "train.token_loss", 1, ask_for_too_much)),
-        r"error: after update 4: out of memory in a micro-batch of \d+ tokens",
+        r"error: update 5: out of memory in a micro-batch of \d+ tokens",
     ),
     "a full disk": (
         partial(on_call, "train.train_step", 5, full_disk),
@@ -213,7 +213,7 @@ def test_an_update_that_is_not_finite_is_explained_once(flags, start_group, unin
     assert group.wait() == [1, 1]
     first, *window = group.stderr.splitlines()
     assert first.startswith("error: update 8: loss ")
-    assert first.endswith(f"--resume {run} continues after update 6; its window:")
+    assert first.endswith(f"--resume {run} continues after update 6; its conversations:")
     assert len(window) == 7
     assert_resumes(start_group, run, uninterrupted_group)
 
@@ -366,7 +366,7 @@ def test_resume_auto_begins_continues_and_ends(flags, start_process, uninterrupt
     run = tmp_path / "run"
     argv = [*flags, "--output-dir", run, "--resume", "auto"]
     assert (
-        start_process(argv, partial(on_call, "storage.records.replace_file", 1, kill)).wait() == 137
+        start_process(argv, partial(on_call, "running.run.replace_file", 1, kill)).wait() == 137
     )  # before there is a run
     assert start_process(argv, partial(on_call, "train.train_step", 8, kill)).wait() == 137
     process = start_process(argv)

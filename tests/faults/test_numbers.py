@@ -30,7 +30,7 @@ def test_an_update_that_is_not_finite(flags, uninterrupted, start_process, conve
     first, *window = process.stderr.splitlines()
     assert re.fullmatch(
         rf"error: update 8: {numbers}: not finite, so the update was not applied; "
-        rf"--resume {run} continues after update 6; its window:",
+        rf"--resume {run} continues after update 6; its conversations:",
         first,
     )
     assert len(window) == 7
@@ -53,11 +53,11 @@ def test_of_a_large_window_the_worst_are_named(flags, start_process, tmp_path):
 
 def test_an_evaluation_that_is_not_finite(flags, start_process, conversations, tmp_path):
     run = tmp_path / "run"
-    fault = partial(on_call, "running.validation.explain_out_of_memory", 4, partial(corrupt_weights, math.nan))
+    fault = partial(on_call, "running.validation.explain_failure", 4, partial(corrupt_weights, math.nan))
     process = start_process([*flags, "--output-dir", run], fault)  # the evaluation after update 8
     assert process.wait() == 1
     first, *worst = process.stderr.splitlines()
-    assert first == f"error: after update 8: eval loss nan; --resume {run} continues after update 6; of these:"
+    assert first == f"error: after update 8: eval loss nan; --resume {run} continues after update 6; its conversations:"
     assert all(re.fullmatch(rf"  loss nan {re.escape(str(conversations))}:\d+", line) for line in worst)
     assert len(worst) == 8
     assert steps_saved(run) == [4, 6]

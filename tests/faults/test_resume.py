@@ -160,7 +160,7 @@ def test_killed_again_before_anything_new_was_saved(interrupted, uninterrupted, 
 
 INTERRUPTIONS = [
     ("running.validation.evaluate", 2),
-    ("storage.records.write_answers", 2),
+    ("running.metrics.Log.save_answers", 2),
     ("running.validation.evaluate", 3),
     ("eval.generate_answers", 2),
 ]

@@ -89,7 +89,7 @@ def test_a_signal_before_the_first_update_saves_nothing(flags, uninterrupted, st
         [
             "running.validation.generate_greedy_and_sampled",
             "running.validation.load_on_ranks",
-            "storage.records.write_answers",
+            "running.metrics.Log.save_answers",
         ],
         fast=1,
     ),
@@ -98,7 +98,7 @@ def test_a_signal_at_the_end_is_repeated_when_resumed(interrupted, uninterrupted
     call = {
         "running.validation.load_on_ranks": 1,
         "running.validation.generate_greedy_and_sampled": 1,
-        "storage.records.write_answers": 2,
+        "running.metrics.Log.save_answers": 2,
     }[function]
     process = start_process(["--resume", interrupted], partial(on_call, function, call, partial(send, signal.SIGINT)))
     stopped(process, interrupted, 130, 10)
