@@ -8,7 +8,7 @@ from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
 from compute.memory import count_parameters
 from config import LORA_RATE, PRESETS, Config, format_value
-from data import window_at
+from data import describe_leaks, window_at
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
@@ -51,6 +51,7 @@ def plan_of_data(run):
         "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),
+        "leaks": describe_leaks(data),
         "tokens": f"{train.tokens:,} an epoch, {train.supervised / train.tokens:.1%} of them supervised",
         "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
         f"{min(config.batch_size, len(train.examples))} {unit}",
@@ -102,7 +103,7 @@ def describe_adapters(model, trained, held):
 
 def format_plan(lines, warnings):
     """Lines of a plan, by their name, and warnings below them, as text."""
-    shown = [f"  {name:<10}{text}" for name, text in lines.items()]
+    shown = [f"  {name:<10}{text}" for name, text in lines.items() if text]
     return "\n".join(shown + [f"  warning   {warning}" for warning in warnings])
 
 
