@@ -9,6 +9,7 @@ from compute.layers import list_extra_losses
 from compute.memory import count_parameters
 from config import LORA_RATE, PRESETS, Config, format_value
 from data import describe_leaks, window_at
+from evaluation.comparison import MIN_CONVERSATIONS, smallest_difference
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
@@ -89,6 +90,19 @@ def plan_of_model(run):
     if config.shard > 1:
         lines["saving"] = f"by rank 0, which gathers {format_bytes(12 * trained)} in its host memory"
     return format_plan(lines, warn_of_rate(config.lr, trained + frozen, LORA_RATE if config.lora_rank else 1))
+
+
+def plan_of_evaluation(evaluation):
+    """The line of a run's plan that its untrained model decides: what difference the eval split can show."""
+    losses = evaluation.token_losses
+    smallest = smallest_difference([float(each.sum()) for each in losses], [len(each) for each in losses])
+    text = f"none: fewer than {MIN_CONVERSATIONS} conversations to evaluate on cannot tell a difference from chance"
+    if smallest is not None:
+        over = f"95 %, {len(losses):,} conversations"
+        text = (
+            f"a difference of {smallest:.2g} or more in eval loss is not chance ({over}); --against tells smaller ones"
+        )
+    return format_plan({"evidence": text}, [])
 
 
 def describe_adapters(model, trained, held):

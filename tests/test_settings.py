@@ -750,6 +750,21 @@ def test_a_dry_run_has_the_same_plan_and_learns_and_writes_nothing(place, run):
     assert not (place / "not-made").exists()
 
 
+@pytest.mark.parametrize(
+    ("fraction", "line"),
+    [
+        (0, None),
+        (0.01, "none: fewer than 5 conversations to evaluate on cannot tell a difference from chance"),
+        (0.2, r"a difference of 0\.\d+ or more in eval loss is not chance \(95 %, 8 conversations\); --against.*"),
+    ],
+)
+def test_the_plan_ends_with_the_difference_that_the_eval_split_can_show(place, tmp_path, fraction, line):
+    observer = watch(place, {**BASE, "eval_fraction": fraction, "max_steps": 1, "output_dir": tmp_path / "run"})
+    found = re.findall("\n  evidence  (.*)\n", observer.stdout)
+    assert len(found) == bool(line)
+    assert not line or re.fullmatch(line, found[0])
+
+
 @pytest.fixture
 def stopped(place, tmp_path):
     """The observer of a run that a signal has stopped after three updates."""
