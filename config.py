@@ -134,6 +134,7 @@ class Config:
         0.05, "fraction of them that selects the best checkpoint; 0: no evaluation, the last is the best", FRACTION
     )
     test_fraction: float = setting(0.05, "fraction of them held out for the final loss; 0: none", FRACTION)
+    exclude_leaks: bool = setting(False, "train without conversations that held-out ones share most of their text with")
 
     epochs: int = setting(2, "passes over the training conversations", AT_LEAST_ONE)
     max_steps: int = setting(0, "make N updates whatever --epochs is, and fit the schedule; 0: --epochs", NOT_NEGATIVE)
@@ -256,7 +257,7 @@ class Parser(argparse.ArgumentParser):
             elif options.get("nargs") == "+":
                 options |= {"action": "extend", "metavar": "NAME"}  # a flag given twice has the values of both
             elif "choices" not in options:
-                metavar = {str: "NAME", int: "N", float: "X", int | float: "N"}[each.type]
+                metavar = {str: "NAME", float: "X"}.get(each.type, "N")  # type: ignore[arg-type]
                 options |= {"type": number if each.type == int | float else each.type, "metavar": metavar}
             group.add_argument(flag_name(name), **options)
         help = "recipe: a TOML file of settings, by the names of these flags, which override it"
@@ -314,6 +315,8 @@ def resolve(overrides: dict, preset: str) -> Config:
             raise UserError(f"{flag_name(name)} has no effect on --schedule {config.schedule}; leave it out")
     if not config.lora_rank and config.lora_alpha != Config.lora_alpha:
         raise UserError("--lora-alpha has no effect without --lora-rank; leave it out")
+    if config.exclude_leaks and not (config.eval_fraction or config.test_fraction or config.eval_dataset):
+        raise UserError("--exclude-leaks has no effect where nothing is held out; leave it out")
     if config.eval_fraction + config.test_fraction >= 1:
         fractions = f"--eval-fraction {config.eval_fraction} and --test-fraction {config.test_fraction}"
         raise UserError(f"{fractions} leave nothing to train on")
@@ -366,7 +369,8 @@ def read_recipe(path: str) -> dict:
         recipe = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-    parser, settings = Parser(), {}
+    settings: dict = {}
+    parser = Parser()
     parser.add_config_flags()
     for key, value in recipe.items():
         try:

@@ -23,6 +23,7 @@ import torch
 
 from config import Config, Parser, UserError, explain_machine_errors, format_value, resolve, rewrite_errors, run_command
 from conversations.corpus import load_corpus
+from conversations.leaks import GRAM, find_leaks
 from conversations.masking import Example
 from conversations.preview import check_page_path, page, preview
 from conversations.sources import check_sources, find_files, name_sources, notes_on_directories, parse_source
@@ -45,7 +46,7 @@ class Examples(Sequence):
     def __init__(self, corpus, numbers):
         # Arrow's arrays, as they are on disk: a Python object for each token would take a hundred times as long.
         self.columns, self.numbers = [corpus.rows[name] for name in ("input_ids", "labels")], numbers
-        self.locations = corpus.rows["location"]
+        self.locations, self.corpus = corpus.rows["location"], corpus
 
     def __len__(self):
         return len(self.numbers)
@@ -59,6 +60,11 @@ class Examples(Sequence):
     def location(self, index):
         """The file and line that the conversation of an example was read from."""
         return self.locations[int(self.numbers[index])].as_py()
+
+    @property
+    def origin(self):
+        """The corpus, and the numbers of the conversations in it that the examples were made of."""
+        return self.corpus, np.unique(np.searchsorted(self.corpus.bounds, self.numbers, side="right") - 1)
 
 
 class Split(NamedTuple):
@@ -91,6 +97,11 @@ class Data:
     def splits(self):
         return {"train": self.train, "eval": self.eval, "test": self.test}
 
+    @functools.cached_property
+    def leaks(self):
+        """The `Leak`s of held-out conversations: what they share with those to train on."""
+        return find_leaks(*(split.examples.origin for split in self.splits.values()))
+
     @property
     def fingerprint(self):
         """SHA-256 over all ids and labels: any change of data, template, tokenizer or splits changes it."""
@@ -119,21 +130,37 @@ def load_data(config, tokenizer):
     train, shared, test = keep_duplicates_together([rows[split] for split in splits], group_of)
     if duplicates := len(rows) - len(np.unique(group_of[rows])):
         notes.append(f"{duplicates:,} are duplicates of another, always in the same split as it")
-    splits = {
-        "train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)),
-        "eval": evaluated or make_split(corpus, shared),
-        "test": make_split(corpus, test),
-    }
+    held_out = {"eval": evaluated or make_split(corpus, shared), "test": make_split(corpus, test)}
+    if config.exclude_leaks:
+        before, origins = len(train), [split.examples.origin for split in held_out.values()]
+        while leaks := find_leaks((corpus, train), *origins):  # again, as what is boilerplate depends on what is left
+            train = train[~np.isin(group_of[train], group_of[[leak.number for leak in leaks]])]
+        notes.append(f"{before - len(train):,} left out of training because held-out conversations share their text")
+    splits = {"train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)), **held_out}
     for name in ("train", "eval") if config.eval_fraction or config.eval_dataset else ("train",):
         if not splits[name].examples:
             why = f"nothing is supervised in the {name} split; see --max-length"
             if not splits[name].dropped:
-                why = f"the {name} split is empty, as all of its conversations are duplicates; use --eval-dataset"
+                what = "leaks or duplicates" if config.exclude_leaks else "duplicates"
+                why = f"the {name} split is empty, as all of its conversations are {what}; use --eval-dataset"
             raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
     warnings = warnings_about(splits, tokenizer.model_max_length)
     if config.split != Config().split and all(source.split or find_files(source.name) for source in sources):
         warnings.append(f"--split {config.split} has no effect: files have no splits")
     return Data(**splits, notes=notes, warnings=warnings, eval_sources=eval_sources)
+
+
+def describe_leaks(data):
+    """How many held-out conversations are leaks, for reading; empty where none are held out."""
+    held_out = sum(len(split.examples.origin[1]) for split in (data.eval, data.test))
+    if not held_out:
+        return ""
+    kinds = ("answers", "prompts")
+    answers, prompts = (len({leak.held_out for leak in data.leaks if leak.kind == kind}) for kind in kinds)
+    return (
+        f"{answers:,} of {held_out:,} held-out conversations share most of their answers with one in training, "
+        f"{prompts:,} most of their prompts (in runs of {GRAM} tokens{'; see data.py --leaks' if data.leaks else ''})"
+    )
 
 
 def load_split(config, tokenizer):
@@ -322,19 +349,27 @@ def main(argv):
     parser.add_argument("--show", type=int, default=3, metavar="N", help="how many conversations (default 3)")
     parser.add_argument("--json", action="store_true", help="one object a line: input_ids and labels")
     parser.add_argument("--html", metavar="FILE", help="write a page of them, with a histogram and the counts")
-    parser.add_config_flags(DATA_FLAGS)
+    parser.add_argument("--leaks", action="store_true", help="instead list what held-out conversations share with them")
+    parser.add_config_flags([*DATA_FLAGS, "exclude_leaks"])
     named, options = parser.parse(argv)
     if options["show"] < 1:
         raise UserError(f"--show must be at least 1, not {options['show']}")
     if options["html"]:
-        if options["json"]:
-            raise UserError("--html and --json: use one of them")
+        if other := [name for name in ("json", "leaks") if options[name]]:
+            raise UserError(f"--html and --{other[0]}: use one of them")
         check_page_path(options["html"])
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
     check_sources(config)
     tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template, config.template_option)
     data = load_data(config, tokenizer)
+    if options["leaks"]:
+        for leak in data.leaks:
+            found = {**leak._asdict(), "shared": tokenizer.decode(leak.shared)}
+            line = "{held_out} shares {tokens} tokens of its {kind} with {train}: {shared!r}…".format(**found)
+            print(json.dumps(found) if options["json"] else line)
+        print(describe_leaks(data) or "nothing is held out", file=sys.stderr)
+        return 0
     examples = data.train.examples[: options["show"]]
     if options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)
@@ -348,7 +383,8 @@ def main(argv):
             f"{name} {len(split.examples):,} ({split.truncated:,} truncated, {split.dropped:,} dropped)"
             for name, split in data.splits.items()
         )
-        print("\n".join((*data.notes, counts, *(f"warning: {warning}" for warning in data.warnings))))
+        notes = filter(None, (*data.notes, counts, describe_leaks(data)))
+        print("\n".join((*notes, *(f"warning: {warning}" for warning in data.warnings))))
         for number, example in enumerate(examples):
             counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
             print(f"--- {number + 1}: {counts} ({data.train.examples.location(number)})")

@@ -11,7 +11,8 @@ from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
 from compute.memory import count_parameters
 from config import LORA_RATE, PRESETS, Config, format_value
-from data import window_at
+from data import describe_leaks, window_at
+from evaluation.comparison import MIN_CONVERSATIONS, smallest_difference
 from evaluation.facts import format_bytes, run_facts
 from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
@@ -54,6 +55,7 @@ def plan_of_data(run):
         "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),
+        "leaks": describe_leaks(data),
         "tokens": f"{train.tokens:,} an epoch, {train.supervised / train.tokens:.1%} of them supervised",
         "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
         f"{min(config.batch_size, len(train.examples))} {unit}",
@@ -92,6 +94,19 @@ def plan_of_model(run):
     return format_plan(lines, warn_of_rate(config.lr, trained + frozen, LORA_RATE if config.lora_rank else 1))
 
 
+def plan_of_evaluation(evaluation):
+    """The line of a run's plan that its untrained model decides: what difference the eval split can show."""
+    losses = evaluation.token_losses
+    smallest = smallest_difference([float(each.sum()) for each in losses], [len(each) for each in losses])
+    text = f"none: fewer than {MIN_CONVERSATIONS} conversations to evaluate on cannot tell a difference from chance"
+    if smallest is not None:
+        over = f"95 %, {len(losses):,} conversations"
+        text = (
+            f"a difference of {smallest:.2g} or more in eval loss is not chance ({over}); --against tells smaller ones"
+        )
+    return format_plan({"evidence": text}, [])
+
+
 def describe_adapters(model, trained, held):
     """What is trained of a model with adapters, and the bytes that are held of both, for reading."""
     experts = any("expert" in name and p.ndim > 2 for name, p in model.named_parameters())
@@ -112,7 +127,7 @@ def warn_of_untrained(model):
 
 def format_plan(lines, warnings):
     """Lines of a plan, by their name, and warnings below them, as text."""
-    shown = [f"  {name:<10}{text}" for name, text in lines.items()]
+    shown = [f"  {name:<10}{text}" for name, text in lines.items() if text]
     return "\n".join(shown + [f"  warning   {warning}" for warning in warnings])
 
 

@@ -14,6 +14,7 @@ from evaluation.generation import Sampling, generate_answers
 from model import load_on_ranks
 from running.checkpoint import BEST
 from running.diagnostics import explain_failure
+from running.report import plan_of_evaluation
 from storage.durable import verify
 
 
@@ -41,6 +42,7 @@ def evaluate_untrained(run, signals):
         evaluation = evaluate_split(run, "eval", signals)
         run.log.write("eval", 0, evaluation.report())
         run.log.write_losses("eval", "before", evaluation)
+        print(plan_of_evaluation(evaluation))
     log_test_and_answers(run, "before", 0, signals)
 
 

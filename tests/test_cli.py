@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 TRAIN_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --template-option --drop-columns --columns --supervise --eval-fraction --test-fraction --epochs --max-steps
---batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2
+--exclude-leaks --batch-size --lr --schedule --warmup-steps --min-lr --decay-fraction --adam-beta2
 --weight-decay --max-grad-norm --lora-rank --lora-alpha --seed --device --dtype --layout --micro-batch-tokens
 --shard --compile --deterministic --gradient-checkpointing
 --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run --config --write-config
@@ -42,7 +42,7 @@ TRAIN_FLAGS = """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --template-option --drop-columns --columns --supervise --eval-fraction --test-fraction --seed --show --json --html
---config
+--exclude-leaks --leaks --config
 """
 EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
@@ -62,7 +62,13 @@ def test_the_command_line_is_frozen(command, flags, capsys):
     shown = {
         word.strip("[],:") for word in capsys.readouterr().out.split("options:")[1].split() if word.startswith("--")
     }
-    assert shown - {"--help", "--no-compile", "--no-deterministic", "--no-gradient-checkpointing"} == set(flags.split())
+    assert shown - {
+        "--help",
+        "--no-compile",
+        "--no-deterministic",
+        "--no-exclude-leaks",
+        "--no-gradient-checkpointing",
+    } == set(flags.split())
 
 
 GROUPS = {

@@ -12,7 +12,15 @@ from compute.self_check import use_layout
 from conversations.masking import Example
 from eval import evaluate
 from evaluation import comparison
-from evaluation.comparison import BLOCK, compare, compare_texts, difference, mean_over_runs, turn_numbers
+from evaluation.comparison import (
+    BLOCK,
+    compare,
+    compare_texts,
+    difference,
+    mean_over_runs,
+    smallest_difference,
+    turn_numbers,
+)
 from evaluation.format import format_report, side_by_side
 from model import Precision
 from tests.conftest import CONTROL, byte_tokenizer, layout_of, tiny_llama
@@ -72,6 +80,44 @@ def test_an_interval_over_independent_tokens_covers_far_less(monkeypatch):
         low, high = difference(np.zeros(len(change)), change, np.ones(len(change)))["interval"]
         covered += low <= -0.05 <= high
     assert covered / 60 < 0.6
+
+
+def rate_of_mistakes(n, correlation, trials=400):
+    """How often two models that are equally good differ by the `smallest_difference` that one of them promises."""
+    random, mistakes = np.random.default_rng(0), 0
+    for _ in range(trials):
+        tokens = np.ceil(random.lognormal(4.0, 1.0, n))
+        one, noise = random.standard_normal((2, n))
+        levels = [one, correlation * one + (1 - correlation**2) ** 0.5 * noise]
+        losses = [3 * np.exp(0.4 * level) * tokens for level in levels]
+        mistakes += abs(difference_of(*losses, tokens)) >= smallest_difference(losses[0], tokens)
+    return mistakes / trials
+
+
+def difference_of(before, after, tokens):
+    return (after - before).sum() / tokens.sum()
+
+
+@pytest.mark.parametrize("n", [5, 20, 100])
+def test_a_difference_that_is_not_chance_is_promised_on_the_safe_side(n):
+    """Nearly 95 % even of models with nothing in common, and at least 95 % of those whose losses are alike at all."""
+    assert rate_of_mistakes(n, 0) <= 0.11
+    assert rate_of_mistakes(n, 0.5) <= 0.05
+    assert rate_of_mistakes(n, 0.9) <= 0.01
+    assert rate_of_mistakes(n, -0.9) > 0.11  # the control: what it takes for granted
+
+
+def test_the_smallest_difference_scales_as_a_difference_does_and_needs_five_conversations():
+    losses, tokens = world(np.random.default_rng(0), 40)[1:]
+    smallest = smallest_difference(losses, tokens)
+    assert smallest_difference(2 * losses, tokens) == pytest.approx(2 * smallest, rel=1e-12)
+    assert smallest_difference(losses + 7 * tokens, tokens) == pytest.approx(smallest, rel=1e-9)  # a level is no spread
+    assert smallest_difference(5 * losses, 5 * tokens) == pytest.approx(smallest, rel=1e-12)  # nor are longer ones more
+    low, high = difference(0 * losses, losses, tokens)["interval"]
+    assert smallest == pytest.approx((high - low) / 2**0.5, rel=0.15)  # of one model's loss, for two
+    for n in range(5):
+        assert smallest_difference(losses[:n], tokens[:n]) is None
+    assert smallest_difference(losses[:5], tokens[:5]) > 0
 
 
 def test_turns_are_counted_by_supervised_answers():

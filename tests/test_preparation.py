@@ -134,6 +134,7 @@ def test_the_tokenizer_is_at_work_while_a_batch_is_written(tokenizer, tmp_path, 
     record(corpus, "encode_as_lists", "begun")
     record(corpus, "make_columns", "written")
     record(formats, "read_rows", "read")
+    threads = threading.active_count()
     made = make(tmp_path / "made", many, tokenizer, 0.0)
     assert len(made[0]) == 10 * corpus.BATCH
     ahead = corpus.AHEAD + 1
@@ -143,7 +144,7 @@ def test_the_tokenizer_is_at_work_while_a_batch_is_written(tokenizer, tmp_path, 
         *["written", "begun"] * (10 - ahead),
         *["written"] * ahead,
     ]
-    assert threading.active_count() < 10
+    assert threading.active_count() <= threads + 1  # that of a progress bar
 
 
 def test_after_an_invalid_row_the_rest_is_only_checked(tokenizer, tmp_path, many, monkeypatch):

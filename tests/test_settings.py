@@ -326,7 +326,7 @@ def names(*texts):
 ANOTHER_MODEL = learned(2, gradient=1) | {"evaluations": 0, "tests": 0}
 OTHER_TOKENS = ANOTHER_MODEL | {"tokens": 1, "labels": 1, "micro_batches": 1} | names("record data", "plan tokens")
 OTHER_CHATS = OTHER_TOKENS | {"windows": 1} | names("train", "eval", "test")
-OTHER_SPLITS = OTHER_CHATS | {"logged": 1} | names("plan data", "plan updates", "plan cadence")
+OTHER_SPLITS = OTHER_CHATS | {"logged": 1} | names("plan data", "plan leaks", "plan updates", "plan cadence")
 OTHER_RATES = names("plan schedule")  # beside the update they begin at
 BY_UPDATE = (
     "compiled deterministic forward_passes labels logged losses micro_batches moments norms rates tokens windows"
@@ -467,9 +467,9 @@ LAW = {
         Shown("tests/test_settings.py", "test_a_preset_is_the_settings_it_stands_for"),
     ],
     "model": Row("other-model", ANOTHER_MODEL | names("headline", "plan model", "sampled answers before")),
-    "dataset": Row("others.jsonl", OTHER_CHATS | names("headline"), shows=are_shifted),
+    "dataset": Row("others.jsonl", OTHER_CHATS | names("headline", "plan leaks"), shows=are_shifted),
     "split": [
-        Row("other", OTHER_CHATS, {"dataset": "acme/chats"}, shows=are_shifted),
+        Row("other", OTHER_CHATS | names("plan leaks"), {"dataset": "acme/chats"}, shows=are_shifted),
         Row("other", names("plan warning")),  # of files
     ],
     "max_examples": Row(
@@ -503,7 +503,9 @@ LAW = {
         {"dataset": "personas.jsonl"},
         shows=lambda base, run: all(other[-len(one) :] == one for one, other in each_chat(base, run, "tokens")),
     ),
-    "chat_template": Row("spaced.jinja", OTHER_TOKENS | names("sampled answers before"), shows=has_newlines_doubled),
+    "chat_template": Row(
+        "spaced.jinja", OTHER_TOKENS | names("plan leaks", "sampled answers before"), shows=has_newlines_doubled
+    ),
     "template_option": Row(
         ("name=Ada",),
         OTHER_TOKENS | names("sampled answers before"),
@@ -538,6 +540,17 @@ LAW = {
             {"max_steps": UPDATES},
             shows=lambda _, run: has_splits(run, 32, 8, 0) and not run["tests"],
         ),
+    ],
+    "exclude_leaks": [
+        Row(
+            True,
+            {name: changed for name, changed in OTHER_SPLITS.items() if name not in ("eval", "test")}
+            | {"evaluations": 2, "tests": UPDATES}
+            | names("plan rows"),
+            {"max_steps": UPDATES},
+            shows=lambda base, run: set(run["train"]) < set(base["train"]) and run["eval"] == base["eval"],
+        ),
+        Row(True, base={"eval_fraction": 0, "test_fraction": 0}, refused="no effect where nothing is held out"),
     ],
     # --- what is learned
     "epochs": [
@@ -735,6 +748,21 @@ def test_a_dry_run_has_the_same_plan_and_learns_and_writes_nothing(place, run):
     assert set(observer.seen["rates"].values()) == {0.0}
     assert observer.saved == []
     assert not (place / "not-made").exists()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "line"),
+    [
+        (0, None),
+        (0.01, "none: fewer than 5 conversations to evaluate on cannot tell a difference from chance"),
+        (0.2, r"a difference of 0\.\d+ or more in eval loss is not chance \(95 %, 8 conversations\); --against.*"),
+    ],
+)
+def test_the_plan_ends_with_the_difference_that_the_eval_split_can_show(place, tmp_path, fraction, line):
+    observer = watch(place, {**BASE, "eval_fraction": fraction, "max_steps": 1, "output_dir": tmp_path / "run"})
+    found = re.findall("\n  evidence  (.*)\n", observer.stdout)
+    assert len(found) == bool(line)
+    assert not line or re.fullmatch(line, found[0])
 
 
 @pytest.fixture
