@@ -19,7 +19,7 @@ from compute.attention import PACKED
 from compute.distributed import full_tensor, is_sharded
 from compute.layers import checkpoint_activations, compile_layers, compiled_graphs, in_eval_mode, without_router_loss
 from compute.layout import Layout, random_examples, vocabulary_size
-from compute.memory import CPU_TOKENS, measure_micro_batch_budget
+from compute.memory import CPU_TOKENS, GPU_SHARE, measure_micro_batch_budget
 from config import UserError, first_line, is_out_of_memory
 
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
@@ -71,9 +71,12 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
 
 def can_compute_in_fp32(model):
     """False for sharded layers, which keep their precision, and where frozen matrices in fp32 would fill a GPU."""
-    if is_sharded(model) or model.device.type == "cpu" or not frozen_dtype(model):
-        return not is_sharded(model)
-    return 4 * sum(weights.numel() for weights in model.parameters()) < 0.8 * torch.cuda.mem_get_info(model.device)[0]
+    if is_sharded(model):
+        return False
+    if model.device.type == "cpu" or not frozen_dtype(model):
+        return True
+    in_fp32 = 4 * sum(weights.numel() for weights in model.parameters())
+    return in_fp32 < GPU_SHARE * torch.cuda.mem_get_info(model.device)[0]
 
 
 def find_layout(model, loss_function, config, own, recorded, expected):

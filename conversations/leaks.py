@@ -52,9 +52,9 @@ def find_leaks(train, *held_out):
     for shift in range(GRAM):
         counts[starts[is_common] + shift] = False
     before = np.append(0, counts.cumsum())  # the tokens that count before each
-    is_first = (np.diff(text, prepend=-1) != 0) | (np.diff(trained, prepend=-1) != 0)  # of two conversations
-    begins = np.where(is_first, at, np.maximum(at, np.roll(at, 1) + GRAM))  # where the gram before it ends
-    first = np.flatnonzero(is_first)
+    begins_pair = (np.diff(text, prepend=-1) != 0) | (np.diff(trained, prepend=-1) != 0)  # of two conversations
+    begins = np.where(begins_pair, at, np.maximum(at, np.roll(at, 1) + GRAM))  # where the gram before it ends
+    first = np.flatnonzero(begins_pair)
     shared = np.diff(np.append(0, (before[at + GRAM] - before[begins]).cumsum())[np.append(first, len(at))])
     found = (shared >= GRAM) & (2 * shared > np.bincount(text_of, weights=counts)[text[first]])
     leaks = []
