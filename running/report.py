@@ -55,7 +55,7 @@ def plan_of_data(run):
         "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
         "rows": "; ".join(data.notes),
-        "leaks": describe_leaks(data),
+        "leaks": describe_leaks(data) if is_rank0() else "",  # which alone prints: finding them takes seconds
         "tokens": f"{train.tokens:,} an epoch, {train.supervised / train.tokens:.1%} of them supervised",
         "updates": f"{run.steps_per_epoch:,} an epoch, {run.total_steps:,} in all, each over a window of "
         f"{min(config.batch_size, len(train.examples))} {unit}",
