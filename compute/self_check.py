@@ -25,6 +25,9 @@ from config import UserError, first_line, is_out_of_memory
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
 # Relative, of loss and gradient: 16 bits round. Where conversations see each other, the difference is a third or more.
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
+# Of the gradient of all weights, in fp32. On its way back through the layers rounding grows: in SmolLM2 a thousandfold,
+# so that another kernel of a GPU makes 2e-4 of it. What a layout leaves out makes 3 % (Doge's mask) or more.
+GRADIENT_TOLERANCE = 0.01
 
 
 class Mismatch(Exception):
@@ -294,8 +297,9 @@ def compare(model, loss_function, layout, expected):
         found = measure(model, loss_function, layout, precision, training="gradient" in own)
         for name in own:
             difference = relative_difference(found[name], own[name])
-            if not difference <= TOLERANCES[precision.name]:  # NaN, too
-                raise Mismatch(f"a {name} is off by {difference:.1%}")
+            tolerance = GRADIENT_TOLERANCE if len(own[name]) > 1 else TOLERANCES[precision.name]
+            if not difference <= tolerance:  # NaN, too
+                raise Mismatch(f"a {name} is off by {100 * difference:.2g} %")
 
 
 def relative_difference(tensors, expected):

@@ -12,9 +12,10 @@ from compute.layers import checkpoint_activations, compiled_graphs, deterministi
 from compute.layout import Layout
 from compute.memory import measure_micro_batch_budget
 from compute.self_check import choose_layout
-from config import Config
+from config import QUICKSTART_MODEL, Config
 from eval import evaluate
-from model import Precision, token_loss
+from model import Precision, load_model, token_loss
+from storage import hub
 from tests.conftest import layout_of, tiny_llama
 from tests.test_attention import a_row, boundaries, off, per_sequence, with_gradients
 from train import make_optimizer, train_step
@@ -117,3 +118,12 @@ def test_the_micro_batch_budget_is_measured():
     tokens = measure_micro_batch_budget(model, token_loss, Layout(False, 2**20, 0), precision, 2048, training=True)
     assert tokens % 1024 == 0
     assert 1024 <= tokens <= 2**16
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_real_weights_are_packed(real_tokenizer, name):
+    """A GPU's kernels round differently in each layout, and 30 layers multiply what they round."""
+    path, local_files_only = hub.find_model(QUICKSTART_MODEL)
+    model = load_model(path, real_tokenizer, GPU, local_files_only)
+    layout = choose_layout(model, token_loss, Config(micro_batch_tokens=4096), 0, Precision(name, GPU))
+    assert layout.packed, layout.why

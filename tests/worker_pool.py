@@ -1,21 +1,27 @@
 """A pool of processes with a process group, which serves many tests: a call costs no new start."""
 
 import gc
+import importlib
 import multiprocessing
 import os
+import sys
 import traceback
 from datetime import timedelta
 
 import torch
 from torch import distributed
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# A forked process cannot use CUDA where its parent has asked for it.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "forkserver")
 CONTEXT.set_forkserver_preload(["tests.worker_pool", "tests.faults.harness"])
+MOCKS = "benchmarks.bare"  # of packages that a GPU machine may lack; a new process needs them, too
 SECONDS = 120  # the longest time of a call
 
 
-def serve(rank, size, port, pipe):
+def serve(rank, size, port, pipe, mocked):
     """Join the process group, and call the functions that come through the pipe."""
+    if mocked:
+        importlib.import_module(MOCKS)
     torch.set_num_threads(1)
     gc.freeze()
     os.environ["LOCAL_RANK"] = str(rank)
@@ -41,7 +47,7 @@ class WorkerPool:
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            arguments = (rank, size, self.store.port, theirs)
+            arguments = (rank, size, self.store.port, theirs, MOCKS in sys.modules)
             self.processes.append(CONTEXT.Process(target=serve, args=arguments, daemon=True))
             self.processes[-1].start()
             self.pipes.append(ours)
