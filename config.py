@@ -177,7 +177,9 @@ class Config:
         0, "tokens of a micro-batch with its padding; changes only speed and memory; 0: by the device", NOT_NEGATIVE
     )
     shard: int = setting(1, "processes that share one copy of the weights; saves memory", AT_LEAST_ONE)
-    compile: bool = setting(False, "compile the model's layers with torch.compile: faster after about a minute")
+    compile: bool = setting(
+        None, "compile the model's layers with torch.compile (default: on a GPU, in a run of more than 16M tokens)"
+    )
     deterministic: bool = setting(False, "bit-identical results on a GPU too, as they always are on a CPU; slower")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
 
@@ -286,7 +288,7 @@ def format_value(value) -> str:
 
 def help_text(each):
     """The help of a flag: its text, its default, and the values that presets have instead."""
-    defaults = [f"default {format_value(each.default)}"] if each.default not in ("", ()) else []
+    defaults = [f"default {format_value(each.default)}"] if each.default not in ("", (), None) else []
     for preset, settings in PRESETS.items():
         if defaults and each.name in settings:
             defaults.append(f"{preset}: {Path(str(format_value(settings[each.name]))).name}")
@@ -354,7 +356,7 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
 # --- recipes: flat TOML files of settings, by the names of their flags
 
 # The kinds of values, by their types in TOML and the types of the defaults in Config.
-TOML_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number"}
+TOML_KINDS = {str: "a string", bool: "true or false", type(None): "true or false", int: "a number", float: "a number"}
 TOML_KINDS |= dict.fromkeys((list, tuple), "a list of strings")
 
 
@@ -403,7 +405,7 @@ def write_recipe(config: Config, path: str) -> None:
     """Write the settings of a `Config`, all that can be named, to a new file: as a recipe that makes the same again."""
     blocks = []
     for name, value in vars(config).items():
-        if value not in ("", ()) and (name, value) != ("preset", "none"):
+        if value not in ("", (), None) and (name, value) != ("preset", "none"):
             toml = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # all that JSON and TOML differ in
             blocks.append(f"# {FIELDS[name].metadata['help']}\n{flag_name(name).removeprefix('--')} = {toml}\n")
     try:

@@ -34,6 +34,12 @@ def compile_layers(model):
         layer.compile(dynamic=True)
 
 
+def undo_compiling(model):
+    """Make a model's layers run as they did before `compile_layers`."""
+    for layer in get_layers(model):
+        layer._compiled_call_impl = None
+
+
 def get_layers(model):
     """The layers of a model, by transformers' list of their classes. FSDP puts a prefix before a class's name."""
     for module in model.modules():

@@ -9,6 +9,7 @@ fp32, in which rounding hides nothing, and in the run's precision, which may hav
 import contextlib
 import math
 import re
+import sys
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,14 @@ from torch.nn import functional as F
 from compute.adapters import frozen_as, frozen_dtype
 from compute.attention import PACKED
 from compute.distributed import full_tensor, is_sharded
-from compute.layers import checkpoint_activations, compile_layers, compiled_graphs, in_eval_mode, without_router_loss
+from compute.layers import (
+    checkpoint_activations,
+    compile_layers,
+    compiled_graphs,
+    in_eval_mode,
+    undo_compiling,
+    without_router_loss,
+)
 from compute.layout import Layout, random_examples, vocabulary_size
 from compute.memory import CPU_TOKENS, GPU_SHARE, measure_micro_batch_budget
 from config import UserError, first_line, is_out_of_memory
@@ -28,13 +36,16 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 # Of the gradient of all weights, in fp32. On its way back through the layers rounding grows: in SmolLM2 a thousandfold,
 # so that another kernel of a GPU makes 2e-4 of it. What a layout leaves out makes 3 % (Doge's mask) or more.
 GRADIENT_TOLERANCE = 0.01
+LEAVE_OUT = "; leave it out"  # of a flag
 
 
 class Mismatch(Exception):
     """A layout is not exact for a model."""
 
 
-def choose_layout(model, loss_function, config, pad_id, precision, longest=256, budget=0, recorded=None, training=True):
+def choose_layout(
+    model, loss_function, config, pad_id, precision, longest=256, budget=0, recorded=None, training=True, long_run=False
+):
     """The fastest exact `Layout` for a model, whose attention is set to it.
 
     To be trained, the model is also made to recompute its activations and compiled, where the flags ask for that.
@@ -45,6 +56,7 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
         budget: tokens of a micro-batch where `--micro-batch-tokens` does not set it; 0: what the memory allows.
         recorded: `Layout.record` of the run that is resumed, which keeps its layout; None: find the fastest.
         training: False for an evaluation, which computes no gradient and is never compiled.
+        long_run: whether compiling pays, where the flags leave it open; a failure is then a warning.
 
     Raises:
         UserError: no layout is exact, or the requested or recorded one is not, or it cannot be compiled.
@@ -63,9 +75,15 @@ def choose_layout(model, loss_function, config, pad_id, precision, longest=256, 
     layout = find_layout(model, loss_function, config, own, recorded, expected)
     if config.gradient_checkpointing and training:
         checkpoint_activations(model)
-    if config.compile and training:
-        layout = replace(layout, compiled=True)
-        compile_and_check(model, loss_function, layout, {precision: expected[precision]}, config)
+    if training and (long_run if config.compile is None else config.compile):
+        try:
+            compile_and_check(model, loss_function, layout, {precision: expected[precision]}, config)
+            layout = replace(layout, compiled=True)
+        except UserError as error:
+            if config.compile:
+                raise
+            undo_compiling(model)
+            print(f"warning: not compiled: {str(error).removesuffix(LEAVE_OUT)}", file=sys.stderr)
     del expected  # gradients, before the free memory is measured
     tokens = config.micro_batch_tokens or budget or (CPU_TOKENS if precision.device.type == "cpu" else 0)
     tokens = tokens or measure_micro_batch_budget(model, loss_function, layout, precision, longest, training)
@@ -129,33 +147,34 @@ def use_layout(model, layout):
         model.set_attn_implementation(PACKED)
 
 
-def compile_and_check(model, loss_function, layout, expected, config):
+def compile_and_check(model, loss_function, eager, expected, config):
     """Compile a model's layers; raise `UserError` if that fails, compiles nothing, or changes the loss or gradient."""
     compile_layers(model)
+    layout = replace(eager, compiled=True)
     try:
-        is_compiled = count_training_graphs(model, loss_function, layout, *expected) > 0
+        is_compiled = count_training_graphs(model, loss_function, eager, *expected) > 0
         if is_compiled:
             compare(model, loss_function, layout, expected)
     except Exception as error:  # a `Mismatch`, or a missing compiler
         if is_out_of_memory(error):
             raise
         why = error if isinstance(error, Mismatch) else f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"--compile: {why}; leave it out") from error
+        raise UserError(f"--compile: {why}{LEAVE_OUT}") from error
     if not is_compiled and config.gradient_checkpointing and layout.packed:
         raise UserError(
             "--compile and --gradient-checkpointing: without the GPU's attention kernel, packed layers that are "
             "recomputed are not compiled; leave one of them out, or use --layout padded"
         )
     if not is_compiled:
-        raise UserError(f"--compile: nothing of {config.model} can be compiled; leave it out")
+        raise UserError(f"--compile: nothing of {config.model} can be compiled{LEAVE_OUT}")
 
 
-def count_training_graphs(model, loss_function, layout, precision):
+def count_training_graphs(model, loss_function, eager, precision):
     """The number of graphs that the layers become in a training pass, where activations may be recomputed."""
     torch.compiler.reset()  # so that none is there already
     before = compiled_graphs()
     examples = random_examples(LENGTHS, vocabulary_size(model))
-    batch = replace(layout, compiled=False).collate(examples)  # without the graph of the output head
+    batch = eager.collate(examples)  # without the graph of the output head
     with in_eval_mode(model):
         model.train()
         with precision.autocast():

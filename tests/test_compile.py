@@ -1,16 +1,21 @@
 """What the plan says of compiled layers is what happens, for any precision, GPU, layout, and recomputed activations."""
 
 import itertools
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
+from compute import self_check
 from compute.layers import compiled_graphs
 from compute.self_check import choose_layout
 from config import Config, UserError
 from model import Precision, token_loss
+from running import setup
 from tests import fake_cuda
 from tests.conftest import one_batch, tiny_llama
 
@@ -94,3 +99,66 @@ run_command(train.main)
     assert last.startswith("error: --compile: ")
     assert "compiler" in last
     assert last.endswith("; leave it out")
+
+
+@pytest.mark.parametrize(
+    ("compile", "long_run", "expected"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_a_long_run_is_compiled_unless_told_otherwise(ragged_window, compile, long_run, expected):
+    model, precision = tiny_llama(259), Precision("fp32", CPU)
+    chosen = choose_layout(model, token_loss, Config(compile=compile), 0, precision, long_run=long_run)
+    assert chosen.compiled is expected
+    assert (graphs_of_an_update(model, precision, chosen, ragged_window) > 0) is expected
+
+
+def test_a_long_run_that_cannot_be_compiled_trains_as_it_is(monkeypatch, capsys, ragged_window):
+    compare = self_check.compare
+
+    def compare_otherwise(model, loss_function, layout, expected):
+        compare(model, loss_function, layout, expected)
+        if layout.compiled:
+            raise self_check.Mismatch("a loss is off by 7 %")
+
+    monkeypatch.setattr(self_check, "compare", compare_otherwise)
+    model, precision = tiny_llama(259), Precision("fp32", CPU)
+    chosen = choose_layout(model, token_loss, Config(), 0, precision, long_run=True)
+    assert chosen == choose_layout(tiny_llama(259), token_loss, Config(), 0, precision)
+    assert capsys.readouterr().err == "warning: not compiled: --compile: a loss is off by 7 %\n"
+    assert graphs_of_an_update(model, precision, chosen, ragged_window) == 0
+    with pytest.raises(UserError, match=r"^--compile: a loss is off by 7 %; leave it out$"):
+        choose_layout(tiny_llama(259), token_loss, Config(compile=True), 0, precision, long_run=True)
+
+
+def test_a_run_records_whether_it_compiles_and_resumes_as_it_began(monkeypatch, tiny_model_dir, chats, tmp_path):
+    run = tmp_path / "run"
+    flags = [
+        "--model",
+        tiny_model_dir,
+        "--dataset",
+        chats,
+        "--output-dir",
+        run,
+        "--dtype",
+        "fp32",
+        "--test-fraction",
+        "0",
+    ]
+    monkeypatch.setattr(setup, "compiling_pays", lambda _: True)
+    assert train.main([*map(str, flags), "--max-steps", "1", "--save-every", "1"]) == 0
+    monkeypatch.setattr(setup, "compiling_pays", lambda _: False)
+    assert train.main(["--resume", str(run), "--max-steps", "2", "--allow-changes"]) == 0
+    assert json.loads((run / "config.json").read_text())["config"]["compile"] is True
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["compiled_graphs"] for line in lines if line["kind"] == "train")
+
+
+@pytest.mark.parametrize("change", ["none", "fp32", "no kernel", "short", "many processes"])
+def test_compiling_pays_in_a_long_run_on_a_gpu_with_the_kernel(monkeypatch, change):
+    monkeypatch.setattr(setup, "has_varlen_kernel", lambda _: change != "no kernel")
+    monkeypatch.setattr(setup, "world_size", lambda: 2 if change == "many processes" else 1)
+    tokens = setup.COMPILE_TOKENS // 10 * (1 if change == "short" else 2)  # an epoch's; there are ten
+    run = SimpleNamespace(
+        total_steps=100, steps_per_epoch=10, data=SimpleNamespace(train=SimpleNamespace(tokens=tokens))
+    )
+    run.precision = Precision("fp32" if change == "fp32" else "bf16", CPU)
+    assert setup.compiling_pays(run) is (change == "none")
