@@ -131,8 +131,11 @@ ENGINES = {
     # A few rows, which TRL makes one of: the mask of torch's attention is quadratic in it, and each layer keeps a copy.
     "TRL, packed": lambda work: train_with_trl(work, max(1, work.rows_at_once // 8), packing=True),
     "TRL, padded": lambda work: train_with_trl(work, work.rows_at_once, **work.sampling_arguments()),
+    "TRL, padded, Liger": lambda work: train_with_trl(
+        work, work.rows_at_once, use_liger_kernel=True, **work.sampling_arguments()
+    ),
 }
-DEFAULT_ENGINES = [name for name in ENGINES if name != "TRL, padded"]  # always slower than packed
+DEFAULT_ENGINES = [name for name in ENGINES if "TRL, padded" not in name]  # slower than packed; Liger wants a GPU
 
 
 class Workload:

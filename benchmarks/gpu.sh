@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: its tests, the speed table, eager and compiled, and several processes over NCCL.
 #   benchmarks/gpu.sh [CONVERSATIONS.jsonl [more flags of benchmarks.compare]]
-# Needs torch, transformers and pytest only; Trainer also wants accelerate, and TRL itself: they are left out where they
+# Needs torch, transformers and pytest only; Trainer also wants accelerate, TRL itself and liger-kernel: left out where they
 # are missing, and TRL also without CONVERSATIONS, as random tokens have no tokenizer. Each step takes less than ten
 # minutes and leaves its results in benchmarks/results/; a failed one does not stop the next. STEPS="2 3" runs some.
 set -uo pipefail
@@ -21,13 +21,13 @@ step() {  # number, name, command
     timeout 590 "$@" 2>&1 | tee "$results/gpu-$number-$name.txt" || { echo "== step $number failed"; failed=1; }
 }
 
-step 1 tests python -m pytest -p benchmarks.bare -q tests/test_cuda.py
+step 1 tests python -m pytest -p benchmarks.bare -q tests/test_cuda.py tests/test_cuda_attention.py
 step 2 eager "${compare[@]}" --tag gpu-eager --engines "ours, packed" "${common[@]}"
 step 3 compiled "${compare[@]}" --tag gpu-compiled --engines "ours, packed, compiled" "${common[@]}"
 has accelerate && step 4 trainer "${compare[@]}" --tag gpu-trainer \
     --engines "ours, padded" "Trainer, best" "Trainer, reference settings" "${common[@]}"
 [ "${data[0]}" = --synthetic ] || { has trl && step 5 trl "${compare[@]}" --tag gpu-trl \
-    --engines "TRL, packed" "${common[@]}"; }
+    --engines "TRL, packed" "TRL, padded, Liger" "${common[@]}"; }
 step 6 fp16 "${compare[@]}" --tag gpu-fp16 \
     --engines "ours, packed" "ours, packed, compiled" "${common[@]}" --dtype fp16
 step 7 nccl python -m pytest -p benchmarks.bare -q tests/test_cuda_processes.py
