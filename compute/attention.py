@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PACKED = "packed"  # the name for `model.set_attn_implementation`
 BLOCK = {"cpu": 128, "cuda": 1024}  # queries; on a GPU fewer and larger kernels
@@ -22,12 +23,11 @@ def packed_attention(
     query,
     key,
     value,
-    _attention_mask,
-    *,
-    cu_seqlens,
-    max_seqlen,
+    attention_mask,
     scaling=None,
     dropout=0.0,
+    cu_seqlens=None,
+    max_seqlen=None,
     sliding_window=None,
     softcap=None,
     s_aux=None,
@@ -38,7 +38,8 @@ def packed_attention(
     Args:
         query: (1, H, T, D).
         key, value: (1, H_kv, T, D); H is a multiple of H_kv.
-        cu_seqlens: (conversations + 1,) int32, the first token of each conversation, then T.
+        cu_seqlens: (conversations + 1,) int32, the first token of each conversation, then T; None: the row is one
+            conversation, which a window, a cap or sinks are not computed for.
         max_seqlen: tokens of the longest conversation.
         sliding_window: the tokens a token attends to, itself and those right before it; None: all before it.
         softcap: scores s become softcap · tanh(s / softcap); None: they stay.
@@ -47,6 +48,8 @@ def packed_attention(
     needed = "position_bias" if options.get("position_bias") is not None else ""
     if needed or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"its attention has {needed or 'no causal order'}")
+    if cu_seqlens is None and sliding_window is None and softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     device_type = query.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

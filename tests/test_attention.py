@@ -224,6 +224,16 @@ def test_the_varlen_kernel_takes_windows_and_sinks(monkeypatch, asked, dtype, to
     assert fake_cuda.calls[:1] == ([] if "softcap" in asked else ["varlen"])
 
 
+@pytest.mark.parametrize("asked", [each for each in ASKED.values() if "softcap" not in each], ids=str)
+def test_with_the_varlen_kernel_it_is_one_graph(monkeypatch, asked):
+    fake_cuda.varlen_attention(monkeypatch)
+    torch.compiler.reset()
+    row = a_row(torch.bfloat16)
+    packed = torch.compile(packed_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    monkeypatch.setitem(globals(), "packed_attention", packed)
+    assert off(attend_as_asked(row, asked), by_definition(*row, **asked)) < 1e-2
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"width": 12}, {"width": 264}, {"value_width": 8}, {"dtype": torch.float32}],

@@ -49,6 +49,7 @@ SIZES = {  # of settings whose whole name matches
     r"(swa_)?num_key_value_heads|kv_n_heads|num_kv_heads|linear_num_key_heads|num_query_groups": 2,
     r"num_experts_per_tok(en)?|moe_top_?k|moe_k|(mamba_)?expand": 2,
     r"(num_)?(hidden_|decoder_|encoder_)?layers|n_layers?|num_blocks|depth": 2,
+    r"sliding_window": 8,
     r"n_group|num_expert_group|topk_group|(mamba_)?n_groups|mamba_ngroups": 1,
     r"num_kv_shared_layers|.*token_(id|index)": 0,
     r"n_positions|max_position_embeddings|n_ctx|max_seq_len|context_length|max_target_positions": 128,
@@ -207,7 +208,8 @@ def choose(kind, largest_logit, precision, name, outcomes):
     except UserError as error:
         refusal = str(error)
     else:
-        outcome = "packed" if layout.packed else "own logits" if layout.own_logits else "padded"
+        outcome = "packed" if layout.packed else "padded" if layout.masked else "padded, no mask"
+        outcome += ", own logits" if layout.own_logits else ""
         outcomes.setdefault((kind, precision.name), outcome)
         return model, random_window(model), layout
     assert "\n" not in refusal
@@ -227,7 +229,7 @@ def test_a_window_has_the_loss_and_gradient_of_the_models_own_forward_pass(kind,
         shares = batches_of_two_ranks(layout, window, monkeypatch)
         assert_equal(our_result(model, shares, precision), expected, precision, (*what, "two ranks"))
         if not layout.packed:
-            own = replace(layout, own_logits=True).micro_batches(window)
+            own = replace(layout, own_logits=True, masked=True).micro_batches(window)
             assert_equal(our_result(model, own, precision), expected, precision, (*what, "own logits"))
 
 
