@@ -48,7 +48,9 @@ def packed_attention(
     needed = "position_bias" if options.get("position_bias") is not None else ""
     if needed or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"its attention has {needed or 'no causal order'}")
-    if cu_seqlens is None and sliding_window is None and softcap is None and s_aux is None:
+    if cu_seqlens is None:
+        if sliding_window is not None or softcap is not None or s_aux is not None:
+            raise NotImplementedError("without cu_seqlens, its windows, cap or sinks are not computed")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     device_type = query.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype

@@ -23,6 +23,7 @@ from compute.layout import vocabulary_size
 from compute.self_check import choose_layout
 from config import Config, UserError
 from conversations.masking import IGNORE, Example
+from evaluation.generation import masked_attention
 from model import Precision, token_loss
 
 pytestmark = pytest.mark.slow
@@ -148,7 +149,7 @@ def own_result(model, window, precision):
     """The loss and gradients of the model's own forward pass over each conversation alone."""
     losses = []
     for example in window:
-        with precision.autocast():
+        with precision.autocast(), masked_attention(model):
             logits = model(input_ids=example.input_ids[None], use_cache=False).logits[0, :-1]
         losses.append(F.cross_entropy(logits.float(), example.labels[1:], reduction="sum"))
         losses[-1].backward()
