@@ -31,8 +31,9 @@ pytestmark = pytest.mark.slow
 LARGEST_LOGITS = (0.02, 1.0, 50.0)
 PRECISIONS = [Precision(name, torch.device("cpu")) for name in ("fp32", "bf16")]
 # Relative, of loss and gradient; 1e-4 is what the self-check allows. In bf16 two layouts round differently, and a
-# router then chooses other experts for a token now and then; that a layout is exact is decided in fp32.
-BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (0.02, 0.3)}
+# router then chooses other experts for a token now and then; that a layout is exact is decided in fp32. Gemma 3n's own
+# gradient in bf16 is off by 0.3 from that in fp32.
+BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (0.02, 0.4)}
 MAX_PARAMETERS = 3_000_000
 
 SIZES = {  # of settings whose whole name matches

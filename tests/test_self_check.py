@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalL
 from compute import attention
 from compute.cross_entropy import LinearCrossEntropy
 from compute.layers import compiled_graphs, list_extra_losses
+from compute.layout import random_examples
 from compute.memory import CPU_TOKENS
 from compute.self_check import choose_layout, measure, relative_difference
 from config import Config, UserError
@@ -280,6 +281,30 @@ def test_a_model_whose_loss_depends_on_padding_is_refused(tiny_model):
     tiny_model.register_forward_hook(add_length)
     with pytest.raises(UserError, match=r"^--model mine: padding changes its loss, a loss is off by .*; it cannot be"):
         choose_layout(tiny_model, token_loss, Config(model="mine"), 0, FP32)
+
+
+def test_rows_lose_their_mask_unless_the_model_needs_it(tiny_model):
+    assert not choose_layout(tiny_model, token_loss, Config(layout="padded"), 0, FP32).masked
+
+    def read_others_without_a_mask(_module, args, options):
+        mistaken = "attention_mask" not in options and len(options["input_ids"]) > 1
+        return args, options | ({"input_ids": (options["input_ids"] + 1) % 259} if mistaken else {})
+
+    tiny_model.base_model.register_forward_pre_hook(read_others_without_a_mask, with_kwargs=True)
+    layout = choose_layout(tiny_model, token_loss, Config(layout="padded"), 0, FP32)
+    assert layout.masked
+    assert "attention_mask" in layout.collate(random_examples((3, 5), 259)).inputs
+
+
+def test_rows_that_have_no_mask_cost_no_more_than_a_read(tiny_model):
+    """Of whether their positions go up by one, by transformers."""
+    reads = {}
+    for masked in (True, False):
+        batch = replace(layout_of(packed=False), masked=masked).collate(random_examples((3, 5), 259))
+        with fake_cuda.Reads() as found:
+            token_loss(tiny_model, batch).backward()
+        reads[masked] = len(found.found)
+    assert reads[False] <= 1 <= reads[True]
 
 
 MIXTURES = {
