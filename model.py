@@ -27,7 +27,7 @@ from compute.distributed import (
     shard,
     world_size,
 )
-from compute.layers import without_router_loss
+from compute.layers import use_autocast_in_experts, without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
 from storage import adapter
@@ -204,6 +204,7 @@ def load_model(path, tokenizer, device, local_files_only=False, lora=None, froze
     if lora:
         lora = replace(lora, base=adapter.describe_base(path, local_files_only))
         adapters.add_adapters(model, lora, frozen_dtype)
+    use_autocast_in_experts(model)
     return model.to(device)
 
 

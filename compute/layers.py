@@ -3,7 +3,10 @@
 import contextlib
 
 import torch
+from torch.func import functional_call
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
+EXPERTS = "grouped_mm_in_autocast"  # the name for `model.set_experts_implementation`
 EXTRA_LOSSES = ("output_router_logits", "z_loss_coefficient")  # settings of models; `Trainer` adds what they ask for
 
 
@@ -18,6 +21,30 @@ def list_extra_losses(model):
 def without_router_loss(model):
     """The argument of a forward pass with which a mixture does not compute its router's loss."""
     return {"output_router_logits": False} if "output_router_logits" in list_extra_losses(model) else {}
+
+
+def experts_in_autocast(experts, *inputs, **named):
+    """transformers' experts as grouped products, which autocast does not cover, in autocast's precision.
+
+    In fp32 a GPU has no kernel for them: the CPU waits for the numbers of tokens in each layer.
+    """
+    device_type = next(experts.parameters()).device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        others = {name: weights for name, weights in experts.named_parameters() if weights.dtype != dtype}
+        rows_are_aligned = all(size % 8 == 0 for weights in others.values() for size in weights.shape[1:])
+        if others and rows_are_aligned:  # to 16 bytes, as the kernel requires
+            return functional_call(experts, {name: w.to(dtype) for name, w in others.items()}, inputs, named)
+    return grouped_mm_experts_forward(experts, *inputs, **named)
+
+
+ExpertsInterface.register(EXPERTS, experts_in_autocast)
+
+
+def use_autocast_in_experts(model):
+    """Have a mixture's grouped products follow autocast, if its experts are computed by grouped products."""
+    if getattr(model.config.get_text_config(), "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation(EXPERTS)
 
 
 def checkpoint_activations(model):

@@ -50,18 +50,21 @@ class Layout:
     own_logits: bool = False  # the output head is more than a matrix product: the model computes all logits, (B, T, V)
     pinned: bool = False  # in page-locked memory, for asynchronous copies to a GPU
     compiled: bool = False  # the model's layers are compiled
-    why: str = ""  # the reason if it is not packed
+    masked: bool = (
+        True  # padded rows come with an attention mask, which few causal models need: padding is on the right
+    )
+    why: str = ""  # the reason if a faster one is not exact
 
     def describe(self):
         """The layout as the plan prints it."""
         name = "packed: conversations end to end" if self.packed else "padded: conversations in rows"
         head = ", all logits made by the model itself" if self.own_logits else ""
-        why = f" (not packed: {self.why})" if self.why else ""
+        why = f" ({'' if self.packed else 'not packed: '}{self.why})" if self.why else ""
         return f"{name}{head}, {self.tokens:,} tokens at a time{why}{', compiled' if self.compiled else ''}"
 
     def record(self):
         """What was found out about the model, as JSON: a resumed run does not find it out again."""
-        return {"packed": self.packed, "own_logits": self.own_logits, "why": self.why}
+        return {"packed": self.packed, "own_logits": self.own_logits, "masked": self.masked, "why": self.why}
 
     def micro_batches(self, examples):
         """Iterate over the micro-batches of some examples, those with the most tokens first."""
@@ -91,6 +94,8 @@ class Layout:
         collate = collate_packed if self.packed else collate_padded
         nothing = Example(torch.tensor([self.pad_id] * 2), torch.tensor([IGNORE] * 2))
         inputs, next_tokens = collate(examples or [nothing], self.pad_id)
+        if not self.masked:
+            inputs.pop("attention_mask", None)
         predicting = (next_tokens != IGNORE).nonzero()[:, 0]
         tokens = sum(map(length, examples))
         batch = Batch(inputs, predicting, next_tokens[predicting], tokens, self.own_logits, self.compiled)

@@ -1,12 +1,15 @@
 """The self-check before training: which layouts compute a model's loss exactly.
 
-Packed conversations, and the output head applied to supervised tokens alone, are exact for most models. They are wrong
-for a model whose attention has a sliding window or a cap, or that scales its logits. Nothing is assumed about a model:
-each conversation of a small batch goes through its own forward pass alone, then all through each faster layout: in
-fp32, in which rounding hides nothing, and in the run's precision, which may have other kernels.
+Packed conversations, rows without an attention mask, and the output head applied to supervised tokens alone, are exact
+for most models. They are wrong for a model whose layers mix tokens by other means than attention, or that scales its
+logits. Nothing is assumed about a model: each conversation of a small batch goes through its own forward pass alone,
+then all through each faster layout: in fp32, in which rounding hides nothing, and in the run's precision, which may
+have other kernels. A model with sliding windows goes through both a second time, with windows narrower than the
+conversations, as otherwise they would leave nothing out.
 """
 
 import contextlib
+import itertools
 import math
 import re
 import sys
@@ -31,11 +34,12 @@ from compute.memory import CPU_TOKENS, GPU_SHARE, measure_micro_batch_budget
 from config import UserError, first_line, is_out_of_memory
 
 LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
+NARROW = 3  # tokens of a sliding window in the self-check: one more or less changes a third of what a token sees
 # Relative, of loss and gradient: 16 bits round. Where conversations see each other, the difference is a third or more.
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
-# Of the gradient of all weights, in fp32. On its way back through the layers rounding grows: in SmolLM2 a thousandfold,
-# so that another kernel of a GPU makes 2e-4 of it. What a layout leaves out makes 3 % (Doge's mask) or more.
-GRADIENT_TOLERANCE = 0.01
+# On its way back through the layers rounding grows, in SmolLM2 a thousandfold: another kernel of a GPU makes 2e-4 of the
+# gradient of all weights, where a parameter that a layout leaves out makes 3 % (Doge's mask).
+ALL_WEIGHTS, ALL_WEIGHTS_TOLERANCE = "gradient of all weights", 0.01
 LEAVE_OUT = "; leave it out"  # of a flag
 
 
@@ -68,8 +72,8 @@ def choose_layout(
     try:
         with failures_as_mismatches():
             check_causal(model, config, exact)
-            both = dict.fromkeys((exact, precision))
-            expected = {each: measure(model, loss_function, alone, each, training) for each in both}
+            cases = itertools.product((exact, precision), (False, True) if list_windows(model) else (False,))
+            expected = {case: measure(model, loss_function, alone, *case, training) for case in dict.fromkeys(cases)}
     except Mismatch as why:
         raise UserError(f"--model {config.model}: its own forward pass fails, {why}") from why
     layout = find_layout(model, loss_function, config, own, recorded, expected)
@@ -77,7 +81,7 @@ def choose_layout(
         checkpoint_activations(model)
     if training and (long_run if config.compile is None else config.compile):
         try:
-            compile_and_check(model, loss_function, layout, {precision: expected[precision]}, config)
+            compile_and_check(model, loss_function, layout, {(precision, False): expected[precision, False]}, config)
             layout = replace(layout, compiled=True)
         except UserError as error:
             if config.compile:
@@ -102,29 +106,30 @@ def can_compute_in_fp32(model):
 
 def find_layout(model, loss_function, config, own, recorded, expected):
     """The first layout that is exact: of all of them, of those that `--layout` allows, or of the recorded one alone."""
-    attention, whys = model.config._attn_implementation, []
-    padded = replace(own, own_logits=False)
-    allowed = {"packed": [replace(padded, packed=True)], "padded": [padded, own]}
-    allowed["auto"] = allowed["packed"] + allowed["padded"]
-    for layout in [replace(own, **recorded)] if recorded else allowed[config.layout]:
+    attention, why = model.config._attn_implementation, ""
+    padded = [replace(own, own_logits=logits, masked=mask) for logits in (False, True) for mask in (False, True)]
+    packed = [replace(layout, packed=True) for layout in padded if not layout.masked]
+    allowed = {"packed": packed, "padded": padded, "auto": packed + padded}[config.layout]
+    for layout in [replace(own, **recorded)] if recorded else allowed:
         try:
             with failures_as_mismatches():
                 if not layout.own_logits:
-                    check_head(model, next(iter(expected)))
+                    check_head(model, next(iter(expected))[0])
                 if layout.packed:
                     check_attention(model)
                 use_layout(model, layout)
                 compare(model, loss_function, layout, expected)
-            return replace(layout, why=whys[0]) if whys else layout
-        except Mismatch as why:
-            whys.append(str(why))
+            return replace(layout, why=why or layout.why)
+        except Mismatch as mismatch:
+            reason = str(mismatch)
             if layout.packed:
+                why = reason
                 model.set_attn_implementation(attention)
     if recorded:
-        raise UserError(f"--resume: the run's layout is no longer exact for {config.model}, {whys[0]}; change --layout")
+        raise UserError(f"--resume: the run's layout is no longer exact for {config.model}, {reason}; change --layout")
     if config.layout == "packed":
-        raise UserError(f"--layout packed: not exact for {config.model}, {whys[0]}; use --layout padded")
-    raise UserError(f"--model {config.model}: padding changes its loss, {whys[-1]}; it cannot be trained")
+        raise UserError(f"--layout packed: not exact for {config.model}, {reason}; use --layout padded")
+    raise UserError(f"--model {config.model}: padding changes its loss, {reason}; it cannot be trained")
 
 
 @contextlib.contextmanager
@@ -152,7 +157,7 @@ def compile_and_check(model, loss_function, eager, expected, config):
     compile_layers(model)
     layout = replace(eager, compiled=True)
     try:
-        is_compiled = count_training_graphs(model, loss_function, eager, *expected) > 0
+        is_compiled = count_training_graphs(model, loss_function, eager, next(iter(expected))[0]) > 0
         if is_compiled:
             compare(model, loss_function, layout, expected)
     except Exception as error:  # a `Mismatch`, or a missing compiler
@@ -271,20 +276,45 @@ def check_attention(model):
     """Raise `Mismatch` if a model's attention is not transformers' replaceable one, or not in every layer."""
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         raise Mismatch("its attention cannot be replaced")
-    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-    if others:  # a sliding window may be wider than the small batch is long
+    checked = {"full_attention", "sliding_attention"} if list_windows(model) else {"full_attention"}
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - checked
+    if others:  # a chunk, for one, may be longer than the small batch
         raise Mismatch(f"it has layers of {', '.join(sorted(others))}")
 
 
-def measure(model, loss_function, layout, precision, training):
+def list_windows(model):
+    """The modules and the configuration that say how wide a model's sliding windows are."""
+    owners = (model.config.get_text_config(), *model.modules())
+    return [owner for owner in owners if type(getattr(owner, "sliding_window", None)) is int]
+
+
+@contextlib.contextmanager
+def narrow_windows(model, wanted):
+    """Make a model's sliding windows narrow: its masks and what it asks of its attention follow these attributes."""
+    widths = [(owner, owner.sliding_window) for owner in list_windows(model) if wanted]
+    for owner, width in widths:
+        owner.sliding_window = min(width, NARROW)
+    try:
+        yield
+    finally:
+        for owner, width in widths:
+            owner.sliding_window = width
+
+
+def measure(model, loss_function, layout, precision, narrow, training):
     """The loss of the small batch in a layout and its gradient, or for an evaluation the loss of each of its tokens.
 
-    The gradient is that of all weights in fp32. In 16 bits and on random tokens, the first layers' is mostly rounding;
-    that of the last large matrix is not. Of a sharded model, it is the only one that is gathered.
+    The gradient is that of the last large matrix, and in fp32 also that of all weights: in 16 bits and on random
+    tokens, the first layers' is mostly rounding. Of a sharded model, the first is the only one that is gathered.
     """
     try:
         losses = []
-        with in_eval_mode(model), torch.set_grad_enabled(training), frozen_as(model, precision):
+        with (
+            in_eval_mode(model),
+            torch.set_grad_enabled(training),
+            frozen_as(model, precision),
+            narrow_windows(model, narrow),
+        ):
             for batch in layout.micro_batches(random_examples(LENGTHS, vocabulary_size(model))):
                 with precision.autocast():
                     losses.append(loss_function(model, batch.to(precision.device)))
@@ -292,11 +322,10 @@ def measure(model, loss_function, layout, precision, training):
                     losses[-1].backward()
         if not training:
             return {"loss": [torch.cat(losses, 1)[0]]}
-        weights = list(model.parameters())
-        if is_sharded(model) or precision.name != "fp32":
-            weights = [last_large_matrix(model)]
-        gradient = [p.new_zeros(()) if p.grad is None else full_tensor(p.grad) for p in weights]
-        return {"loss": [sum(losses).detach()], "gradient": gradient}
+        found = {"loss": [sum(losses).detach()], "gradient": [full_tensor(last_large_matrix(model).grad)]}
+        if precision.name == "fp32" and not is_sharded(model):
+            found[ALL_WEIGHTS] = [p.new_zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+        return found
     finally:
         model.zero_grad()
 
@@ -311,12 +340,12 @@ def last_large_matrix(model):
 
 
 def compare(model, loss_function, layout, expected):
-    """Raise `Mismatch` unless a layout gives what is expected in each precision."""
-    for precision, own in expected.items():
-        found = measure(model, loss_function, layout, precision, training="gradient" in own)
+    """Raise `Mismatch` unless a layout gives what is expected in each precision, and with narrow windows."""
+    for (precision, narrow), own in expected.items():
+        found = measure(model, loss_function, layout, precision, narrow, training="gradient" in own)
         for name in own:
             difference = relative_difference(found[name], own[name])
-            tolerance = GRADIENT_TOLERANCE if len(own[name]) > 1 else TOLERANCES[precision.name]
+            tolerance = ALL_WEIGHTS_TOLERANCE if name == ALL_WEIGHTS else TOLERANCES[precision.name]
             if not difference <= tolerance:  # NaN, too
                 raise Mismatch(f"a {name} is off by {100 * difference:.2g} %")
 

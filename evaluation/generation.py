@@ -136,7 +136,7 @@ def masked_attention(model):
     """Attention that respects padding, which packed attention does not."""
     packed = model.config._attn_implementation == PACKED
     if packed:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         yield
     finally:

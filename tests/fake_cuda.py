@@ -36,29 +36,34 @@ def check(query, key, value, cu_q, cu_k, max_q, max_k):
         assert int(offsets.diff().max()) == longest  # a smaller one would leave tokens out
 
 
-def in_fp64(query, key, value, cu_seqlens, scale):
-    """Of each conversation: its slice, query, key and value as (H_kv, G, t, D) and (H_kv, 1, t, D), probabilities."""
+def in_fp64(query, key, value, cu_seqlens, scale, window):
+    """Of each conversation: its slice, query, key and value as (H_kv, G, t, D) and (H_kv, 1, t, D), scores."""
     for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         rows = slice(begin, end)
         q, k, v = (tensor[rows].double().transpose(0, 1) for tensor in (query, key, value))
         q, k, v = q.unflatten(0, (len(k), -1)), k[:, None], v[:, None]
-        scores = (q @ k.mT) * scale + torch.full((end - begin, end - begin), -torch.inf, dtype=torch.double).triu(1)
-        yield rows, q, k, v, scores.softmax(-1)
+        before = torch.arange(end - begin)[:, None] - torch.arange(end - begin)  # the query, the key is
+        left, right = window
+        unseen = (before < -right) | (before > left if left >= 0 else False)
+        yield rows, q, k, v, ((q @ k.mT) * scale).masked_fill(unseen, -torch.inf)
 
 
-def attend(query, key, value, cu_seqlens, scale):
-    output = torch.empty_like(query)
-    for rows, _, _, v, p in in_fp64(query, key, value, cu_seqlens, scale):
-        output[rows] = (p @ v).flatten(0, 1).transpose(0, 1).to(query.dtype)
-    return output
+def attend(query, key, value, cu_seqlens, scale, window):
+    """The output, and the log-sum-exp of each query's scores, (H, T)."""
+    output, lse = torch.empty_like(query), torch.empty(query.shape[1], len(query))
+    for rows, _, _, v, scores in in_fp64(query, key, value, cu_seqlens, scale, window):
+        output[rows] = (scores.softmax(-1) @ v).flatten(0, 1).transpose(0, 1).to(query.dtype)
+        lse[:, rows] = scores.logsumexp(-1).flatten(0, 1).float()
+    return output, lse
 
 
-def gradients(upstream, query, key, value, cu_seqlens, scale):
+def gradients(upstream, query, key, value, out, lse, cu_seqlens, scale, window):
+    """As FlashAttention computes them: probabilities by the log-sum-exp it is given, their mean by the output."""
     found = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    for rows, q, k, v, p in in_fp64(query, key, value, cu_seqlens, scale):
-        above = upstream[rows].double().transpose(0, 1).unflatten(0, q.shape[:2])
-        through = above @ v.mT
-        scores = p * (through - (p * through).sum(-1, keepdim=True)) * scale
+    for rows, q, k, v, scores in in_fp64(query, key, value, cu_seqlens, scale, window):
+        above, output = (each[rows].double().transpose(0, 1).unflatten(0, q.shape[:2]) for each in (upstream, out))
+        p = (scores - lse[:, rows].double().unflatten(0, q.shape[:2])[..., None]).exp()
+        scores = p * (above @ v.mT - (above * output).sum(-1, keepdim=True)) * scale
         parts = (scores @ k).flatten(0, 1), (scores.mT @ q).sum(1), (p.mT @ above).sum(1)
         for gradient, part in zip(found, parts, strict=True):
             gradient[rows] = part.transpose(0, 1).to(gradient.dtype)
@@ -70,11 +75,10 @@ def forward(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, scale=
     check(query, key, value, cu_q, cu_k, max_q, max_k)
     assert query.dtype in (torch.bfloat16, torch.float16)
     assert query.shape[2] <= 256
-    assert is_causal
-    assert list(window_size) == [-1, 0]
+    assert is_causal == (list(window_size) == [-1, 0])
+    assert window_size[1] == 0
     assert query.shape[1] == key.shape[1] or more[:1] in ((), (True,))
-    rest = torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
-    return attend(query, key, value, cu_q, scale), *rest
+    return *attend(query, key, value, cu_q, scale, window_size), torch.zeros(2, dtype=torch.uint64)
 
 
 def backward(upstream, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale=None, window=None):
@@ -82,9 +86,9 @@ def backward(upstream, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is
     check(query, key, value, cu_q, cu_k, max_q, max_k)
     assert (upstream.shape, upstream.dtype, upstream.stride(-1)) == (out.shape, out.dtype, 1)
     assert (lse.dtype, lse.shape, rng.shape) == (torch.float32, (query.shape[1], len(query)), (2,))
-    assert is_causal
-    assert list(window) == [-1, 0]
-    return gradients(upstream, query, key, value, cu_q, scale)
+    assert is_causal == (list(window) == [-1, 0])
+    assert window[1] == 0
+    return gradients(upstream, query, key, value, out, lse, cu_q, scale, window)
 
 
 def addmm_dtype_out(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):

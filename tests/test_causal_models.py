@@ -23,6 +23,7 @@ from compute.layout import vocabulary_size
 from compute.self_check import choose_layout
 from config import Config, UserError
 from conversations.masking import IGNORE, Example
+from evaluation.generation import masked_attention
 from model import Precision, token_loss
 
 pytestmark = pytest.mark.slow
@@ -30,8 +31,9 @@ pytestmark = pytest.mark.slow
 LARGEST_LOGITS = (0.02, 1.0, 50.0)
 PRECISIONS = [Precision(name, torch.device("cpu")) for name in ("fp32", "bf16")]
 # Relative, of loss and gradient; 1e-4 is what the self-check allows. In bf16 two layouts round differently, and a
-# router then chooses other experts for a token now and then; that a layout is exact is decided in fp32.
-BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (0.02, 0.3)}
+# router then chooses other experts for a token now and then; that a layout is exact is decided in fp32. Gemma 3n's own
+# gradient in bf16 is off by 0.3 from that in fp32.
+BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (0.02, 0.4)}
 MAX_PARAMETERS = 3_000_000
 
 SIZES = {  # of settings whose whole name matches
@@ -49,6 +51,7 @@ SIZES = {  # of settings whose whole name matches
     r"(swa_)?num_key_value_heads|kv_n_heads|num_kv_heads|linear_num_key_heads|num_query_groups": 2,
     r"num_experts_per_tok(en)?|moe_top_?k|moe_k|(mamba_)?expand": 2,
     r"(num_)?(hidden_|decoder_|encoder_)?layers|n_layers?|num_blocks|depth": 2,
+    r"sliding_window": 8,
     r"n_group|num_expert_group|topk_group|(mamba_)?n_groups|mamba_ngroups": 1,
     r"num_kv_shared_layers|.*token_(id|index)": 0,
     r"n_positions|max_position_embeddings|n_ctx|max_seq_len|context_length|max_target_positions": 128,
@@ -147,7 +150,7 @@ def own_result(model, window, precision):
     """The loss and gradients of the model's own forward pass over each conversation alone."""
     losses = []
     for example in window:
-        with precision.autocast():
+        with precision.autocast(), masked_attention(model):
             logits = model(input_ids=example.input_ids[None], use_cache=False).logits[0, :-1]
         losses.append(F.cross_entropy(logits.float(), example.labels[1:], reduction="sum"))
         losses[-1].backward()
@@ -207,7 +210,8 @@ def choose(kind, largest_logit, precision, name, outcomes):
     except UserError as error:
         refusal = str(error)
     else:
-        outcome = "packed" if layout.packed else "own logits" if layout.own_logits else "padded"
+        outcome = "packed" if layout.packed else "padded" if layout.masked else "padded, no mask"
+        outcome += ", own logits" if layout.own_logits else ""
         outcomes.setdefault((kind, precision.name), outcome)
         return model, random_window(model), layout
     assert "\n" not in refusal
@@ -227,7 +231,7 @@ def test_a_window_has_the_loss_and_gradient_of_the_models_own_forward_pass(kind,
         shares = batches_of_two_ranks(layout, window, monkeypatch)
         assert_equal(our_result(model, shares, precision), expected, precision, (*what, "two ranks"))
         if not layout.packed:
-            own = replace(layout, own_logits=True).micro_batches(window)
+            own = replace(layout, own_logits=True, masked=True).micro_batches(window)
             assert_equal(our_result(model, own, precision), expected, precision, (*what, "own logits"))
 
 

@@ -1,6 +1,7 @@
 """Collation: micro-batches are a partition of a window within the budget, and collated before they are needed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_padded_rows():
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (batch.predicting.tolist(), batch.targets.tolist(), batch.tokens) == ([0, 1], [6, 7], 4)
+
+
+def test_padded_rows_without_a_mask_are_the_same_but_for_it():
+    batch, masked = replace(layout_of(packed=False), masked=False).collate(ROWS), layout_of(packed=False).collate(ROWS)
+    assert batch.inputs.keys() == {"input_ids"}
+    assert torch.equal(batch.inputs["input_ids"], masked.inputs["input_ids"])
+    assert torch.equal(batch.predicting, masked.predicting)
+    assert torch.equal(batch.targets, masked.targets)
 
 
 def test_packed_conversations():

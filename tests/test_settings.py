@@ -71,14 +71,14 @@ def place(tmp_path_factory):
     return place
 
 
-def read_micro_batch(batch):
+def read_micro_batch(batch, pad_id):
     """The conversations in a micro-batch: of each the ids, and its supervised tokens with their positions."""
     ids, supervised = batch.inputs["input_ids"], batch.predicting.tolist()
     if "cu_seqlens" in batch.inputs:
         bounds = batch.inputs["cu_seqlens"].tolist()
         spans = list(itertools.pairwise(bounds))
     else:
-        lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        lengths = [int(row.ne(pad_id).nonzero().max()) + 1 for row in ids]
         spans = [(row * ids.shape[1], row * ids.shape[1] + length) for row, length in enumerate(lengths)]
     flat, targets = ids.flatten(), dict(zip(supervised, batch.targets.tolist(), strict=True))
     for start, end in spans:
@@ -125,7 +125,7 @@ class Observer:
     def train_step(self, model, optimizer, window, lr, *, train_step=train_command.train_step, **options):
         self.forward_passes = 0
         metrics = train_step(model, optimizer, window, lr, **options)
-        step, found = self.run.step + 1, [list(read_micro_batch(batch)) for batch in window]
+        step, found = self.run.step + 1, [list(read_micro_batch(batch, self.run.layout.pad_id)) for batch in window]
         order = sorted((self.number(ids), ids, labels) for batch in found for ids, labels in batch)
         windows, tokens, labels = zip(*order, strict=True)
         self.note(step, windows=windows, tokens=tokens, labels=labels, rates=lr)
@@ -624,7 +624,7 @@ LAW = {
         {"micro_batches": 1} | names("record layout", "plan layout"),
         within=SAME_BUT_ROUNDED,
         shows=lambda _, run: all(
-            "attention_mask" in keys for rows in run["micro_batches"].values() for keys, _ in rows
+            [*keys] == ["input_ids"] for rows in run["micro_batches"].values() for keys, _ in rows
         ),
     ),
     "micro_batch_tokens": Row(

@@ -233,7 +233,7 @@ def test_the_layout_that_was_found_is_taken_again(flags, start_process, tmp_path
     assert "padded: conversations in rows, 200 tokens at a time (not packed: as a test wants it)" in process.stdout
     assert_same(runs[1], runs[0])
     layouts = [json.loads((run / "config.json").read_text())["layout"] for run in runs]
-    assert layouts == [{"packed": False, "own_logits": False, "why": "as a test wants it"}] * 2
+    assert layouts == [{"packed": False, "own_logits": False, "masked": False, "why": "as a test wants it"}] * 2
 
 
 def test_a_layout_that_is_no_longer_exact_is_an_error(interrupted, uninterrupted, start_process):
