@@ -37,7 +37,7 @@ LENGTHS = (24, 9, 16)  # tokens of the small batch's conversations
 NARROW = 3  # tokens of a sliding window in the self-check: one more or less changes a third of what a token sees
 # Relative, of loss and gradient: 16 bits round. Where conversations see each other, the difference is a third or more.
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
-# On its way back through the layers rounding grows, in SmolLM2 a thousandfold: another kernel of a GPU makes 2e-4 of the
+# On its way back through the layers rounding grows, in SmolLM2 a thousandfold: other kernels of a GPU make 2e-4 of the
 # gradient of all weights, where a parameter that a layout leaves out makes 3 % (Doge's mask).
 ALL_WEIGHTS, ALL_WEIGHTS_TOLERANCE = "gradient of all weights", 0.01
 LEAVE_OUT = "; leave it out"  # of a flag
