@@ -371,7 +371,11 @@ def main(argv):
             "platform": platform.platform(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "options": {**options, "data": [Path(file).name for file in options["data"]]},
+            "options": {
+                **options,
+                "model": Path(options["model"]).name,
+                "data": [Path(file).name for file in options["data"]],
+            },
             "gemm_flops": gemm,
             "engines": rows,
             "measured": results,

@@ -29,6 +29,7 @@ aten = torch.ops.aten
 # The makers' figures for dense bf16 or fp16: bytes and FLOPs per second. The fraction reached is assumed, below.
 DEVICES = {
     "H100 SXM": (3.35e12, 989e12),
+    "H200 SXM": (4.8e12, 989e12),
     "A100 SXM 80 GB": (2.04e12, 312e12),
     "L4": (0.30e12, 121e12),
     "T4 (fp16)": (0.32e12, 65e12),
