@@ -69,13 +69,34 @@ def generate_answers(
     prompt, not on the other prompts. The global random state is left unchanged, so generating never changes training.
     """
     encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
-    stops, answers = torch.tensor(stop_ids(tokenizer)), {}
-    for batch in cut_padded(range(len(encoded)), BATCH_TOKENS, lambda number: len(encoded[number]) + max_new_tokens):
-        new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens)
-        for number, ids in zip(batch, new, strict=True):
-            text, finished = tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(torch.isin(ids[-1], stops))
-            answers[number] = Answer(prompts[number], text, finished, len(ids), sampling.greedy)
-    return [answers[number] for number in range(len(prompts))]
+    limits = [max_new_tokens] * len(encoded)
+    generated = dict(generate_batches(model, tokenizer, encoded, limits, sampling))
+    stops, answers = torch.tensor(stop_ids(tokenizer)), []
+    for number, prompt in enumerate(prompts):
+        ids = generated[number]
+        text, finished = tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(torch.isin(ids[-1], stops))
+        answers.append(Answer(prompt, text, finished, len(ids), sampling.greedy))
+    return answers
+
+
+def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=0):
+    """Yield for each prompt its number and the ids generated after it, (T,), up to its limit; batch after batch.
+
+    Args:
+        prompts, limits: ids, (T,) each, and the tokens after which each answer ends; they fit into the context length.
+        budget: most tokens of a batch: prompts, padding and new tokens; 0: `BATCH_TOKENS`.
+    """
+    budget, longest = budget or BATCH_TOKENS, max(limits, default=0)
+
+    def cost(number):
+        """The tokens of a row; one that would leave no room for the answers beside it is alone."""
+        tokens = len(prompts[number]) + limits[number]
+        return tokens if len(prompts[number]) + longest <= tokenizer.model_max_length else max(tokens, budget)
+
+    for batch in cut_padded(range(len(prompts)), budget, cost):
+        rows, most = [prompts[number] for number in batch], max(limits[number] for number in batch)
+        for number, ids in zip(batch, generate(model, tokenizer, rows, sampling, most), strict=True):
+            yield number, ids[: limits[number]]
 
 
 def encode_with_system(prompt, tokenizer, system=""):
