@@ -17,7 +17,7 @@ import re
 import sys
 import time
 import unicodedata
-from decimal import Decimal
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,8 @@ from conversations.templates import stop_ids
 from evaluation.generation import generate_batches
 
 TAG = re.compile(r"</?tool_call>|```(?:json)?")  # around calls (Hermes, Qwen) and around JSON: a part of the answer
-NUMBER = r"(?<![\w./])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # not the 2 of x2, 1/2 or 1.0.2
+# Thousands, decimals, a fraction, an exponent; not the 2 of x2, nor of 1.0.2.
+NUMBER = r"(?<![\w./])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/[1-9]\d*)?|\.\d+)(?:e[-+]?\d{1,3})?(?!\d|\.\d)"
 BEFORE = r"####|[\d)]\s*=|\\boxed{|answer is:?"  # a result
 RESULT = re.compile(rf"(?:.*(?:{BEFORE}))?[\s$]*({NUMBER})\s?[%}}$.]*", re.DOTALL | re.IGNORECASE)
 Z = 1.959964  # of 95 %, in a standard normal distribution
@@ -86,12 +87,12 @@ def make_object(pairs):
 
 def parse_last_number(text):
     """The value of the last number in a text; None without one."""
-    numbers = re.findall(NUMBER, text)
+    numbers = re.findall(NUMBER, text, re.IGNORECASE)
     return parse_number(numbers[-1]) if numbers else None
 
 
 def parse_number(text):
-    return Decimal(re.sub("[$,]", "", text).replace("−", "-"))
+    return Fraction(re.sub("[$,]", "", text).replace("−", "-"))
 
 
 def normalize(text):

@@ -50,12 +50,10 @@ def format_losses(report):
 def format_exact(name, found):
     """The lines about the right answers to a split: how many, by which rules, and the first wrong ones."""
     rules = ", ".join(f"{rule} {each['right']} of {each['conversations']}" for rule, each in found["by_rule"].items())
-    shares = "none can be judged"
-    if found["interval"]:
-        shares = "{:.1%}, 95 % interval [{:.1%}, {:.1%}]".format(
-            found["right"] / found["conversations"], *found["interval"]
-        )
-    yield f"\n  {name}: {found['right']} of {found['conversations']} answers are right: {shares} ({rules})"
+    share, interval = "none can be judged", found["interval"]
+    if interval:
+        share = f"{found['right'] / found['conversations']:.1%}, 95 % interval [{interval[0]:.1%}, {interval[1]:.1%}]"
+    yield f"\n  {name}: {found['right']} of {found['conversations']} answers are right: {share} ({rules})"
     if found["unfinished"]:
         yield f"    {found['unfinished']} answers did not end, and count as wrong"
     for reason, count in found["not_judged"].items():
@@ -65,9 +63,8 @@ def format_exact(name, found):
         yield "    only this one right {won}, only the other {lost}, p = {p:.2g}: ".format(**found["against"]) + chance
     for row in [row for row in found["rows"] if not row["right"]][:MAX_WRONG]:
         yield f"    wrong, by {row['rule']}: {row['location'].rsplit('/', 1)[-1]}"
-        yield from (
-            f"    {line}" for line in side_by_side(row["reference"], answer_text({**row, "text": row["answer"]}))
-        )
+        lines = side_by_side(row["reference"], answer_text({**row, "text": row["answer"]}))
+        yield from (f"    {line}" for line in lines)
 
 
 def format_comparison(found):
