@@ -29,7 +29,7 @@ from evaluation.generation import generate_batches
 
 TAG = re.compile(r"</?tool_call>|```(?:json)?")  # around calls (Hermes, Qwen) and around JSON: a part of the answer
 # Thousands, decimals, a fraction, an exponent; not the 2 of x2, nor of 1.0.2.
-NUMBER = r"(?<![\w./])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/[1-9]\d*)?|\.\d+)(?:e[-+]?\d{1,3})?(?!\d|\.\d)"
+NUMBER = r"(?<![\w./])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:/[1-9]\d*|(?:\.\d+)?(?:e[-+]?\d{1,3})?)|\.\d+)(?!\d|\.\d)"
 BEFORE = r"####|[\d)]\s*=|\\boxed{|answer is:?"  # a result
 RESULT = re.compile(rf"(?:.*(?:{BEFORE}))?[\s$]*({NUMBER})\s?[%}}$.]*", re.DOTALL | re.IGNORECASE)
 Z = 1.959964  # of 95 %, in a standard normal distribution
