@@ -71,11 +71,6 @@ class Precision:
         note = " (TF32 is off)" if self.name == "fp32" else ""
         return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.name}{note}"
 
-    @property
-    def processor(self):
-        """The processor and its widest instructions, on which the last bits of results on a CPU depend."""
-        return f"{torch.cpu.get_capabilities().get('cpu_name')} ({torch.backends.cpu.get_cpu_capability()})"
-
     def grad_scaler(self):
         """The scaler that keeps fp16 gradients from vanishing, disabled in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")

@@ -335,13 +335,14 @@ def command(argv, signals):
     group.add_argument("--dry-run", action="store_true", help="print the plan, and what a new run takes, and stop")
     group.add_argument("--write-config", metavar="FILE", help="write all settings to a new recipe, and stop")
     named, options = parser.parse(argv)
-    if options["allow_changes"] and not options["resume"]:
+    if options["allow_changes"] and not options["resume"] and not options["replay"]:
         raise UserError("--allow-changes needs --resume")
-    replay.check_options(options)
+    if options["updates"] is not None and not options["replay"]:
+        raise UserError("--updates needs --replay")
     hub.quiet_libraries()
     try:
         if options["replay"]:
-            return replay.replay(options["replay"], named, options["updates"], build_run, updates, signals)
+            return replay.replay(options, named, build_run, updates, signals)
         path = resume.find_run_to_resume(options["resume"], named)
         if options["write_config"]:
             return setup.write_config(path, named, options["write_config"])

@@ -12,18 +12,17 @@ as equal depends on the reference alone:
 
 import json
 import math
-import operator
 import re
 import sys
 import time
 import unicodedata
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from conversations.chatml import find_opening
+from conversations.masking import IGNORE
 from conversations.templates import stop_ids
 from evaluation.generation import generate_batches
 
@@ -31,68 +30,38 @@ TAG = re.compile(r"</?tool_call>|```(?:json)?")  # around calls (Hermes, Qwen) a
 # Thousands, decimals, a fraction, an exponent; not the 2 of x2, nor of 1.0.2.
 NUMBER = r"(?<![\w./])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:/[1-9]\d*|(?:\.\d+)?(?:e[-+]?\d{1,3})?)|\.\d+)(?!\d|\.\d)"
 BEFORE = r"####|[\d)]\s*=|\\boxed{|answer is:?"  # a result
-RESULT = re.compile(rf"(?:.*(?:{BEFORE}))?[\s$]*({NUMBER})\s?[%}}$.]*", re.DOTALL | re.IGNORECASE)
+RESULT = re.compile(rf"(?:.*(?:{BEFORE}))?[\s$]*{NUMBER}\s?[%}}$.]*", re.DOTALL | re.IGNORECASE)
 Z = 1.959964  # of 95 %, in a standard normal distribution
 INTERVAL = 30  # seconds between two lines of progress, where there is no terminal
-
-
-class Reference(NamedTuple):
-    """The last answer of a held-out conversation, and what the model is to answer it to."""
-
-    location: str  # "file:line"
-    prompt: torch.Tensor  # ids, (T,)
-    text: str
-    rule: str  # json, number or text
-    value: object  # by the rule; the same for all answers that are equal
-    limit: int  # tokens of an answer, its stop token included
 
 
 # --- what is equal
 
 
-def find_rule(text):
-    """The rule for answers to a reference, by its text, and its value by that rule."""
-    if (value := parse_json(text)) is not None:
-        return "json", value
-    if match := RESULT.fullmatch(text.strip()):
-        return "number", parse_number(match[1])
-    return "text", normalize(text)
-
-
 def parse_json(text):
     """JSON objects and arrays that follow each other, as a list of canonical texts; None if there is anything else."""
-    rest, found, decoder = text.strip(), [], json.JSONDecoder(object_pairs_hook=make_object)
+    # An object becomes one of a single list, in which a key may be there twice.
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: {"": sorted(pairs, key=lambda pair: pair[0])})
+    rest, found = text.strip(), []
     try:
         while rest:
             if tag := TAG.match(rest):
                 part, end = tag[0], tag.end()
             else:
                 value, end = decoder.raw_decode(rest)
-                part = json.dumps(value, sort_keys=True)  # unlike Python, it tells true, 1 and 1.0 apart
-                if not isinstance(value, dict | list):
-                    return None
+                part = json.dumps(value)  # unlike Python, it tells true, 1 and 1.0 apart
             found.append(part)
             rest = rest[end:].strip()
     except (ValueError, RecursionError):
         return None
-    return found if any(part[0] in "{[" for part in found) else None
-
-
-def make_object(pairs):
-    """A JSON object; raises `ValueError` where a key is there twice, as parsers do not agree on what that means."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
-    return dict(pairs)
+    values = [part for part in found if not TAG.match(part)]
+    return found if values and all(value[0] in "{[" for value in values) else None
 
 
 def parse_last_number(text):
     """The value of the last number in a text; None without one."""
     numbers = re.findall(NUMBER, text, re.IGNORECASE)
-    return parse_number(numbers[-1]) if numbers else None
-
-
-def parse_number(text):
-    return Fraction(re.sub("[$,]", "", text).replace("−", "-"))
+    return Fraction(re.sub("[$,]", "", numbers[-1]).replace("−", "-")) if numbers else None
 
 
 def normalize(text):
@@ -104,25 +73,29 @@ def normalize(text):
     return text.rstrip(".!?… ") or text
 
 
-PARSERS = {"json": parse_json, "number": parse_last_number, "text": normalize}
+PARSERS = {"json": parse_json, "number": parse_last_number, "text": normalize}  # equal answers have equal values
 
 
-# --- the references of a split
+def choose_rule(reference):
+    """The rule for answers to a reference, by its text."""
+    return "json" if parse_json(reference) else "number" if RESULT.fullmatch(reference.strip()) else "text"
+
+
+# --- judging
 
 
 def find_references(examples, tokenizer, most_tokens):
-    """The `Reference`s of a split, and how many of its conversations have none that can be judged, by the reason.
+    """The prompts, ids, of a split and the most tokens of each answer; what is known of each; why others have none.
 
     An answer ends after twice the tokens of its reference and 16, and no later than after `most_tokens`. Before a
     number there may be workings of any length.
     """
-    references, skipped = [], {}
+    prompts, limits, rows, skipped = [], [], [], {}
     stops, opening = torch.tensor(stop_ids(tokenizer)), len(find_opening(tokenizer))
     last = {examples.location(row): row for row in range(len(examples))}  # a conversation may be several examples
-    for location, example in ((location, examples[row]) for location, row in last.items()):
-        start = find_last_answer(example)
-        prompt, answer = example.input_ids[:start], example.input_ids[start:]
-        ends = torch.isin(answer, stops).nonzero()[:1, 0].tolist()
+    for location, (ids, labels) in ((location, examples[row]) for location, row in last.items()):
+        start = find_last_answer(labels)
+        ends = torch.isin(ids[start:], stops).nonzero()[:1, 0].tolist()
         tokens = ends[0] + 1 if ends else 0
         reason = "are no answers to anything" if start <= opening else "are cut off" if not ends else ""
         if tokens > most_tokens:
@@ -130,44 +103,37 @@ def find_references(examples, tokenizer, most_tokens):
         if reason:
             skipped[reason] = skipped.get(reason, 0) + 1
             continue
-        text = tokenizer.decode(answer[:tokens], skip_special_tokens=True).strip()
-        rule, value = find_rule(text)
-        limit = min(
-            most_tokens, tokenizer.model_max_length - start, most_tokens if rule == "number" else 2 * tokens + 16
-        )
-        references.append(Reference(location, prompt, text, rule, value, limit))
-    return references, skipped
+        reference = tokenizer.decode(ids[start : start + tokens], skip_special_tokens=True).strip()
+        rule = choose_rule(reference)
+        limit = most_tokens if rule == "number" else min(most_tokens, 2 * tokens + 16)
+        prompts.append(ids[:start])
+        limits.append(min(limit, tokenizer.model_max_length - start))
+        rows.append({"location": location, "rule": rule, "reference": reference})
+    return prompts, limits, rows, skipped
 
 
-def find_last_answer(example):
+def find_last_answer(labels):
     """Where the last supervised answer of an example begins."""
-    end = int(example.supervised.nonzero()[-1])
-    context = (~example.supervised[:end]).nonzero()
+    supervised = labels != IGNORE
+    context = (~supervised[: int(supervised.nonzero()[-1])]).nonzero()
     return int(context[-1]) + 1 if len(context) else 0
 
 
-# --- judging
-
-
 def judge(model, tokenizer, examples, most_tokens, budget=0):
-    """The report on a model's greedy answers to a split, a `data.Examples`, as JSON; for `budget` see `generation`."""
-    references, skipped = find_references(examples, tokenizer, most_tokens)
-    stops, rows, tokens, began = torch.tensor(stop_ids(tokenizer)), {}, 0, time.monotonic()
-    prompts, limits = ([getattr(each, name) for each in references] for name in ("prompt", "limit"))
+    """The report on a model's greedy answers to a split, a `data.Examples`, as JSON.
+
+    Args:
+        most_tokens: of an answer.
+        budget: as in `generate_batches`.
+    """
+    prompts, limits, rows, skipped = find_references(examples, tokenizer, most_tokens)
+    began, tokens = time.monotonic(), 0
     batches = generate_batches(model, tokenizer, prompts, limits, budget=budget)
-    for number, ids in show_progress(batches, len(references)):
-        reference, text = references[number], tokenizer.decode(ids, skip_special_tokens=True).strip()
-        finished = bool(torch.isin(ids[-1], stops))
-        rows[number] = {
-            "location": reference.location,
-            "rule": reference.rule,
-            "right": finished and PARSERS[reference.rule](text) == reference.value,
-            "finished": finished,
-            "reference": reference.text,
-            "answer": text,
-        }
-        tokens += len(ids)
-    rows = [rows[number] for number in range(len(references))]
+    for number, text, finished, length in show_progress(batches, len(rows)):
+        row, tokens = rows[number], tokens + length
+        parse = PARSERS[row["rule"]]
+        right = finished and parse(text) == parse(row["reference"])
+        row |= {"answer": text, "finished": finished, "right": right}
     rules = sorted({row["rule"] for row in rows})
     return {
         **count_right(rows),
@@ -180,21 +146,27 @@ def judge(model, tokenizer, examples, most_tokens, budget=0):
     }
 
 
+def show_progress(answers, total):
+    """Iterate over answers, and show how many there are: a bar on a terminal, elsewhere a line now and then."""
+    last = time.monotonic()
+    for done, answer in enumerate(bar := tqdm(answers, total=total, unit=" answers", disable=None, leave=False), 1):
+        yield answer
+        if bar.disable and time.monotonic() - last > INTERVAL:
+            last = time.monotonic()
+            print(f"  {done:,} of {total:,} answers", file=sys.stderr)
+
+
 def count_right(rows):
-    right = sum(row["right"] for row in rows)
-    return {"conversations": len(rows), "right": right, "interval": wilson_interval(right, len(rows))}
+    """The number of right answers, and the 95 % interval of their share, as Wilson has it; None of no answers.
 
-
-def wilson_interval(right, n):
-    """The 95 % interval of a share, `right` of n, as Wilson has it (1927, https://doi.org/10.2307/2276774); None of 0.
-
-    It holds for small n, and for shares of 0 and 1, too: Brown, Cai, DasGupta, https://doi.org/10.1214/ss/1009213286.
+    It holds for small numbers and for shares of 0 and 1, too (Brown, Cai, DasGupta, doi.org/10.1214/ss/1009213286).
     """
-    if not n:
-        return None
-    share, weight = right / n, 1 + Z**2 / n
-    middle, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return [max(0.0, (middle - half) / weight), min(1.0, (middle + half) / weight)]
+    right, n, interval = sum(row["right"] for row in rows), len(rows), None
+    if n:
+        share, weight = right / n, 1 + Z**2 / n
+        middle, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+        interval = [max(0.0, (middle - half) / weight), min(1.0, (middle + half) / weight)]
+    return {"conversations": n, "right": right, "interval": interval}
 
 
 def compare_right(before, after):
@@ -202,21 +174,11 @@ def compare_right(before, after):
 
     p is that of McNemar's exact test: how likely so uneven a split is if each of these was either model's with 1/2.
     """
-    same = operator.itemgetter("location", "reference")  # which another tokenizer's length limit may change
-    others = {same(row): row["right"] for row in before["rows"]}
-    pairs = [(others[same(row)], row["right"]) for row in after["rows"] if same(row) in others]
+    # By the reference, too, as another tokenizer's length limit may leave another answer the last.
+    others, mine = (
+        {(row["location"], row["reference"]): row["right"] for row in report["rows"]} for report in (before, after)
+    )
+    pairs = [(others[key], right) for key, right in mine.items() if key in others]
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     ways = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
     return {"conversations": len(pairs), "won": won, "lost": lost, "p": min(1.0, 2 * ways / 2 ** (won + lost))}
-
-
-def show_progress(answers, total):
-    """Iterate over answers, and show how many there are: a bar on a terminal, elsewhere a line now and then."""
-    last = time.monotonic()
-    with tqdm(total=total, unit=" answers", disable=None, leave=False) as bar:
-        for done, answer in enumerate(answers, 1):
-            yield answer
-            bar.update()
-            if bar.disable and time.monotonic() - last > INTERVAL:
-                last = time.monotonic()
-                print(f"  {done:,} of {total:,} answers", file=sys.stderr)

@@ -69,34 +69,31 @@ def generate_answers(
     prompt, not on the other prompts. The global random state is left unchanged, so generating never changes training.
     """
     encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
-    limits = [max_new_tokens] * len(encoded)
-    generated = dict(generate_batches(model, tokenizer, encoded, limits, sampling))
-    stops, answers = torch.tensor(stop_ids(tokenizer)), []
-    for number, prompt in enumerate(prompts):
-        ids = generated[number]
-        text, finished = tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(torch.isin(ids[-1], stops))
-        answers.append(Answer(prompt, text, finished, len(ids), sampling.greedy))
-    return answers
+    generated = generate_batches(model, tokenizer, encoded, [max_new_tokens] * len(encoded), sampling)
+    answers = {number: Answer(prompts[number], *generated, sampling.greedy) for number, *generated in generated}
+    return [answers[number] for number in range(len(prompts))]
 
 
 def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=0):
-    """Yield for each prompt its number and the ids generated after it, (T,), up to its limit; batch after batch.
+    """Yield, batch by batch, for each prompt its number, the text of its answer, whether that is finished, its tokens.
 
     Args:
-        prompts, limits: ids, (T,) each, and the tokens after which each answer ends; they fit into the context length.
-        budget: most tokens of a batch: prompts, padding and new tokens; 0: `BATCH_TOKENS`.
+        prompts, limits: ids, (T,) each, and the most tokens of each answer; together they fit into the context length.
+        budget: the most tokens of a batch: prompts, padding and new ones; 0: `BATCH_TOKENS`.
     """
-    budget, longest = budget or BATCH_TOKENS, max(limits, default=0)
+    budget, longest, stops = budget or BATCH_TOKENS, max(limits, default=0), torch.tensor(stop_ids(tokenizer))
 
-    def cost(number):
-        """The tokens of a row; one that would leave no room for the answers beside it is alone."""
-        tokens = len(prompts[number]) + limits[number]
-        return tokens if len(prompts[number]) + longest <= tokenizer.model_max_length else max(tokens, budget)
+    def count_tokens(number):
+        if len(prompts[number]) + longest > tokenizer.model_max_length:
+            return max(len(prompts[number]) + limits[number], budget)  # alone: beside it, others might not fit
+        return len(prompts[number]) + limits[number]
 
-    for batch in cut_padded(range(len(prompts)), budget, cost):
+    for batch in cut_padded(range(len(prompts)), budget, count_tokens):
         rows, most = [prompts[number] for number in batch], max(limits[number] for number in batch)
         for number, ids in zip(batch, generate(model, tokenizer, rows, sampling, most), strict=True):
-            yield number, ids[: limits[number]]
+            ids = ids[: limits[number]]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            yield number, text, bool(torch.isin(ids[-1], stops)), len(ids)
 
 
 def encode_with_system(prompt, tokenizer, system=""):

@@ -84,6 +84,7 @@ class Run:
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         decided = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
         decided |= {"layout": self.layout.record(), "losses_left_out": list_extra_losses(self.model)}
-        decided |= {"processor": self.precision.processor, "processes": world_size(), "base": self.base}
+        processor = f"{torch.cpu.get_capabilities().get('cpu_name')} ({torch.backends.cpu.get_cpu_capability()})"
+        decided |= {"processor": processor, "processes": world_size(), "base": self.base}
         decided |= {"commits": self.commits, "eval_every": self.eval_every, "save_every": self.save_every}
         return describe(self.config, self.precision, self.data) | decided

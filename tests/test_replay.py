@@ -76,7 +76,7 @@ def test_a_run_is_equal_to_itself_and_nothing_is_written(place, capsys):
     status, verdict = replay(capsys, place)
     assert (status, verdict) == (
         0,
-        "equal to update 12: loss, grad_norm, lr, tokens, supervised_tokens of 12 updates, bit for bit",
+        "equal to update 12: loss, grad_norm, lr, tokens, supervised_tokens of 12 logged updates, bit for bit",
     )
     assert files(place) == before
     assert [path.name for path in place.parent.iterdir()] == ["place"]
@@ -100,7 +100,7 @@ def test_a_run_that_was_resumed_and_logs_every_third_update(place, capsys, monke
     (place / "other").rename(place / "run")
     assert replay(capsys, place) == (
         0,
-        "equal to update 6: loss, grad_norm, lr, tokens, supervised_tokens of 2 updates, bit for bit",
+        "equal to update 6: loss, grad_norm, lr, tokens, supervised_tokens of 2 logged updates, bit for bit",
     )
     assert refusal(place, "--updates", 2) == f"--updates 2: the first update in the log of {place / 'run'} is 3"
 
@@ -110,7 +110,9 @@ def test_a_learning_rate_off_by_a_trillionth(place, capsys, monkeypatch):
     monkeypatch.setattr(train_command, "learning_rate", lambda *a: real(*a) * (1 + 1e-12))
     status, verdict = replay(capsys, place)
     assert status == 1
-    assert re.match(r"differs at update 2: lr 0\.005 -> 0\.0050000000\d+ \(by 1\.0e-12\)\n  11 of 12 updates", verdict)
+    assert re.match(
+        r"differs at update 2: lr 0\.005 -> 0\.0050000000\d+ \(by 1\.0e-12\)\n  11 of 12 logged updates", verdict
+    )
 
 
 def test_another_order(place, capsys, monkeypatch):
@@ -130,7 +132,9 @@ def test_a_number_of_the_log_in_its_last_bit(place, capsys):
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, verdict = replay(capsys, place)
     assert status == 1
-    assert re.match(r"differs at update 7: grad_norm \S+ -> \S+ \(by [12]\.\de-16\)\n  1 of 12 updates differ", verdict)
+    assert re.match(
+        r"differs at update 7: grad_norm \S+ -> \S+ \(by [12]\.\de-16\)\n  1 of 12 logged updates differ", verdict
+    )
     assert replay(capsys, place, "--updates", 6)[0] == 0
 
 
@@ -142,13 +146,19 @@ def test_a_changed_seed(place, capsys):
     assert "\n  then -> now: data " in verdict
 
 
-def test_settings_that_were_edited_by_hand(made, place):
-    config = place / "run" / "config.json"
-    shutil.copytree(made / "run" / "checkpoints", place / "run" / "checkpoints", dirs_exist_ok=True)
-    paths = {"model": str(made / "model"), "dataset": [str(made / "chats.jsonl")]}  # as the checkpoints have them
-    change(config, lambda record: record["config"].update(paths, seed=5, max_steps=9))
-    changed = r"config.json was changed since step-\d+ was saved \(--max-steps 12 -> 9, --seed 42 -> 5\); put that back"
-    assert re.search(changed, refusal(place))
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("seed", 5, r"differs at update 1: loss .*\n  then -> now: data "),
+        ("lr", 2e-2, r"differs at update 2: lr 0.005 -> 0.01 \(by 1.0e\+00\)\n  11 of 12"),
+    ],
+)
+def test_settings_that_were_edited_by_hand(place, capsys, name, value, found):
+    change(place / "run" / "config.json", lambda record: record["config"].update({name: value}))
+    status, verdict = replay(capsys, place)
+    assert (status, bool(re.search(found, verdict, re.DOTALL))) == (1, True)
+    change(place / "run" / "config.json", lambda record: record["config"].update(max_steps=9))
+    assert "update 12 is logged, but there are 9 in all" in refusal(place)
 
 
 def test_one_altered_weight_of_the_base(place):
@@ -224,10 +234,10 @@ def test_a_resumed_run_records_on_what_it_went_on(place, capsys, monkeypatch):
 def test_what_cannot_be_replayed_is_one_line(place):
     run = place / "run"
     assert refusal(place.parent) == f"--replay {place.parent / 'run'}: there is no run in it"
-    for flag in (["--resume", run], ["--allow-changes", "--resume", run], ["--dry-run"], ["--write-config", "a.toml"]):
+    for flag in (["--resume", run], ["--allow-changes"], ["--dry-run"], ["--write-config", "a.toml"]):
         assert "--replay trains nothing and writes nothing; leave --" in refusal(place, *flag)
-    assert refusal(place, "--updates", 0) == "--updates needs --replay, and is at least 1"
-    with pytest.raises(UserError, match="--updates needs --replay, and is at least 1"):
+    assert refusal(place, "--updates", 0) == "--updates must be at least 1"
+    with pytest.raises(UserError, match="--updates needs --replay"):
         train_command.main(["--updates", "3"])
     log = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(log.replace('"grad_norm"', '"norm"', 1))
