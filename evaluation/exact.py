@@ -146,14 +146,17 @@ def judge(model, tokenizer, examples, most_tokens, budget=0):
     }
 
 
-def show_progress(answers, total):
-    """Iterate over answers, and show how many there are: a bar on a terminal, elsewhere a line now and then."""
+def show_progress(batches, total):
+    """Iterate over the answers of batches, and show how many are left: by a bar on a terminal, else a line at times."""
     last = time.monotonic()
-    for done, answer in enumerate(bar := tqdm(answers, total=total, unit=" answers", disable=None, leave=False), 1):
-        yield answer
-        if bar.disable and time.monotonic() - last > INTERVAL:
-            last = time.monotonic()
-            print(f"  {done:,} of {total:,} answers", file=sys.stderr)
+    with tqdm(total=total, unit=" answers", disable=None, leave=False) as bar:
+        for answers in batches:
+            yield from answers
+            bar.update(len(answers))
+            total -= len(answers)
+            if bar.disable and time.monotonic() - last > INTERVAL:
+                last = time.monotonic()
+                print(f"  {total:,} more answers to generate", file=sys.stderr)
 
 
 def count_right(rows):

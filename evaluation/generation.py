@@ -70,12 +70,14 @@ def generate_answers(
     """
     encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
     generated = generate_batches(model, tokenizer, encoded, [max_new_tokens] * len(encoded), sampling)
-    answers = {number: Answer(prompts[number], *generated, sampling.greedy) for number, *generated in generated}
+    answers = {
+        number: Answer(prompts[number], *rest, sampling.greedy) for batch in generated for number, *rest in batch
+    }
     return [answers[number] for number in range(len(prompts))]
 
 
 def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=0):
-    """Yield, batch by batch, for each prompt its number, the text of its answer, whether that is finished, its tokens.
+    """Yield a list for each batch: of each prompt its number, its answer, whether that is finished, and its tokens.
 
     Args:
         prompts, limits: ids, (T,) each, and the most tokens of each answer; together they fit into the context length.
@@ -90,10 +92,12 @@ def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=
 
     for batch in cut_padded(range(len(prompts)), budget, count_tokens):
         rows, most = [prompts[number] for number in batch], max(limits[number] for number in batch)
+        answers = []
         for number, ids in zip(batch, generate(model, tokenizer, rows, sampling, most), strict=True):
             ids = ids[: limits[number]]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            yield number, text, bool(torch.isin(ids[-1], stops)), len(ids)
+            answers.append((number, text, bool(torch.isin(ids[-1], stops)), len(ids)))
+        yield answers
 
 
 def encode_with_system(prompt, tokenizer, system=""):

@@ -184,16 +184,17 @@ def test_answers_are_those_of_one_by_one(tiny_tokenizer, tmp_path, dtype):
         alone[number] = [text, ids[0, -1].item() == tiny_tokenizer.eos_token_id, ids.shape[1] - len(prompt)]
     for budget in (0, 1, 200, 700):
         found = generate_batches(model, tiny_tokenizer, prompts, limits, budget=budget)
-        assert {number: rest for number, *rest in found} == alone
+        assert {number: rest for batch in found for number, *rest in batch} == alone
 
 
 def test_a_row_near_the_context_length_shortens_no_other(tiny_tokenizer, monkeypatch):
     model = tiny_llama(len(tiny_tokenizer)).double()
     prompts, limits = [torch.arange(3, 3 + n) for n in (5, 90, 7, 95)], [40, 10, 40, 5]
     monkeypatch.setattr(tiny_tokenizer, "model_max_length", 100)
-    together = {number: rest for number, *rest in generate_batches(model, tiny_tokenizer, prompts, limits)}
+    batches = generate_batches(model, tiny_tokenizer, prompts, limits)
+    together = {number: rest for batch in batches for number, *rest in batch}
     for number in range(4):
-        ((_, *alone),) = generate_batches(model, tiny_tokenizer, [prompts[number]], [limits[number]])
+        (((_, *alone),),) = generate_batches(model, tiny_tokenizer, [prompts[number]], [limits[number]])
         assert together[number] == alone
         assert alone[2] == limits[number], "the control: an answer that does not stop"
 
@@ -257,7 +258,7 @@ def test_what_is_right_by_which_rule(tiny_tokenizer, tmp_path, monkeypatch, caps
     }
     assert (found["right"], found["conversations"], found["unfinished"], found["not_judged"]) == (3, 6, 1, {})
     assert found["tokens"] == sum(min(len(row["answer"]) + 1, 62) if row["finished"] else 62 for row in found["rows"])
-    assert capsys.readouterr().err.splitlines()[-1] == "  6 of 6 answers"
+    assert capsys.readouterr().err.splitlines()[-1] == "  0 more answers to generate"
 
 
 def test_an_answer_without_an_end_is_wrong(tiny_tokenizer, tmp_path, monkeypatch):
