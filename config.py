@@ -272,7 +272,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in options.items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"{flag_name(name)} is empty; leave it out, or name something")
-            if name in ("output_dir", "resume", "html", "write_config") and value:
+            if name in ("output_dir", "resume", "replay", "html", "write_config") and value:
                 options[name] = os.path.expanduser(value)  # a shell does not expand the ~ of --flag=~/path
         recipe = read_recipe(options.pop("config")) if "config" in options else {}
         overrides = {name: options.pop(name) for name in FIELDS if name in options}

@@ -30,6 +30,7 @@ from data import DATA_FLAGS, load_data, load_split
 from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
+from evaluation.exact import compare_right, judge
 from evaluation.facts import run_facts
 from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
@@ -40,6 +41,7 @@ from storage import hub
 from storage.adapter import is_adapter
 from storage.durable import atomic_directory, replace_file
 
+EXACT_TOKENS = 512  # of an answer that --exact judges, at most
 DEFAULT_PROMPTS = ("What is the capital of France?", "Who are you?")
 
 
@@ -110,6 +112,7 @@ def main(argv):
     overrides, options = make_parser().parse(argv)
     hub.quiet_libraries()
     options = SimpleNamespace(**options, own_data="dataset" not in overrides)
+    options.most_tokens = options.max_new_tokens or EXACT_TOKENS
     if options.max_new_tokens is None:
         options.max_new_tokens = 500 if options.chat else 50
     check_options(options)
@@ -140,6 +143,7 @@ def make_parser():
     add("models_or_runs", nargs="+", metavar="RUN_OR_MODEL", help=help)
     add("--against", metavar="RUN_OR_MODEL", help="a second model or run, evaluated on the same data")
     add("--text", metavar="FILE", help="loss on a file of plain text: does the model forget?")
+    add("--exact", action="store_true", help="answer the held-out conversations, and count the right answers")
     add("--prompts", nargs="+", metavar="TEXT", help="prompts, or files with a prompt on each line (default: two)")
     add("--greedy", action="store_true", help="only greedy answers, no sampled ones")
     add("--chat", action="store_true", help="chat with the model; piped, read prompts line by line")
@@ -151,7 +155,7 @@ def make_parser():
     ):
         default = getattr(Sampling, name)
         add(flag_name(name), type=float, default=default, metavar="X", help=f"{what} ({default:g})")
-    add("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500)")
+    add("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500, --exact 512)")
     add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     add("--json", action="store_true", help="one JSON object instead of text")
     add("--merge", metavar="DIR", help="write the run's best model with its adapters merged; in --dtype, else fp32")
@@ -164,7 +168,7 @@ def check_options(options):
     """Raise `UserError` for options that exclude each other or break their rule."""
     values = vars(options)
     for action, what in (("chat", "is a conversation"), ("push_to_hub", "only uploads"), ("merge", "only merges")):
-        for name in ("chat", "against", "text", "prompts", "html", "json", "merge", "push_to_hub"):
+        for name in ("chat", "against", "text", "exact", "prompts", "html", "json", "merge", "push_to_hub"):
             if values[action] and values[name] and name != action:
                 raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     for name, valid, rule in (
@@ -218,6 +222,8 @@ def report_on(candidate, against, options):
     if against:
         other = evaluate_model(against, candidate.config, options)
         report |= {"against": other.report, **compare_models(other, evaluated)}
+        for name, right in report.get("exact", {}).items():
+            right["against"] = compare_right(other.report["exact"][name], right)
     if options.html:
         shown = evaluated.examples.get("train", [])[:3]
         replace_file(options.html, page(run_facts(candidate.run), shown, evaluated.tokenizer))
@@ -258,10 +264,18 @@ def evaluate_model(model_name, config, options):
         "dataset": list(config.dataset) if splits else [],
         "splits": losses,
         **({"text": {"file": options.text, **of_text}} if of_text else {}),
+        **({"exact": judge_splits(model, tokenizer, splits, config, options)} if options.exact else {}),
         "answers": [asdict(answer) for answer in answers],
         "finished": sum(answer.finished for answer in answers),
     }
     return ModelReport(report, tokenizer, examples, evaluations)
+
+
+def judge_splits(model, tokenizer, splits, config, options):
+    """The reports of `exact.judge` on the held-out splits, by name."""
+    held_out = {name: split.examples for name, split in splits.items() if split.examples and name != "train"}
+    limits = options.most_tokens, config.micro_batch_tokens
+    return {name: judge(model, tokenizer, examples, *limits) for name, examples in held_out.items()}
 
 
 def load_for_evaluation(path, local_files_only, tokenizer, precision, config, longest):
@@ -315,7 +329,7 @@ def load_splits(config, tokenizer, options):
             return load_data(config, tokenizer).splits
         return {"all": load_split(config, tokenizer)}
     except UserError as error:
-        if not (options.own_data and (options.prompts or options.text)):
+        if options.exact or not (options.own_data and (options.prompts or options.text)):
             raise
         print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
         return {}

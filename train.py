@@ -29,8 +29,7 @@ from compute.layers import compiled_graphs, deterministic_algorithms
 from compute.layout import Batch, PrefetchedWindows
 from config import Parser, UserError, run_command
 from model import Precision, token_loss
-from running import checkpoint, directory, report, resume, setup
-from running.diagnostics import explain_failed_update, explain_failed_write
+from running import checkpoint, diagnostics, directory, replay, report, resume, setup
 from running.distributed import run_distributed
 from running.estimate import estimate
 from running.metrics import peak_memory
@@ -40,6 +39,7 @@ from running.validation import answer_prompts, evaluate_best, evaluate_split, ev
 from storage import hub
 from storage.records import is_finished
 
+REPLAY_HELP = "repeat the first updates of a run, compare them with its log, bit for bit, and stop; writes nothing"
 RESUME_HELP = "continue a run directory from its newest valid checkpoint; auto: that of --output-dir, if it holds a run"
 
 
@@ -166,7 +166,7 @@ def updates(run):
         began = time.perf_counter()
         run.model.train()
         schedule = (run.warmup_steps, run.total_steps, config.schedule, config.min_lr, run.decay_steps)
-        with explain_failed_update(run), deterministic_algorithms(config.deterministic):
+        with diagnostics.explain_failed_update(run), deterministic_algorithms(config.deterministic):
             window = windows.get(run.step)
             seconds_data = time.perf_counter() - began
             metrics = train_step(
@@ -260,7 +260,7 @@ def train(run, signals, resumed):
     resume.check_agreement(run)
     run.open(resumed)
     try:
-        with explain_failed_write(run):
+        with diagnostics.explain_failed_write(run):
             signals.check()  # from here on, a signal stops the run at such a check only
             if run.step == 0:
                 evaluate_untrained(run, signals)
@@ -269,7 +269,7 @@ def train(run, signals, resumed):
             summary = report.write_report(run)
             signals.check()
     except Stopped as stop:
-        with explain_failed_write(run):
+        with diagnostics.explain_failed_write(run):
             if run.saver.started < run.step and run.optimizer:  # `evaluate_best` has freed it
                 checkpoint.save(run)
             run.saver.wait()
@@ -314,6 +314,7 @@ def resume_run(path, named, allow_changes, dry_run, signals):
             what = f"nothing is left to train with {', '.join(changed)}"
             raise UserError(f"{path} is finished; {what}; raise --epochs or --max-steps")
         run.changes = recorded.get("changes", []) + run.changes
+        run.resumed = recorded.get("resumed", []) + run.resumed
         return 0 if dry_run else train(run, signals, resumed=True)
 
 
@@ -328,14 +329,20 @@ def command(argv, signals):
     parser = Parser(prog="train.py", description="Fine-tune a causal language model on conversations.")
     group = parser.add_config_flags()
     group.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
+    group.add_argument("--replay", metavar="RUN", help=REPLAY_HELP)
+    group.add_argument("--updates", type=int, metavar="N", help="with --replay: repeat N (default 20)")
     group.add_argument("--allow-changes", action="store_true", help="with --resume: allow settings or data to change")
     group.add_argument("--dry-run", action="store_true", help="print the plan, and what a new run takes, and stop")
     group.add_argument("--write-config", metavar="FILE", help="write all settings to a new recipe, and stop")
     named, options = parser.parse(argv)
-    if options["allow_changes"] and not options["resume"]:
+    if options["allow_changes"] and not options["resume"] and not options["replay"]:
         raise UserError("--allow-changes needs --resume")
+    if options["updates"] is not None and not options["replay"]:
+        raise UserError("--updates needs --replay")
     hub.quiet_libraries()
     try:
+        if options["replay"]:
+            return replay.replay(options, named, build_run, updates, signals)
         path = resume.find_run_to_resume(options["resume"], named)
         if options["write_config"]:
             return setup.write_config(path, named, options["write_config"])

@@ -34,7 +34,8 @@ def run_facts(run):
     before, after = (losses["eval"][when] or {} for when in ("before", "after"))
     sources = [key for key in before if key.startswith("loss/") and key in after]  # of several --eval-dataset
     return {
-        **{name: record.get(name) for name in ("precision", "data", "versions", "base")},  # the base is of adapters
+        **{name: record.get(name) for name in ("precision", "data", "versions")},
+        "base": record.get("base") if config["lora_rank"] else None,  # of adapters, which need it
         "directory": str(run),
         "title": f"{model} on {', '.join(datasets)}",
         "model": model,

@@ -7,6 +7,8 @@ from config import format_value
 from evaluation.comparison import verdict
 from evaluation.facts import answer_text
 
+MAX_WRONG = 5  # answers that are shown
+
 
 def format_report(report):
     """A report as text: losses, comparisons, answers; of several runs their losses, mean and spread."""
@@ -41,6 +43,28 @@ def format_losses(report):
     for name, split, unit in rows:
         losses = "loss {loss:.4f}   perplexity {perplexity:.2f}   accuracy {accuracy:.1%}".format(**split)
         yield f"  {name:<5} {losses}   {split['supervised_tokens']:,} {unit}"
+    for name, found in report.get("exact", {}).items():
+        yield from format_exact(name, found)
+
+
+def format_exact(name, found):
+    """The lines about the right answers to a split: how many, by which rules, and the first wrong ones."""
+    rules = ", ".join(f"{rule} {each['right']} of {each['conversations']}" for rule, each in found["by_rule"].items())
+    share, interval = "none can be judged", found["interval"]
+    if interval:
+        share = f"{found['right'] / found['conversations']:.1%}, 95 % interval [{interval[0]:.1%}, {interval[1]:.1%}]"
+    yield f"\n  {name}: {found['right']} of {found['conversations']} answers are right: {share} ({rules})"
+    if found["unfinished"]:
+        yield f"    {found['unfinished']} answers did not end, and count as wrong"
+    for reason, count in found["not_judged"].items():
+        yield f"    {count} references {reason}, and are not judged"
+    if "against" in found:
+        chance = "no difference beyond chance" if found["against"]["p"] > 0.05 else "a difference"
+        yield "    only this one right {won}, only the other {lost}, p = {p:.2g}: ".format(**found["against"]) + chance
+    for row in [row for row in found["rows"] if not row["right"]][:MAX_WRONG]:
+        yield f"    wrong, by {row['rule']}: {row['location'].rsplit('/', 1)[-1]}"
+        lines = side_by_side(row["reference"], answer_text({**row, "text": row["answer"]}))
+        yield from (f"    {line}" for line in lines)
 
 
 def format_comparison(found):

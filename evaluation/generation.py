@@ -69,13 +69,35 @@ def generate_answers(
     prompt, not on the other prompts. The global random state is left unchanged, so generating never changes training.
     """
     encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
-    stops, answers = torch.tensor(stop_ids(tokenizer)), {}
-    for batch in cut_padded(range(len(encoded)), BATCH_TOKENS, lambda number: len(encoded[number]) + max_new_tokens):
-        new = generate(model, tokenizer, [encoded[number] for number in batch], sampling, max_new_tokens)
-        for number, ids in zip(batch, new, strict=True):
-            text, finished = tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(torch.isin(ids[-1], stops))
-            answers[number] = Answer(prompts[number], text, finished, len(ids), sampling.greedy)
+    generated = generate_batches(model, tokenizer, encoded, [max_new_tokens] * len(encoded), sampling)
+    answers = {
+        number: Answer(prompts[number], *rest, sampling.greedy) for batch in generated for number, *rest in batch
+    }
     return [answers[number] for number in range(len(prompts))]
+
+
+def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=0):
+    """Yield a list for each batch: of each prompt its number, its answer, whether that is finished, and its tokens.
+
+    Args:
+        prompts, limits: ids, (T,) each, and the most tokens of each answer; together they fit into the context length.
+        budget: the most tokens of a batch: prompts, padding and new ones; 0: `BATCH_TOKENS`.
+    """
+    budget, longest, stops = budget or BATCH_TOKENS, max(limits, default=0), torch.tensor(stop_ids(tokenizer))
+
+    def count_tokens(number):
+        if len(prompts[number]) + longest > tokenizer.model_max_length:
+            return max(len(prompts[number]) + limits[number], budget)  # alone: beside it, others might not fit
+        return len(prompts[number]) + limits[number]
+
+    for batch in cut_padded(range(len(prompts)), budget, count_tokens):
+        rows, most = [prompts[number] for number in batch], max(limits[number] for number in batch)
+        answers = []
+        for number, ids in zip(batch, generate(model, tokenizer, rows, sampling, most), strict=True):
+            ids = ids[: limits[number]]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers.append((number, text, bool(torch.isin(ids[-1], stops)), len(ids)))
+        yield answers
 
 
 def encode_with_system(prompt, tokenizer, system=""):

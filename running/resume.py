@@ -13,6 +13,8 @@ from running.directory import read_owner
 from storage.durable import CorruptError, find_corruption, verify
 from storage.records import describe, is_finished, read_metrics, read_record
 
+MACHINE = ("device", "processor", "processes", "layout", "micro_batch_tokens")  # entries of `Run.describe`
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -113,6 +115,22 @@ def list_changes(before, now):
     return changes
 
 
+def list_machine_changes(before, now):
+    """The differences between two `Run.describe` records that change results by rounding at most, as lines."""
+    pairs = {name.replace("_", " "): (before.get(name, "not recorded"), now[name]) for name in MACHINE}
+    for name in MAY_CHANGE_ON_RESUME:
+        if name not in ("save_every", "keep", "output_dir"):
+            pairs[flag_name(name)] = before["config"][name], now["config"][name]
+    changes = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+    return list_version_changes(before, now) + changes
+
+
+def list_version_changes(before, now):
+    """The libraries whose versions differ between two records, as lines."""
+    old = before["versions"]
+    return [f"{name} {old[name]} -> {new}" for name, new in now["versions"].items() if old.get(name, new) != new]
+
+
 def check_agreement(run):
     """Raise `UserError` unless all ranks are about to train the same run in the same directory."""
     described = describe(run.config, run.precision, run.data)
@@ -153,11 +171,6 @@ def check_same_run(run, before, now, allow_changes):
         raise UserError("\n".join([f"--resume {run}: {advice}", *changed]))
     for line in changed:
         print(f"changed: {line}")
-    versions = [
-        f"{name} {before['versions'][name]} -> {version}"
-        for name, version in now["versions"].items()
-        if before["versions"].get(name, version) != version
-    ]
-    if versions:
+    if versions := list_version_changes(before, now):
         print(f"library versions differ ({', '.join(versions)}): results are equal within rounding, not bit for bit")
     return changed

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compute.adapters import get_lora
-from compute.distributed import is_rank0
+from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
 from compute.layout import Layout
 from config import Config, count_updates
@@ -36,6 +35,7 @@ class Run:
     log: Log | None = None
     eval_every: int = 1  # updates between two evaluations
     save_every: int = 1  # and between two checkpoints
+    base: dict | None = None  # the model that training started from, as `storage.adapter.describe_base` describes it
     commits: dict = field(default_factory=dict)  # of what is on the Hub: {"model": {name: commit}, "dataset": {…}}
     step: int = 0  # updates done; epoch, window and learning rate are arithmetic on it
     evaluated: int = 0  # the step of the last evaluation
@@ -44,6 +44,7 @@ class Run:
     overflows: int = 0  # updates skipped so far because fp16 gradients overflowed
     log_state: dict = field(default_factory=dict)  # of the checkpoint that was resumed from
     changes: list = field(default_factory=list)  # of settings, allowed by the user when the run was resumed
+    resumed: list = field(default_factory=list)  # what differed in versions and machine each time that was done
     saver: Saver = field(init=False)
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ class Run:
         """Begin to write in the run's directory: rank 0 records what the run is, and opens its log."""
         self.log = NullLog()
         if is_rank0():
-            record = {**self.describe(), "changes": self.changes}
+            record = {**self.describe(), "changes": self.changes, "resumed": self.resumed}
             replace_file(self.directory / "config.json", json.dumps(record, indent=2) + "\n")
             link_best(self.directory, self.best_step)
             self.log = Log(self.directory, self.step if resumed else None, **self.log_state)
@@ -83,7 +84,7 @@ class Run:
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
         decided = {"device": self.precision.describe(), "micro_batch_tokens": self.layout.tokens}
         decided |= {"layout": self.layout.record(), "losses_left_out": list_extra_losses(self.model)}
-        if lora := get_lora(self.model):
-            decided["base"] = lora.base
+        processor = f"{torch.cpu.get_capabilities().get('cpu_name')} ({torch.backends.cpu.get_cpu_capability()})"
+        decided |= {"processor": processor, "processes": world_size(), "base": self.base}
         decided |= {"commits": self.commits, "eval_every": self.eval_every, "save_every": self.save_every}
         return describe(self.config, self.precision, self.data) | decided

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from compute.adapters import Lora
+from compute.adapters import Lora, get_lora
 from compute.attention import has_varlen_kernel
 from compute.distributed import all_gather, broadcast_from_rank0, rank, world_size
 from compute.memory import check_model_fits, keep_freed_memory
@@ -17,9 +17,10 @@ from conversations.tokenizer import load_tokenizer
 from data import load_data
 from model import choose_precision, load_on_ranks, token_loss
 from running import report
-from running.resume import check_same_run, get_recorded_measurements, load_resumed_config
+from running.resume import check_same_run, get_recorded_measurements, list_machine_changes, load_resumed_config
 from running.run import Run
 from storage import hub
+from storage.adapter import describe_base
 from storage.records import describe
 
 # The tokens of a forward pass in the time that a checkpoint takes. That time and a token's grow with the parameters
@@ -75,7 +76,7 @@ def load_run(config, start=None, allow_changes=False):
         check_model_fits(path, local_files_only, precision, config, longest)
     path, lora = (start.model, None) if start and start.model else (path, Lora.of(config))
     run.model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only, lora)
-    check_same_base(run, start)
+    run.base = load_base(run, path, local_files_only, start)
     layout = choose_layout(
         run.model,
         token_loss,
@@ -88,17 +89,30 @@ def load_run(config, start=None, allow_changes=False):
     )
     run.layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
     run.config = dataclasses.replace(config, compile=layout.compiled)  # as the record has it, by which it is resumed
+    if start:
+        differs = list_machine_changes(start.described, run.describe())
+        run.resumed = [{"step": start.described.get("step", 0), "differs": differs}]
     print(report.plan_of_model(run))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
     return run
 
 
-def check_same_base(run, start):
-    """Raise `UserError` where a resumed run has adapters, and their base model is not as it was when the run began."""
+def load_base(run, path, local_files_only, start):
+    """The record of the model that training started from, which has been loaded, unless that was a checkpoint's.
+
+    Raises:
+        UserError: the run was begun before, and the base model's files are not as they were then.
+    """
     recorded = start.described.get("base") if start else None
-    if recorded and recorded["files"] != run.model.lora.base["files"]:
-        changed = f"its base model {recorded['model']} has changed since"
-        raise UserError(f"--resume {run.directory}: {changed}; put that back, or start a new run")
+    if start and start.model and not run.config.lora_rank:
+        return recorded
+    lora = get_lora(run.model)
+    base = lora.base if lora else broadcast_from_rank0(describe_base, path, local_files_only)
+    for name, digest in (recorded or base)["files"].items():
+        if base["files"].get(name) != digest:
+            changed = f"its base model {recorded['model']} has changed since ({name})"
+            raise UserError(f"--resume {run.directory}: {changed}; put that back, or start a new run")
+    return base
 
 
 def compiling_pays(run):

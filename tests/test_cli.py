@@ -38,6 +38,7 @@ TRAIN_FLAGS = """
 --weight-decay --max-grad-norm --lora-rank --lora-alpha --seed --device --dtype --layout --micro-batch-tokens
 --shard --compile --deterministic --gradient-checkpointing
 --output-dir --log-every --eval-every --save-every --keep --resume --allow-changes --dry-run --config --write-config
+--replay --updates
 """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
@@ -48,7 +49,7 @@ EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
 --drop-columns --columns --supervise --eval-fraction --test-fraction --seed --device --dtype
 --layout --micro-batch-tokens --against --prompts --greedy --max-new-tokens --html --json
---chat --system --temperature --top-p --repetition-penalty --text --merge --push-to-hub --config
+--chat --system --temperature --top-p --repetition-penalty --text --merge --push-to-hub --config --exact
 """
 
 
