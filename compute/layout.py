@@ -50,9 +50,7 @@ class Layout:
     own_logits: bool = False  # the output head is more than a matrix product: the model computes all logits, (B, T, V)
     pinned: bool = False  # in page-locked memory, for asynchronous copies to a GPU
     compiled: bool = False  # the model's layers are compiled
-    masked: bool = (
-        True  # padded rows come with an attention mask, which few causal models need: padding is on the right
-    )
+    masked: bool = True  # padded rows have an attention mask, which few models need: padding is on the right
     why: str = ""  # the reason if a faster one is not exact
 
     def describe(self):
