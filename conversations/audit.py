@@ -116,7 +116,8 @@ def find_patterns(tokenizer, control, opening):
     words = re.sub(f"{space}+$", "", header)
     marks = [number for number in ids if number in control and number not in opening]
     openers = {marks[0], ord(header[0]), *(after for mark, after in itertools.pairwise(marks) if mark in ends)} - ends
-    known = f"{tokenizer.chat_template}{tokenizer.unk_token}"
+    unknown = {tokenizer.unk_token} - {tokenizer.pad_token, tokenizer.bos_token}  # what has no token may become it
+    known = f"{tokenizer.chat_template}{unknown}"
     stray = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and str(token) not in known}
     stray, end, text = one_of(stray - openers - ends), one_of(ends), f"[^{re.escape(as_text(openers | ends))}]*"
     answer = f"(?P<header>{re.escape(words)}(?:{re.escape(header[len(words) :])})?){text}"
@@ -235,10 +236,12 @@ def judge(columns, markers):
         for at, before, after in zip(starts[1:], turns[:-1], turns[1:], strict=True)
         if before and after and before.ends_inside and after.begins_inside
     ]
-    for fault, token in (("begins inside a turn", 0), ("truncated answer", -1)):
-        found[fault] = [at for at in found.get(fault, ()) if at - token not in cut]
-    found = {fault: kept[at] for fault, at in found.items()} | {"padding supervised": padding}
-    return {fault: tokens for fault, tokens in found.items() if len(tokens)}
+    second = [start + len(markers.opening) for start in found["doubled BOS"]]  # may be what begins a turn
+    explained = {"begins inside a turn": cut, "truncated answer": [at - 1 for at in cut], "forged turn": second}
+    for fault, tokens in explained.items():
+        found[fault] = [at for at in found.get(fault, ()) if at not in tokens]
+    found = {fault: kept[sorted(at)] for fault, at in found.items() if at}
+    return found | ({"padding supervised": padding} if len(padding) else {})
 
 
 def judge_turns(turns, supervised, is_all):
