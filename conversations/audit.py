@@ -62,6 +62,7 @@ class Markers(NamedTuple):
     between: re.Pattern = NEVER  # space and control tokens after a turn, which may have labels
     stray: re.Pattern = NEVER  # a control token that does not belong inside a turn
     end: re.Pattern = NEVER  # a token that ends a turn
+    open: re.Pattern = NEVER  # a turn that has not ended
     ends_questions: bool = True  # whether a question ends with such a token, before an answer begins
 
 
@@ -122,7 +123,13 @@ def find_patterns(tokenizer, control, opening):
     stray, end, text = one_of(stray - openers - ends), one_of(ends), f"[^{re.escape(as_text(openers | ends))}]*"
     answer = f"(?P<header>{re.escape(words)}(?:{re.escape(header[len(words) :])})?){text}"
     turn = f"(?:{answer}|{one_of(openers)}{text})(?P<end>{end}?)|(?P<between>{text})(?P<forged>{end}?)"
-    patterns = {"turn": turn, "between": f"(?:{space}|{stray})*", "stray": stray, "end": end}
+    patterns = {
+        "turn": turn,
+        "between": f"(?:{space}|{stray})*",
+        "stray": stray,
+        "end": end,
+        "open": f"{one_of(openers)}{text}$",
+    }
     return {name: re.compile(each, re.DOTALL) for name, each in patterns.items()} | {
         "ends_questions": bool(ended)
     }, chat
@@ -214,9 +221,12 @@ def judge(columns, markers):
     if (differ := np.flatnonzero((labels != IGNORE) & (labels != ids))).size:
         return {"labels differ": differ}
     text = as_text(ids.tolist())
-    if mask is None:
-        padding = markers.padding.search(text)
-        mask = np.arange(len(ids)) <= (padding.start() if padding else len(ids))
+    mask, repeated = np.ones(len(ids)) if mask is None else mask, markers.padding.search(text)
+    if repeated:  # the first may be a stop token, or the end of a text
+        first = repeated.start()
+        mask = mask * (
+            np.arange(len(ids)) < first + bool(labels[first] != IGNORE or markers.open.search(text, 0, first))
+        )
     is_kept, supervised = mask != 0, np.append(False, labels[1:] != IGNORE)
     padding, kept = np.flatnonzero(supervised & ~is_kept), np.flatnonzero(is_kept)
     text, supervised = as_text(ids[kept].tolist()), supervised[kept]
@@ -248,7 +258,7 @@ def judge_turns(turns, supervised, is_all):
     """Yield `(fault, tokens)` for the turns of a conversation, by which of its tokens have labels, (T,)."""
     yield "forged turn", turns.forged
     yield "boundary missing", turns.unbounded
-    yield "begins inside a turn", [0] * turns.begins_inside
+    yield "begins inside a turn", [0] * int(turns.begins_inside and supervised.any())
     if not is_all:
         yield "prompts supervised", np.flatnonzero(supervised & (turns.parts == PROMPT)).tolist()
         yield "headers supervised", np.flatnonzero(supervised & (turns.parts == HEADER)).tolist()
