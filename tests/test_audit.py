@@ -58,7 +58,8 @@ def audit(row, tokenizer):
     """The faults of a row: a dict of the numbers of the tokens that have each."""
     markers, left_out, _ = load(tokenizer)
     assert not left_out
-    return {fault: at.tolist() for fault, at in judge(parse_columns(row, len(tokenizer)), markers).items()}
+    found = judge(parse_columns(row, len(tokenizer)), markers)
+    return {fault: at.tolist() for fault, at in found.items() if fault != "bare answers"}
 
 
 def load(tokenizer, known={}):  # noqa: B006 (kept on purpose: it takes a while)
@@ -94,15 +95,13 @@ def test_with_other_templates_too_and_what_cannot_be_judged_is_named(family, nam
     tokenizer = load_tokenizer(str(tmp_path), True, "model" if template else "chatml")
     markers, left_out, why = load_markers(tokenizer)
     chat = [{"role": role, "content": text} for role, text in [("user", "Hi <s>"), ("assistant", "Yes, 12.")] * 2]
-    rows = [
-        judge({name: np.array(ids) for name, ids in row.items()}, markers) for row in prepare(chat, tokenizer)
-    ]
+    rows = [judge(parse_columns(row, len(tokenizer)), markers).keys() for row in prepare(chat, tokenizer)]
     if name in TEXT_ONLY:
         assert "no control token begins an answer" in why
         assert "prompts supervised" in left_out
     else:
         assert set(left_out) == LEFT_OUT.get(name, set())
-        assert rows == [{}] * len(rows)
+        assert all(found <= {"bare answers"} for found in rows)
 
 
 # --- faults, each put into a row
@@ -214,13 +213,6 @@ def boundary_missing(row, parts, draw):
     return [begin]
 
 
-def doubled_bos(row, parts, draw):  # noqa: ARG001
-    """SmolLM2's is <|im_start|>, with which turns begin, too."""
-    row["input_ids"].insert(0, parts.start)
-    row["labels"].insert(0, IGNORE)
-    return [0]
-
-
 INJECTED = {
     "prompts supervised": [prompts_supervised],
     "headers supervised": [headers_supervised],
@@ -230,7 +222,6 @@ INJECTED = {
     "begins inside a turn": [begins_inside_a_turn],
     "forged turn": [typed_stop, typed_opener, typed_control_token, missing_stop],
     "boundary missing": [boundary_missing],
-    "doubled BOS": [doubled_bos],
 }
 
 
@@ -269,7 +260,7 @@ def test_faults_of_packed_rows(real_tokenizer, conversations, how, data):
     at = data.draw(st.integers(turn[0] + 1, turn[1]))
     bounds = np.unique([0, *starts, at, length])
     inside = {**pack(rows, ""), "seq_lengths": np.diff(bounds).tolist()}
-    assert audit(inside, real_tokenizer) == {"boundary inside a turn": [at]}
+    assert audit(inside, real_tokenizer) == {"begins inside a turn": [at]}
 
 
 @given(chats(), st.integers(2, 5), st.data())
@@ -291,5 +282,5 @@ def test_labels_of_padding_and_other_labels(real_tokenizer, chat, count, data):
 
 def test_every_fault_is_put_into_a_row_here():
     of_rows = {"labels differ", "padding supervised", "nothing supervised", "everything supervised", "no turns"}
-    of_packing = {"boundaries differ", "shared attention", "boundary inside a turn"}
+    of_packing = {"boundaries differ", "shared attention"}
     assert INJECTED.keys() | of_rows | of_packing == FAULTS.keys()
