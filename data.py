@@ -3,7 +3,8 @@
 A window is the examples that one update sees; it alone decides what is learned. `conversations.masking` decides which
 tokens of an example are supervised.
 
-As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
+As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured, and
+`python data.py --audit FILE` judges what another trainer has encoded.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ DATA_FLAGS = (
     "preset model dataset eval_dataset split max_examples max_length skip_bad_rows drop_columns columns "
     "chat_template template_option supervise eval_fraction test_fraction seed"
 ).split()
+AUDIT_FLAGS = {"preset", "model", "chat_template", "template_option"}  # of those, what an audit needs
 
 
 # --- from a dataset to its splits
@@ -360,6 +362,8 @@ def main(argv):
         if other := [name for name in ("json", "leaks", "audit") if options[name]]:
             raise UserError(f"--html and --{other[0]}: use one of them")
         check_page_path(options["html"])
+    if options["audit"] and (other := [*named.keys() - AUDIT_FLAGS, *["leaks"] * options["leaks"]]):
+        raise UserError(f"--audit judges a file as it is; leave out --{min(other).replace('_', '-')}")
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
     if not options["audit"]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +42,11 @@ FAULTS = {
     "no turns": "no row has a turn of the template; try another --model or --chat-template",
 }
 OF_TEMPLATE = list(FAULTS)[6:]
-NOTES = {"no turns": "the turns of {:,} rows, which have none of the template"}
-NOTES |= {"bare answers": "the answers without labels in {:,} rows, which may be meant so"}
+NOTES = {  # on rows that have what is no fault by itself
+    "unbounded": "where conversations begin within {:,} rows without position_ids and seq_lengths",
+    "no turns": "the turns of {:,} rows, which have none of the template",
+    "bare answers": "answers without any label in {:,} rows, which may be meant so",
+}
 COLUMNS = "input_ids labels attention_mask position_ids seq_lengths assistant_masks completion_mask".split()
 ROLES, WORDS = ["system", *2 * ["user", "assistant"]], "Brief. Hi Yes. So? No!".split()
 PROBE = [{"role": role, "content": text} for role, text in zip(ROLES, WORDS, strict=True)]
@@ -84,11 +87,7 @@ def load_markers(tokenizer):
         return markers, OF_TEMPLATE, f"where turns begin is not known: {first_line(error)}"
     markers = markers._replace(**patterns)
     rows = [{"input_ids": ids.numpy(), "labels": labels.numpy()} for ids, labels in encode([chat], tokenizer)]
-    return (
-        markers,
-        FAULTS.keys() & {fault for row in rows for fault in judge(row, markers)},
-        "the template itself writes so",
-    )
+    return markers, FAULTS.keys() & {*itertools.chain(*(judge(row, markers) for row in rows))}, "its template writes so"
 
 
 def find_patterns(tokenizer):
@@ -150,6 +149,8 @@ def parse_columns(row, vocabulary):
     lengths = {len(value) for name, value in [*columns.items(), *enumerate(masks)] if name != "seq_lengths"}
     if {len(ids)} != lengths | {columns.get("seq_lengths", np.array(len(ids))).sum()}:
         raise InvalidRow("its columns have different lengths")
+    if not columns.get("attention_mask", ids + 1).any():
+        raise InvalidRow('its "attention_mask" is 0 everywhere')
     if not 0 <= ids.min() <= ids.max() < vocabulary:
         raise InvalidRow(f"it has ids that the tokenizer's {vocabulary:,} are not; try another --model")
     return {"labels": np.where(np.all(masks, axis=0), ids, IGNORE), **columns} if masks else columns
@@ -189,15 +190,11 @@ def judge(columns, markers):
     has_turns = bool(markers.mark.search(text))
     is_all = bool((has_turns or markers.turn is NEVER) and supervised.any() and np.delete(supervised, starts).all())
     found |= {"nothing supervised": [0] * (not supervised.any()), "everything supervised": [0] * is_all}
-    found |= {
-        "no turns": [0] * (not has_turns),
-        "doubled BOS": [at for at in starts if markers.doubled.match(text, at)],
-    }
+    found["doubled BOS"] = [start for start in starts if markers.doubled.match(text, start)]
+    found["no turns"] = [0] * (not has_turns)
     bounds = [*itertools.pairwise([*starts, len(text)])]
-    inside = [
-        begin for begin, end in bounds if markers.mark.search(text, begin, end) and markers.inside.match(text, begin)
-    ]
-    found["begins inside a turn"] = [begin for begin, end in bounds if begin in inside and supervised[begin:end].any()]
+    inside = [at for at, end in bounds if markers.mark.search(text, at, end) and markers.inside.match(text, at)]
+    found["begins inside a turn"] = [at for at, end in bounds if at in inside and supervised[at:end].any()]
     for begin, end in bounds:
         for fault, tokens in judge_turns(text[begin:end], supervised[begin:end], markers, end in inside):
             if not (is_all and fault in ("prompts supervised", "headers supervised")):
@@ -268,14 +265,14 @@ def print_audit(name, tokenizer, shown, as_json):
         The exit status: 1 if there are faults.
     """
     markers, left_out, why = load_markers(tokenizer)
-    total, counts, places = Counter(rows=0, tokens=0, supervised=0), Counter(), defaultdict(list)  # by fault
+    total, faults = Counter(rows=0, tokens=0, supervised=0), {}
     for location, row in read_prepared(name):
         total["rows"] += 1
         try:
             columns = parse_columns(row, len(tokenizer))
             found = judge(columns, markers)
             total["judged"] += 1
-            total["bounded"] += bool(columns.keys() & {"position_ids", "seq_lengths"})
+            total["unbounded"] += not columns.keys() & {"position_ids", "seq_lengths"}
             total["tokens"] += len(columns["labels"])
             total["supervised"] += int((columns["labels"][1:] != IGNORE).sum())
         except InvalidRow as problem:
@@ -283,11 +280,11 @@ def print_audit(name, tokenizer, shown, as_json):
         total.update(found.keys() & NOTES)
         found = {fault: at for fault, at in found.items() if fault not in left_out and fault not in NOTES}
         for fault, at in found.items():
-            places[fault].append(location)
-            counts[fault] += len(at)
+            of = faults.setdefault(fault, {"rows": 0, "tokens": 0, "first": []})
+            of |= {"rows": of["rows"] + 1, "tokens": of["tokens"] + len(at), "first": [*of["first"], location][:3]}
             if as_json:
                 print(json.dumps({"location": location, "fault": fault, "token": int(at[0]), "tokens": len(at)}))
-        new = [int(at[0]) for fault, at in found.items() if columns and len(places[fault]) <= shown]
+        new = [int(at[0]) for fault, at in found.items() if columns and faults[fault]["rows"] <= shown]
         if new and not as_json:
             print(f"--- {location}: {', '.join(f'{fault} (token {at[0]})' for fault, at in found.items())}")
             part = slice(max(0, new[0] - AROUND), new[0] + AROUND)
@@ -295,25 +292,25 @@ def print_audit(name, tokenizer, shown, as_json):
             print(preview(example, tokenizer, color=sys.stdout.isatty()))
     if not total["rows"]:
         raise UserError(f"--audit {name}: it has no rows")
-    not_judged = [f"{', '.join(fault for fault in FAULTS if fault in left_out)} ({why})"] * bool(left_out)
-    if not total["bounded"]:
-        not_judged.append("where conversations begin within a row: no row has position_ids or seq_lengths")
     if "no turns" not in left_out and total["no turns"] == total["judged"] > 0:
-        places["no turns"], counts["no turns"], total["no turns"] = [name] * total["judged"], total["tokens"], 0
+        faults["no turns"] = {"rows": total.pop("no turns"), "tokens": total["tokens"], "first": [name]}
+    not_judged = [f"{', '.join(fault for fault in FAULTS if fault in left_out)}: {why}"] * bool(left_out)
     not_judged += [note.format(total[key]) for key, note in NOTES.items() if total[key] and key not in left_out]
-    faults = {
-        fault: {"rows": len(places[fault]), "tokens": counts[fault], "first": places[fault][:3]}
-        for fault in sorted(places, key=[*FAULTS, *places].index)
-    }
+    print_summary(total, {fault: faults[fault] for fault in (*FAULTS, *faults) if fault in faults}, not_judged, as_json)
+    return int(bool(faults))
+
+
+def print_summary(total, faults, not_judged, as_json):
+    """Print the counts of rows and tokens, of each fault, and what was not judged, for reading or as one object."""
     total = {each: total[each] for each in ("rows", "tokens", "supervised")}
-    share = total["supervised"] / max(1, total["tokens"])
     if as_json:
         print(json.dumps({**total, "faults": faults, "not_judged": not_judged}))
-    else:
-        print(f"{total['rows']:,} rows, {total['tokens']:,} tokens, {share:.1%} of them supervised")
-        for fault, of in faults.items():
-            first = ", ".join(of["first"]) + ", …" * (of["rows"] > len(of["first"]))
-            print(f"{fault}: {of['rows']:,} rows, {of['tokens']:,} tokens ({first}): {FAULTS.get(fault, '')}")
-        print(*(f"not judged: {each}" for each in not_judged), sep="\n")
-        print("no faults in what was judged" * (not faults))
-    return int(bool(faults))
+        return
+    share = total["supervised"] / max(1, total["tokens"])
+    print(f"{total['rows']:,} rows, {total['tokens']:,} tokens, {share:.1%} of them supervised")
+    for fault, of in faults.items():
+        first = ", ".join(of["first"]) + ", …" * (of["rows"] > len(of["first"]))
+        print(f"{fault}: {of['rows']:,} rows, {of['tokens']:,} tokens ({first}): {FAULTS.get(fault, 'not judged')}")
+    for each in not_judged:
+        print(f"not judged: {each}")
+    print("no faults in what was judged" * (not faults))

@@ -245,7 +245,10 @@ def test_faults_of_packed_rows(real_tokenizer, conversations, how, data):
     packed = pack(rows, how)
     length = len(packed["input_ids"])
     starts = np.cumsum([len(row["input_ids"]) for row in rows])[:-1].tolist()
-    everything = {**packed, "labels": [IGNORE if at in [0, *starts] else packed["input_ids"][at] for at in range(length)]}
+    everything = {
+        **packed,
+        "labels": [IGNORE if at in [0, *starts] else packed["input_ids"][at] for at in range(length)],
+    }
     assert audit(everything, real_tokenizer) == {"everything supervised": [0]}
     assert audit({**packed, "labels": [IGNORE] * length}, real_tokenizer) == {"nothing supervised": [0]}
     if how != "attention_mask":
@@ -280,7 +283,208 @@ def test_labels_of_padding_and_other_labels(real_tokenizer, chat, count, data):
         assert audit(changed, real_tokenizer) == {"labels differ": [at]}
 
 
+@pytest.fixture(scope="module")
+def llama_tokenizer(tmp_path_factory):
+    """A small one that puts a BOS before each text, with Llama 3's template."""
+    directory = tmp_path_factory.mktemp("llama")
+    template, control, eos = TEMPLATES["Llama 3"]
+    save_model("Llama 3", template, control, eos, directory)
+    return load_tokenizer(str(directory), True, "model")
+
+
+@settings(max_examples=20)
+@given(chats(), chats())
+def test_a_doubled_bos(llama_tokenizer, chat, other):
+    """As of a tokenizer that adds one to a rendered template that has it."""
+    row, second = (prepare(each, llama_tokenizer)[0] for each in (chat, other))
+    assert audit(row, llama_tokenizer) == {}
+    assert audit(pack([row, second], "position_ids"), llama_tokenizer) == {}
+    length = len(row["input_ids"])
+    assert audit(pack([row, second], ""), llama_tokenizer) == {"boundary missing": [length]}  # its BOS
+    insert(second, 0, llama_tokenizer.bos_token_id)
+    assert audit(second, llama_tokenizer) == {"doubled BOS": [0]}
+    assert audit(pack([row, second], "seq_lengths"), llama_tokenizer) == {"doubled BOS": [length]}
+
+
+def test_labels_are_made_of_the_masks_of_trl(real_tokenizer):
+    row = prepare([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], real_tokenizer)[0]
+    mask = [int(label != IGNORE) for label in row["labels"]]
+    ids, ones = row["input_ids"], [1] * len(mask)
+    for masks in ({"assistant_masks": mask}, {"assistant_masks": ones, "completion_mask": mask}):
+        columns = parse_columns({"input_ids": ids, **masks}, len(real_tokenizer))
+        assert columns["labels"].tolist() == row["labels"]
+    assert audit({"input_ids": [ids], "labels": [row["labels"]]}, real_tokenizer) == {}  # a batch of one
+    assert audit({"input_ids": ids, "assistant_masks": ones}, real_tokenizer) == {"everything supervised": [0]}
+
+
 def test_every_fault_is_put_into_a_row_here():
     of_rows = {"labels differ", "padding supervised", "nothing supervised", "everything supervised", "no turns"}
     of_packing = {"boundaries differ", "shared attention"}
     assert INJECTED.keys() | of_rows | of_packing == FAULTS.keys()
+
+
+# --- the command
+
+
+def run(capsys, *arguments):
+    """The exit status of `data.py --audit` and what it printed."""
+    capsys.readouterr()
+    status = data_command.main(["--audit", *map(str, arguments)])
+    return status, capsys.readouterr().out
+
+
+@pytest.fixture
+def rows(tiny_tokenizer):
+    """Forty rows, three of which have a fault, one of them two."""
+    chat = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two."}]
+    rows = [prepare(chat, tiny_tokenizer)[0] for _ in range(40)]
+    parts = Parts(rows[0], tiny_tokenizer)
+    for number in (3, 7):
+        rows[number]["labels"][parts.answers[0][1]] = IGNORE
+    for number in (7, 9):
+        supervise(rows[number], parts.turns[0][0] + parts.header)
+    return rows
+
+
+SUMMARY = {"stop not supervised": (2, [4, 8]), "prompts supervised": (2, [8, 10])}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "saved with its splits"])
+def test_the_faults_of_a_file_are_counted_and_named(rows, kind, tiny_model_dir, tmp_path, capsys):
+    place = {
+        "jsonl": lambda: write_rows(tmp_path / "rows.jsonl", rows),
+        "parquet": lambda: (pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet"), None)[
+            1
+        ],
+    }.get(kind, lambda: None)()
+    if kind == "parquet":
+        place = tmp_path / "r.parquet"
+    if kind.startswith("saved"):
+        saved, place = datasets.Dataset.from_list(rows), tmp_path / "saved"
+        (datasets.DatasetDict({"train": saved}) if kind.endswith("splits") else saved).save_to_disk(place)
+    status, out = run(capsys, place, "--model", tiny_model_dir, "--json")
+    *found, summary = map(json.loads, out.splitlines())
+    assert status == 1
+    assert len(found) == 4
+    assert summary["rows"] == 40
+    assert summary["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert summary["supervised"] == sum(label != IGNORE for row in rows for label in row["labels"])
+    assert {fault: (of["rows"], of["tokens"]) for fault, of in summary["faults"].items()} == {
+        fault: (count, count) for fault, (count, _) in SUMMARY.items()
+    }
+    for fault, (_, numbers) in SUMMARY.items():
+        places = summary["faults"][fault]["first"]
+        if kind == "jsonl":
+            assert places == [f"{place}:{number}" for number in numbers]
+        else:
+            assert [int(each.rpartition(" row ")[2]) for each in places] == [number - 1 for number in numbers]
+        assert places == [each["location"] for each in found if each["fault"] == fault]
+
+
+def test_a_row_of_each_fault_is_shown(rows, tiny_model_dir, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    status, out = run(capsys, path, "--model", tiny_model_dir, "--show", 1)
+    assert status == 1
+    assert out.count("--- ") == 2
+    assert f"--- {path}:4: stop not supervised (token " in out
+    assert "[[One, two.]]<|im_end|>" in out
+    assert "stop not supervised: 2 rows, 2 tokens" in out
+    assert "\nnot judged: where conversations begin within 40 rows" in out
+    assert "no faults" not in out
+
+
+def test_a_clean_file_exits_with_0_and_says_what_was_not_judged(rows, tiny_model_dir, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", rows[10:])
+    status, out = run(capsys, path, "--model", tiny_model_dir)
+    assert status == 0
+    assert out.splitlines()[1:] == [
+        "not judged: where conversations begin within 30 rows without position_ids and seq_lengths",
+        "no faults in what was judged",
+    ]
+    text = {"input_ids": [10, 11, 12], "labels": [10, 11, 12], "position_ids": [0, 1, 2]}
+    unlabelled = {**rows[0], "labels": [IGNORE] * 5 + rows[0]["labels"][5:]}
+    path = write_rows(tmp_path / "rows.jsonl", [text, rows[0], unlabelled])
+    status, out = run(capsys, path, "--model", tiny_model_dir)
+    assert status == 0
+    assert "not judged: the turns of 1 rows, which have none of the template" in out
+
+
+ROW = {"input_ids": [5, 6], "labels": [5, 6]}
+BAD = {
+    "no labels": ({"input_ids": [5, 6]}, 'it needs "input_ids" and "labels"; write what the collator returns'),
+    "no ids": ({"labels": [5, 6]}, 'it needs "input_ids" and "labels"'),
+    "messages": ({"messages": []}, 'it needs "input_ids" and "labels"'),
+    "empty": ({"input_ids": [], "labels": []}, 'it needs "input_ids" and "labels"'),
+    "texts": ({**ROW, "labels": ["5", 6]}, '"labels" is not a list of integers'),
+    "fractions": ({**ROW, "input_ids": [5.0, 6]}, '"input_ids" is not a list of integers'),
+    "nothing among them": ({**ROW, "labels": [5, None]}, '"labels" is not a list of integers'),
+    "a batch of two": ({**ROW, "input_ids": [[5, 6], [5, 6]]}, '"input_ids" is not a list of integers'),
+    "a number": (7, "it is not an object"),
+    "ragged": ({**ROW, "labels": [5]}, "its columns have different lengths"),
+    "ragged mask": ({**ROW, "attention_mask": [1]}, "its columns have different lengths"),
+    "lengths": ({**ROW, "seq_lengths": [1]}, "its columns have different lengths"),
+    "all padding": ({**ROW, "attention_mask": [0, 0]}, 'its "attention_mask" is 0 everywhere'),
+    "another tokenizer": ({**ROW, "input_ids": [5, 99_999]}, "it has ids that the tokenizer's 259 are not"),
+    "negative": ({**ROW, "input_ids": [5, -1]}, "it has ids that the tokenizer's 259 are not"),
+    "huge": ({**ROW, "input_ids": [5, 10**30]}, "it has ids that the tokenizer's 259 are not"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_cannot_be_judged_is_named_in_one_line(name, rows, tiny_model_dir, tmp_path, capsys):
+    bad, reason = BAD[name]
+    path = write_rows(tmp_path / "rows.jsonl", [rows[0], bad, bad])
+    status, out = run(capsys, path, "--model", tiny_model_dir)
+    (line,) = (line for line in out.splitlines() if line.startswith("invalid row"))
+    assert status == 1
+    assert reason in line
+    assert f"2 rows, 2 tokens ({path}:2, {path}:3)" in line
+
+
+def test_a_line_that_cannot_be_parsed(rows, tiny_model_dir, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", rows[:1])
+    path.write_text(path.read_text() + "{nonsense\n")
+    status, out = run(capsys, path, "--model", tiny_model_dir)
+    assert status == 1
+    assert f"invalid row, not valid JSON: 1 rows, 1 tokens ({path}:2)" in out
+
+
+def test_what_cannot_be_audited_is_refused_in_one_line(rows, tiny_model_dir, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_text("nonsense")
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for arguments, reason in (
+        ([tmp_path / "empty.jsonl"], "it has no rows"),
+        ([tmp_path / "none.jsonl"], "there is no such file"),
+        (["owner/name"], "there is no such file"),
+        ([tmp_path / "saved"], "cannot be read"),
+        ([path, "--leaks"], "leave out --leaks"),
+        ([path, "--max-length", 5], "leave out --max-length"),
+        ([path, "--html", tmp_path / "page.html"], "--html and --audit: use one of them"),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            data_command.main(["--audit", *map(str, arguments), "--model", str(tiny_model_dir)])
+        assert "\n" not in str(error.value)
+        assert "--audit" in str(error.value)
+
+
+def test_rows_of_another_template_are_no_clean_rows(rows, tiny_model_dir, tmp_path, capsys):
+    other = [{"input_ids": [number + 10 for number in range(20)]} for _ in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", [{**row, "labels": [IGNORE, *row["input_ids"][1:]]} for row in other])
+    status, out = run(capsys, path, "--model", tiny_model_dir)
+    assert status == 1
+    assert "no turns: 4 rows, 80 tokens" in out
+    assert "try another --model or --chat-template" in out
+    assert "no faults" not in out
+
+
+def test_without_marks_of_turns_the_rest_is_judged(tmp_path, capsys):
+    template, control, eos = TEMPLATES["Vicuna"]
+    save_model("Llama 3", template, control, eos, tmp_path)
+    path = write_rows(tmp_path / "rows.jsonl", [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+    status, out = run(capsys, path, "--model", tmp_path, "--chat-template", "model")
+    assert status == 1
+    assert "everything supervised: 1 rows" in out
+    assert "not judged: doubled BOS, prompts supervised, " in out
+    assert "no control token begins an answer" in out
