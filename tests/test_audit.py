@@ -14,17 +14,18 @@ import data as data_command
 from config import UserError
 from conversations.audit import FAULTS, judge, load_markers, parse_columns
 from conversations.masking import IGNORE, encode
-from conversations.sources import InvalidRow
 from conversations.tokenizer import load_tokenizer
 from tests.conftest import write_rows
 from tests.families import TEMPLATES, save_model
 from tests.test_masking import HOSTILE
 
-WORDS = st.lists(st.sampled_from(["Hi", " there", " the quick", "42", ".\n", " naïve", " 🙂"]), min_size=3, max_size=8)
+ANSWERS = st.lists(
+    st.sampled_from(["Hi", " there", " the quick", "42", ".\n", " naïve", " 🙂"]), min_size=3, max_size=8
+).map("".join)
 
 
 @st.composite
-def chats(draw, text=WORDS.map("".join)):
+def chats(draw, text=ANSWERS):
     """A conversation that ends with an answer, some of whose answers are not to be supervised."""
     roles = draw(st.sampled_from([[], ["system"]])) + ["user", "assistant"] * draw(st.integers(1, 3))
     chat = [{"role": role, "content": draw(text), "train": True} for role in roles]
@@ -108,7 +109,7 @@ def test_with_other_templates_too_and_what_cannot_be_judged_is_named(family, nam
 
 
 class Parts:
-    """Where the turns of a row of ChatML are, found by another way: the tokens between `<|im_start|>` and `<|im_end|>`."""
+    """Where the turns of a row of ChatML are, found by another way: from each <|im_start|> to the next <|im_end|>."""
 
     def __init__(self, row, tokenizer):
         self.start, self.end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -319,7 +320,7 @@ def test_labels_are_made_of_the_masks_of_trl(real_tokenizer):
 
 def test_every_fault_is_put_into_a_row_here():
     of_rows = {"labels differ", "padding supervised", "nothing supervised", "everything supervised", "no turns"}
-    of_packing = {"boundaries differ", "shared attention"}
+    of_packing = {"boundaries differ", "shared attention", "doubled BOS"}
     assert INJECTED.keys() | of_rows | of_packing == FAULTS.keys()
 
 
@@ -351,14 +352,11 @@ SUMMARY = {"stop not supervised": (2, [4, 8]), "prompts supervised": (2, [8, 10]
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "saved with its splits"])
 def test_the_faults_of_a_file_are_counted_and_named(rows, kind, tiny_model_dir, tmp_path, capsys):
-    place = {
-        "jsonl": lambda: write_rows(tmp_path / "rows.jsonl", rows),
-        "parquet": lambda: (pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet"), None)[
-            1
-        ],
-    }.get(kind, lambda: None)()
+    if kind == "jsonl":
+        place = write_rows(tmp_path / "rows.jsonl", rows)
     if kind == "parquet":
-        place = tmp_path / "r.parquet"
+        place = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place)
     if kind.startswith("saved"):
         saved, place = datasets.Dataset.from_list(rows), tmp_path / "saved"
         (datasets.DatasetDict({"train": saved}) if kind.endswith("splits") else saved).save_to_disk(place)
@@ -469,7 +467,7 @@ def test_what_cannot_be_audited_is_refused_in_one_line(rows, tiny_model_dir, tmp
         assert "--audit" in str(error.value)
 
 
-def test_rows_of_another_template_are_no_clean_rows(rows, tiny_model_dir, tmp_path, capsys):
+def test_rows_of_another_template_are_no_clean_rows(tiny_model_dir, tmp_path, capsys):
     other = [{"input_ids": [number + 10 for number in range(20)]} for _ in range(4)]
     path = write_rows(tmp_path / "rows.jsonl", [{**row, "labels": [IGNORE, *row["input_ids"][1:]]} for row in other])
     status, out = run(capsys, path, "--model", tiny_model_dir)
