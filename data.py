@@ -3,7 +3,8 @@
 A window is the examples that one update sees; it alone decides what is learned. `conversations.masking` decides which
 tokens of an example are supervised.
 
-As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured.
+As a command: `python data.py --show 3` prints encoded conversations with the supervised tokens coloured, and
+`python data.py --audit FILE` judges what another trainer has encoded.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import pyarrow.compute
 import torch
 
 from config import Config, Parser, UserError, explain_machine_errors, format_value, resolve, rewrite_errors, run_command
+from conversations.audit import print_audit
 from conversations.corpus import load_corpus
 from conversations.leaks import GRAM, find_leaks
 from conversations.masking import Example
@@ -35,6 +37,7 @@ DATA_FLAGS = (
     "preset model dataset eval_dataset split max_examples max_length skip_bad_rows drop_columns columns "
     "chat_template template_option supervise eval_fraction test_fraction seed"
 ).split()
+AUDIT_FLAGS = {"preset", "model", "chat_template", "template_option"}  # of those, what an audit needs
 
 
 # --- from a dataset to its splits
@@ -350,18 +353,24 @@ def main(argv):
     parser.add_argument("--json", action="store_true", help="one object a line: input_ids and labels")
     parser.add_argument("--html", metavar="FILE", help="write a page of them, with a histogram and the counts")
     parser.add_argument("--leaks", action="store_true", help="instead list what held-out conversations share with them")
+    parser.add_argument("--audit", metavar="FILE", help="instead judge the ids and labels that another trainer made")
     parser.add_config_flags([*DATA_FLAGS, "exclude_leaks"])
     named, options = parser.parse(argv)
     if options["show"] < 1:
         raise UserError(f"--show must be at least 1, not {options['show']}")
     if options["html"]:
-        if other := [name for name in ("json", "leaks") if options[name]]:
+        if other := [name for name in ("json", "leaks", "audit") if options[name]]:
             raise UserError(f"--html and --{other[0]}: use one of them")
         check_page_path(options["html"])
+    if options["audit"] and (other := [*named.keys() - AUDIT_FLAGS, *["leaks"] * options["leaks"]]):
+        raise UserError(f"--audit judges a file as it is; leave out --{min(other).replace('_', '-')}")
     hub.quiet_libraries()
     config = resolve(named, hub.choose_preset(named)[0])
-    check_sources(config)
+    if not options["audit"]:
+        check_sources(config)
     tokenizer = load_tokenizer(*hub.find_model(config.model), config.chat_template, config.template_option)
+    if options["audit"]:
+        return print_audit(options["audit"], tokenizer, options["show"], options["json"])
     data = load_data(config, tokenizer)
     if options["leaks"]:
         for leak in data.leaks:

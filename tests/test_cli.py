@@ -43,7 +43,7 @@ TRAIN_FLAGS = """
 DATA_FLAGS = """
 --preset --model --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template
 --template-option --drop-columns --columns --supervise --eval-fraction --test-fraction --seed --show --json --html
---exclude-leaks --leaks --config
+--exclude-leaks --leaks --audit --config
 """
 EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
