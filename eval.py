@@ -35,6 +35,7 @@ from evaluation.facts import run_facts
 from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
+from evaluation.served import Server, choose_conversations, compare_served, format_served
 from evaluation.texts import load_text, read_prompts
 from model import Precision, choose_precision, load_model, loss_and_correct, save_model
 from storage import hub
@@ -122,6 +123,8 @@ def main(argv):
             check_sources(candidates[0].config)
         if options.export:
             return export(candidates[0], options.export, overrides.get("dtype", "auto"))
+        if options.served:
+            return compare_with_server(candidates[0], options)
         if options.chat:
             return chat(candidates[0], options)
         against = find_model(options.against)[0] if options.against else None
@@ -154,6 +157,7 @@ def make_parser():
     add("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500)")
     add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     add("--json", action="store_true", help="one JSON object instead of text")
+    add("--served", metavar="URL", help="compare with an OpenAI-compatible server of the model: exit status 0 if equal")
     help = "write the model for servers: adapters merged, in --dtype (bf16), with an Ollama Modelfile"
     add("--export", metavar="DIR", help=help)
     add("--push-to-hub", metavar="ID", help="upload the run's best model to the Hub, to a private repository")
@@ -165,9 +169,10 @@ def check_options(options):
     """Raise `UserError` for options that exclude each other or break their rule."""
     values = vars(options)
     actions = {"chat": "is a conversation", "push_to_hub": "only uploads", "export": "only writes a model"}
-    for action, what in actions.items():
-        for name in (*actions, "against", "text", "prompts", "html", "json"):
-            if values[action] and values[name] and name != action:
+    for action, what in (*actions.items(), ("served", "only compares with a server")):
+        for name in (*actions, "served", "against", "text", "prompts", "html", "json"):
+            may_be_both = action == "served" and name in ("prompts", "json")
+            if values[action] and values[name] and name != action and not may_be_both:
                 raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     for name, valid, rule in (
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
@@ -177,7 +182,7 @@ def check_options(options):
     ):
         if not valid:
             raise UserError(f"{flag_name(name)} must be {rule}, not {values[name]}")
-    for name in (*actions, "html"):
+    for name in (*actions, "served", "html"):
         if values[name] and len(options.models_or_runs) > 1:
             raise UserError(f"{flag_name(name)} is about one run; name one")
 
@@ -309,6 +314,30 @@ def export(candidate, directory, dtype):
     print(f"written to {path}; eval loss: {', '.join(known) or 'not known, without a run and its eval split'}")
     print(describe_serving(path, tokenizer, stops, stored))
     return 0
+
+
+def compare_with_server(candidate, options):
+    """Print how a server's model differs from a model, on held-out conversations or --prompts; the exit status.
+
+    It is 0 only if the server told all that it can, and nothing differs.
+    """
+    server, config = Server(options.served), candidate.config
+    path, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
+    tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
+    left_out = 0
+    if options.prompts or (candidate.run is None and options.own_data):
+        prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
+        check_prompt_lengths(prompts, tokenizer, options)
+        before = [{"role": "system", "content": options.system}] if options.system else []
+        chats = [(prompt, [*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+    else:
+        splits = load_splits(config, tokenizer, options)
+        chats, left_out = choose_conversations(splits, config, tokenizer, options.max_new_tokens)
+    model = load_model(path, tokenizer, choose_precision(config.device).device, local_files_only)
+    report = compare_served(model, tokenizer, server, chats, options.max_new_tokens)
+    report |= {"model": candidate.model, "left_out": left_out}
+    print(json.dumps(report) if options.json else format_served(report))
+    return int(report["verdict"] != "equal")
 
 
 def load_splits(config, tokenizer, options):
