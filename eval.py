@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compute.adapters import merge_adapters
+from compute.adapters import get_lora, merge_adapters
 from compute.distributed import all_gather, rank
 from compute.layers import in_eval_mode
 from compute.layout import Layout
@@ -31,14 +31,15 @@ from evaluation.candidates import find_candidate, find_model, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
 from evaluation.exact import compare_right, judge
+from evaluation.export import describe_serving, make_modelfile
 from evaluation.facts import run_facts
 from evaluation.format import format_report
 from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
 from evaluation.page import page
+from evaluation.served import Server, choose_conversations, compare_served, format_served
 from evaluation.texts import load_text, read_prompts
 from model import Precision, choose_precision, load_model, loss_and_correct, save_model
 from storage import hub
-from storage.adapter import is_adapter
 from storage.durable import atomic_directory, replace_file
 
 EXACT_TOKENS = 512  # of an answer that --exact judges, at most
@@ -123,8 +124,10 @@ def main(argv):
         check_candidates(candidates, options)
         if overrides.keys() & {"dataset", "eval_dataset"}:
             check_sources(candidates[0].config)
-        if options.merge:
-            return merge(candidates[0], options.merge, overrides.get("dtype", "auto"))
+        if options.export:
+            return export(candidates[0], options.export, overrides.get("dtype", "auto"))
+        if options.served:
+            return compare_with_server(candidates[0], options)
         if options.chat:
             return chat(candidates[0], options)
         against = find_model(options.against)[0] if options.against else None
@@ -158,7 +161,9 @@ def make_parser():
     add("--max-new-tokens", type=int, metavar="N", help="length limit of an answer (50; in a chat 500, --exact 512)")
     add("--html", metavar="FILE", help="write a page about the run: losses, curves, answers, settings")
     add("--json", action="store_true", help="one JSON object instead of text")
-    add("--merge", metavar="DIR", help="write the run's best model with its adapters merged; in --dtype, else fp32")
+    add("--served", metavar="URL", help="compare with an OpenAI-compatible server of the model: exit status 0 if equal")
+    help = "write the model for servers: adapters merged, in --dtype (bf16), with an Ollama Modelfile"
+    add("--export", metavar="DIR", help=help)
     add("--push-to-hub", metavar="ID", help="upload the run's best model to the Hub, to a private repository")
     parser.add_config_flags({*DATA_FLAGS, "device", "dtype", "layout", "micro_batch_tokens"} - {"model"})
     return parser
@@ -167,9 +172,11 @@ def make_parser():
 def check_options(options):
     """Raise `UserError` for options that exclude each other or break their rule."""
     values = vars(options)
-    for action, what in (("chat", "is a conversation"), ("push_to_hub", "only uploads"), ("merge", "only merges")):
-        for name in ("chat", "against", "text", "exact", "prompts", "html", "json", "merge", "push_to_hub"):
-            if values[action] and values[name] and name != action:
+    actions = {"chat": "is a conversation", "push_to_hub": "only uploads", "export": "only writes a model"}
+    for action, what in (*actions.items(), ("served", "only compares with a server")):
+        for name in (*actions, "served", "against", "text", "exact", "prompts", "html", "json"):
+            may_be_both = action == "served" and name in ("prompts", "json")
+            if values[action] and values[name] and name != action and not may_be_both:
                 raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     for name, valid, rule in (
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
@@ -179,7 +186,7 @@ def check_options(options):
     ):
         if not valid:
             raise UserError(f"{flag_name(name)} must be {rule}, not {values[name]}")
-    for name in ("chat", "html", "merge", "push_to_hub"):
+    for name in (*actions, "served", "html"):
         if values[name] and len(options.models_or_runs) > 1:
             raise UserError(f"{flag_name(name)} is about one run; name one")
 
@@ -285,19 +292,18 @@ def load_for_evaluation(path, local_files_only, tokenizer, precision, config, lo
     return model, choose_layout(model, loss_and_correct, config, pad_id, precision, longest=longest, training=False)
 
 
-def merge(candidate, directory, dtype):
-    """Write the best model of a run with its adapters merged into it, and print the loss that chose it, also of that.
+def export(candidate, directory, dtype):
+    """Write a model for servers, any adapters merged in fp32, and print the loss as trained, and as it is stored.
 
-    They are merged in fp32. It is stored in `dtype`, "auto" for fp32. Returns the exit status.
+    It is stored in `dtype`, "auto" for bf16. Returns the exit status.
     """
     config, path = candidate.config, Path(directory).expanduser()
-    if not is_adapter(candidate.model):
-        raise UserError(f"--merge: {candidate.model} has no adapters; there is nothing to merge")
-    if path.exists():
-        raise UserError(f"--merge {path}: it exists already; name a new directory")
-    stored, losses, split = "fp32" if dtype == "auto" else dtype, {}, None
+    if path.exists() or path.is_symlink():
+        raise UserError(f"--export {path}: it exists already; name a new directory")
+    stored, losses, split = "bf16" if dtype == "auto" else dtype, {}, None
+    place, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
     template = (config.chat_template, config.template_option) if candidate.run else ("model", ())  # as it was saved
-    tokenizer = load_tokenizer(candidate.model, True, *template)
+    tokenizer = load_tokenizer(place, local_files_only, *template)
     if candidate.run:
         facts, split = run_facts(candidate.run), load_data(config, tokenizer).eval
         precision = choose_precision(config.device, facts["precision"])
@@ -308,15 +314,44 @@ def merge(candidate, directory, dtype):
             evaluated, layout = load_for_evaluation(directory, True, tokenizer, precision, config, split.longest)
             losses[what] = evaluate(evaluated, split.examples, layout, precision).loss
 
-    add_loss("adapters read back", candidate.model)
-    model = load_model(candidate.model, tokenizer, torch.device("cpu"))
-    merge_adapters(model)
+    add_loss("read back", candidate.model)
+    model = load_model(place, tokenizer, torch.device("cpu"), local_files_only)
+    if get_lora(model):
+        merge_adapters(model)
+    stops = model.generation_config.eos_token_id
+    stops = tokenizer.convert_ids_to_tokens(stops if isinstance(stops, list) else [stops])
     with atomic_directory(path, None) as partial:
         save_model(model.to(Precision(stored, model.device).dtype), tokenizer, partial)
-        add_loss(f"merged, stored in {stored}", partial)
+        (partial / "Modelfile").write_text(make_modelfile(tokenizer, stops), encoding="utf-8")
+        add_loss(f"stored in {stored}", partial)
     known = [f"{loss:.4f} {what}" for what, loss in losses.items() if loss is not None]
     print(f"written to {path}; eval loss: {', '.join(known) or 'not known, without a run and its eval split'}")
+    print(describe_serving(path, tokenizer, stops, stored))
     return 0
+
+
+def compare_with_server(candidate, options):
+    """Print how a server's model differs from a model, on held-out conversations or --prompts; the exit status.
+
+    It is 0 only if the server told all that it can, and nothing differs.
+    """
+    server, config = Server(options.served), candidate.config
+    path, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
+    tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
+    left_out = 0
+    if options.prompts or (candidate.run is None and options.own_data):
+        prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
+        check_prompt_lengths(prompts, tokenizer, options)
+        before = [{"role": "system", "content": options.system}] if options.system else []
+        chats = [(prompt, [*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+    else:
+        splits = load_splits(config, tokenizer, options)
+        chats, left_out = choose_conversations(splits, config, tokenizer, options.max_new_tokens)
+    model = load_model(path, tokenizer, choose_precision(config.device).device, local_files_only)
+    report = compare_served(model, tokenizer, server, chats, options.max_new_tokens)
+    report |= {"model": candidate.model, "left_out": left_out}
+    print(json.dumps(report) if options.json else format_served(report))
+    return int(report["verdict"] != "equal")
 
 
 def load_splits(config, tokenizer, options):

@@ -83,9 +83,7 @@ class Corpus:
 def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     """The `Corpus` of some sources under the settings of a `Config`: from the cache, or made and put there."""
     max_length = config.max_length or tokenizer.model_max_length
-    reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
-    reading |= {"plain": config.chat_template == "chatml", "drop": config.drop_columns}
-    reading |= {"columns": parse_columns(config.columns), "vocabulary": len(tokenizer)}
+    reading = reading_options(config, tokenizer)
     key = cache_key(sources, tokenizer, {**reading, "supervise": config.supervise, "max_length": max_length})
 
     def write(directory):
@@ -101,6 +99,13 @@ def load_corpus(sources, config, tokenizer, may_lack_columns=False):
         raise UserError("\n".join(absent))
     rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(directory / "rows.arrow"))).read_all()
     return Corpus(rows, notes, max_length)
+
+
+def reading_options(config, tokenizer):
+    """The options of `read_conversations` under the settings of a `Config`."""
+    reading = {"split": config.split, "max_examples": config.max_examples, "skip_bad_rows": config.skip_bad_rows}
+    reading |= {"plain": config.chat_template == "chatml", "drop": config.drop_columns}
+    return reading | {"columns": parse_columns(config.columns), "vocabulary": len(tokenizer)}
 
 
 def cache_key(sources, tokenizer, options):

@@ -69,7 +69,7 @@ def push(name, repository):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
     best = find_best(run).resolve()
     if is_adapter(best) and Path(base := read_json(best, BASE)["model"]).is_absolute():
-        why = f"the base model of its adapters is on this disk alone ({base}); merge them: --merge DIR"
+        why = f"the base model of its adapters is on this disk alone ({base}); merge them: --export DIR"
         raise UserError(f"--push-to-hub {repository}: {why}")
     address, private = hub.push(best, repository)
     who = "only you see it; to publish it, change its visibility in its settings" if private else "everybody sees it"

@@ -190,7 +190,7 @@ def format_summary(facts):
         sampled = " (sampled)" if answer["decoding"] == "sampled" else ""
         lines += ["", f"  > {answer['prompt']}{sampled}", *side_by_side(answer["before"], answer["after"])]
     run = shlex.quote(facts["directory"])
-    merge, served = (f"python eval.py {run} --merge merged; ", "merged") if facts["base"] else ("", f"{run}/best")
+    merge, served = (f"python eval.py {run} --export merged; ", "merged") if facts["base"] else ("", f"{run}/best")
     lines += [
         "",
         f"  chat with it     python eval.py {run} --chat",

@@ -45,7 +45,8 @@ def find_model(name, may_be_adapter=False):
     if is_adapter and is_model:
         raise UserError(f"--model {name}: it holds a model and adapters, which libraries add to it; remove one of them")
     if is_adapter and not may_be_adapter:
-        raise UserError(f"--model {name}: these are adapters; merge them first: python eval.py {name} --merge DIR")
+        merge = f"merge them first: python eval.py {name} --export DIR --dtype fp32"
+        raise UserError(f"--model {name}: these are adapters; {merge}")
     if directory.is_dir():
         return str(directory), True
     if name == QUICKSTART_MODEL:

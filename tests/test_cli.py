@@ -49,7 +49,7 @@ EVAL_FLAGS = """
 --preset --dataset --eval-dataset --split --max-examples --max-length --skip-bad-rows --chat-template --template-option
 --drop-columns --columns --supervise --eval-fraction --test-fraction --seed --device --dtype
 --layout --micro-batch-tokens --against --prompts --greedy --max-new-tokens --html --json
---chat --system --temperature --top-p --repetition-penalty --text --merge --push-to-hub --config --exact
+--chat --system --temperature --top-p --repetition-penalty --text --served --export --push-to-hub --config --exact
 """
 
 

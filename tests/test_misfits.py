@@ -141,7 +141,7 @@ def test_a_file_and_an_adapter_are_refused(tmp_path):
     path.touch()
     for name, said in (
         (path, "there is no such directory"),
-        (tmp_path, f"these are adapters; merge them first: python eval.py {tmp_path} --merge DIR"),
+        (tmp_path, f"these are adapters; merge them first: python eval.py {tmp_path} --export DIR --dtype fp32"),
     ):
         with pytest.raises(UserError) as raised:
             find_model(str(name))
