@@ -38,7 +38,7 @@ FAULTS = {
     "truncated answer": "a conversation ends within an answer that has labels, without a stop token",
     "begins inside a turn": "what came before was cut off, or a column has a boundary where no conversation begins",
     "forged turn": "a control token where none belongs: typed by somebody, or a stop token is missing or doubled",
-    "boundary missing": "a conversation begins where no column has a boundary, so it attends to the one before it",
+    "boundary missing": "a BOS, an end of a text or the first system message again, and no boundary: it attends back",
     "no turns": "no row has a turn of the template; try another --model or --chat-template",
 }
 OF_TEMPLATE = list(FAULTS)[6:]
@@ -65,6 +65,7 @@ class Markers(NamedTuple):
     inside: re.Pattern = NEVER  # the beginning of what does not begin with a turn
     open: re.Pattern = NEVER  # a turn that has not ended
     doubled: re.Pattern = NEVER  # what a conversation begins with, twice
+    system: str = ""  # with which a system message's turn begins, if it is known
     ends_questions: bool = True  # whether a question ends with a token of its own before an answer begins
 
 
@@ -129,7 +130,10 @@ def find_patterns(tokenizer):
     patterns |= {"inside": f"{between}(?!{opener}|{space}|{stray}).", "open": f"{opener}{text}$"}
     patterns |= {} if openers & {*opening} else {"doubled": re.escape(2 * as_text(opening))}
     compiled = {name: re.compile(pattern, re.DOTALL) for name, pattern in patterns.items()}
-    return compiled | {"ends_questions": bool(ended)}, chat
+    system, user = [found[0] for found in compiled["turn"].finditer(as_text(ids)) if found["between"] is None][:2]
+    differ = [number for number, (a, b) in enumerate(zip(system, user, strict=False)) if a != b]
+    system = system[: differ[0] + 1] if differ and len(chat) == len(PROBE) else ""
+    return compiled | {"system": system, "ends_questions": bool(ended)}, chat
 
 
 def parse_columns(row, vocabulary):
@@ -187,18 +191,16 @@ def judge(columns, markers):
     padding = {"padding supervised": np.flatnonzero(supervised & ~is_kept)}
     text, supervised = as_text(ids[kept].tolist()), supervised[kept]
     starts, found = find_starts(columns, kept)
-    has_turns = bool(markers.mark.search(text))
-    is_all = bool((has_turns or markers.turn is NEVER) and supervised.any() and np.delete(supervised, starts).all())
-    found |= {"nothing supervised": [0] * (not supervised.any()), "everything supervised": [0] * is_all}
+    found |= {"nothing supervised": [0] * (not supervised.any()), "no turns": [0] * (not markers.mark.search(text))}
     found["doubled BOS"] = [start for start in starts if markers.doubled.match(text, start)]
-    found["no turns"] = [0] * (not has_turns)
     bounds = [*itertools.pairwise([*starts, len(text)])]
     inside = [at for at, end in bounds if markers.mark.search(text, at, end) and markers.inside.match(text, at)]
     found["begins inside a turn"] = [at for at, end in bounds if at in inside and supervised[at:end].any()]
     for begin, end in bounds:
         for fault, tokens in judge_turns(text[begin:end], supervised[begin:end], markers, end in inside):
-            if not (is_all and fault in ("prompts supervised", "headers supervised")):
-                found[fault] = found.get(fault, []) + [begin + token for token in tokens]
+            found[fault] = found.get(fault, []) + [begin + token for token in tokens]
+    if (found.get("prompts supervised") or markers.turn is NEVER) and np.delete(supervised, starts).all():
+        found |= {"everything supervised": [0], "prompts supervised": [], "headers supervised": []}
     found = padding | {fault: kept[sorted(at)] for fault, at in found.items() if at}
     return {fault: at for fault, at in found.items() if len(at)}
 
@@ -225,7 +227,8 @@ def judge_turns(text, supervised, markers, is_cut):
                 yield "prompts supervised", find_labels(markers.between.match(text, begin, end).end(), end)
             before = strays if turn else []
             continue
-        yield "boundary missing", before
+        is_system = markers.system and found[0].startswith(markers.system)
+        yield "boundary missing", before or [begin] * bool(turn and is_system and text.startswith(found[0]))
         yield "forged turn", [stray for stray in strays if stray < len(text) - 1]  # the last may end a text
         is_answer, words = found["header"] is not None, found.end("header")
         if turn and not turn["end"] and (turn["header"] or not is_answer or markers.ends_questions):

@@ -279,7 +279,7 @@ def test_labels_of_padding_and_other_labels(real_tokenizer, chat, count, data):
     left["attention_mask"] = [0] * count + [1] * length
     assert audit(left, real_tokenizer) == {"padding supervised": [*range(1, count)]}
     at = data.draw(st.integers(0, length - 1))
-    for label in (row["input_ids"][at] + 1, -1):
+    for label in (row["input_ids"][at] + 1, -1, -101):
         changed = {**row, "labels": [*row["labels"][:at], label, *row["labels"][at + 1 :]]}
         assert audit(changed, real_tokenizer) == {"labels differ": [at]}
 
@@ -316,6 +316,50 @@ def test_labels_are_made_of_the_masks_of_trl(real_tokenizer):
         assert columns["labels"].tolist() == row["labels"]
     assert audit({"input_ids": [ids], "labels": [row["labels"]]}, real_tokenizer) == {}  # a batch of one
     assert audit({"input_ids": ids, "assistant_masks": ones}, real_tokenizer) == {"everything supervised": [0]}
+
+
+@settings(max_examples=30)
+@given(chats(), chats(), ANSWERS)
+def test_a_system_message_again_is_another_conversation(real_tokenizer, chat, other, text):
+    system = {"role": "system", "content": text}
+    chat, other = ([system, *(message for message in each if message["role"] != "system")] for each in (chat, other))
+    rows = [prepare(each, real_tokenizer)[0] for each in (chat, other)]
+    length = len(rows[0]["input_ids"])
+    packed = pack(rows, "")
+    assert audit(packed, real_tokenizer) == {"boundary missing": [length]}
+    assert audit(pack(rows, "seq_lengths"), real_tokenizer) == {}
+    cut(packed, 0, length + 1)  # only its <|im_start|>
+    assert audit(packed, real_tokenizer) == {}
+    asked_again = [*chat, *chat[1:]]
+    assert audit(prepare(asked_again, real_tokenizer)[0], real_tokenizer) == {}
+    another_system = [*chat, {"role": "system", "content": text + "!"}, *chat[1:]]
+    assert audit(prepare(another_system, real_tokenizer)[0], real_tokenizer) == {}
+
+
+def test_the_end_of_an_answer_alone_is_no_everything(real_tokenizer):
+    row = prepare([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "One, two."}], real_tokenizer)[0]
+    cut(row, Parts(row, real_tokenizer).trained[0][1] - 3, None)
+    assert audit(row, real_tokenizer) == {"begins inside a turn": [0]}
+
+
+@settings(max_examples=20)
+@given(chats(), st.integers(2, 4), st.booleans())
+def test_padding_with_the_stop_token(real_tokenizer, chat, count, is_trained):
+    """Where the stop token pads, and labels of padding are left out, those of the last answer's stop often are, too."""
+    row = prepare(chat, real_tokenizer)[0]
+    stop = Parts(row, real_tokenizer).trained[-1][1]
+    cut(row, 0, stop + 1)
+    padded = {"input_ids": row["input_ids"] + [2] * count, "labels": row["labels"] + [IGNORE] * count}
+    padded["labels"][stop] = 2 if is_trained else IGNORE
+    assert audit(padded, real_tokenizer) == ({} if is_trained else {"stop not supervised": [stop]})
+
+
+@given(chats(), st.data())
+def test_positions_that_jump(real_tokenizer, chat, data):
+    row = prepare(chat, real_tokenizer)[0]
+    at = data.draw(st.sampled_from(Parts(row, real_tokenizer).turns[1:]))[0]
+    row["position_ids"] = [number + 3 * (number >= at) for number in range(len(row["input_ids"]))]
+    assert audit(row, real_tokenizer) == {"boundaries differ": [at]}
 
 
 def test_every_fault_is_put_into_a_row_here():
