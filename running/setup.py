@@ -108,10 +108,10 @@ def load_base(run, path, local_files_only, start):
         return recorded
     lora = get_lora(run.model)
     base = lora.base if lora else broadcast_from_rank0(describe_base, path, local_files_only)
-    for name, digest in (recorded or base)["files"].items():
-        if base["files"].get(name) != digest:
-            changed = f"its base model {recorded['model']} has changed since ({name})"
-            raise UserError(f"--resume {run.directory}: {changed}; put that back, or start a new run")
+    before, now = (recorded or base)["files"], base["files"]
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        why = f"its base model {recorded['model']} has changed since ({', '.join(changed)})"
+        raise UserError(f"--resume {run.directory}: {why}; put that back, or start a new run")
     return base
 
 
