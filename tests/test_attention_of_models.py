@@ -12,6 +12,7 @@ from compute import attention
 from compute.layers import checkpoint_activations, compile_layers, get_layers
 from compute.self_check import NARROW, choose_layout, list_windows, use_layout
 from config import Config
+from evaluation.generation import generate_answers
 from model import Precision, loss_and_correct, token_loss
 from tests.conftest import layout_of
 from tests.test_self_check import CPU, FP32, GROUPED, tiny
@@ -155,3 +156,11 @@ def test_the_self_check_notices_a_mistake(monkeypatch, name, mistake, precision,
     layout = choose_layout(build(name, 4096), loss_function, Config(), 0, measured, training=training)
     assert not layout.packed
     assert " is off by " in layout.why
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_the_models_own_attention(tiny_tokenizer, name):
+    model = build(name)
+    answers = generate_answers(model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8)
+    assert choose_layout(model, token_loss, Config(), 0, FP32).packed
+    assert generate_answers(model, tiny_tokenizer, ["Who are you?"], max_new_tokens=8) == answers
