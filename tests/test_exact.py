@@ -173,8 +173,8 @@ def load(path, tokenizer, **settings):
 def test_answers_are_those_of_one_by_one(tiny_tokenizer, tmp_path, dtype):
     examples = load(write_rows(tmp_path / "rows.jsonl", SUMS + CALLS + TALKS), tiny_tokenizer)
     model = tiny_llama(len(tiny_tokenizer)).to(dtype)
-    prompts, limits, _, _ = exact.find_references(examples, tiny_tokenizer, 24)
-    alone = {}
+    prompts, _, _, _ = exact.find_references(examples, tiny_tokenizer, 512)
+    limits, alone = [3 + 7 * number % 20 for number in range(len(prompts))], {}
     for number, prompt in enumerate(prompts):
         ids = prompt[None]
         while ids.shape[1] < len(prompt) + limits[number] and ids[0, -1] != tiny_tokenizer.eos_token_id:
