@@ -38,7 +38,7 @@ FAULTS = {
     "truncated answer": "a conversation ends within an answer that has labels, without a stop token",
     "begins inside a turn": "what came before was cut off, or a column has a boundary where no conversation begins",
     "forged turn": "a control token where none belongs: typed by somebody, or a stop token is missing or doubled",
-    "boundary missing": "a BOS, an end of a text or the first system message again, and no boundary: it attends back",
+    "boundary missing": "a BOS, an end of a text or the same system message again, and no boundary: it attends back",
     "no turns": "no row has a turn of the template; try another --model or --chat-template",
 }
 OF_TEMPLATE = list(FAULTS)[6:]
@@ -130,9 +130,9 @@ def find_patterns(tokenizer):
     patterns |= {"inside": f"{between}(?!{opener}|{space}|{stray}).", "open": f"{opener}{text}$"}
     patterns |= {} if openers & {*opening} else {"doubled": re.escape(2 * as_text(opening))}
     compiled = {name: re.compile(pattern, re.DOTALL) for name, pattern in patterns.items()}
-    system, user = [found[0] for found in compiled["turn"].finditer(as_text(ids)) if found["between"] is None][:2]
+    system, user, *others = [found[0] for found in compiled["turn"].finditer(as_text(ids)) if found["between"] is None]
     differ = [number for number, (a, b) in enumerate(zip(system, user, strict=False)) if a != b]
-    system = system[: differ[0] + 1] if differ and len(chat) == len(PROBE) else ""
+    system = system[: differ[0] + 1] if differ and len(others) == 3 else ""  # a turn for each message of PROBE
     return compiled | {"system": system, "ends_questions": bool(ended)}, chat
 
 
@@ -216,7 +216,7 @@ def judge_turns(text, supervised, markers, is_cut):
     def find_labels(begin, end):
         return (begin + np.flatnonzero(supervised[begin:end])).tolist()
 
-    turn, before = None, []  # control tokens between turns
+    turn, before, systems = None, [], set()  # control tokens between turns
     for found in markers.turn.finditer(text):
         begin, end = found.span()
         strays = [stray.start() for stray in markers.stray.finditer(text, begin, end)]
@@ -227,8 +227,8 @@ def judge_turns(text, supervised, markers, is_cut):
                 yield "prompts supervised", find_labels(markers.between.match(text, begin, end).end(), end)
             before = strays if turn else []
             continue
-        is_system = markers.system and found[0].startswith(markers.system)
-        yield "boundary missing", before or [begin] * bool(turn and is_system and text.startswith(found[0]))
+        yield "boundary missing", before or [begin] * (found[0] in systems)
+        systems |= {found[0]} if markers.system and found[0].startswith(markers.system) else set()
         yield "forged turn", [stray for stray in strays if stray < len(text) - 1]  # the last may end a text
         is_answer, words = found["header"] is not None, found.end("header")
         if turn and not turn["end"] and (turn["header"] or not is_answer or markers.ends_questions):

@@ -328,6 +328,8 @@ def test_a_system_message_again_is_another_conversation(real_tokenizer, chat, ot
     packed = pack(rows, "")
     assert audit(packed, real_tokenizer) == {"boundary missing": [length]}
     assert audit(pack(rows, "seq_lengths"), real_tokenizer) == {}
+    stream = {name: (3 * values)[3:] for name, values in rows[0].items()}  # of which rows are cut out
+    assert audit(stream, real_tokenizer) == {"begins inside a turn": [0], "boundary missing": [2 * length - 3]}
     cut(packed, 0, length + 1)  # only its <|im_start|>
     assert audit(packed, real_tokenizer) == {}
     asked_again = [*chat, *chat[1:]]
