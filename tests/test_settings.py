@@ -30,6 +30,7 @@ from conversations.chatml import MESSAGES as CHATML
 from running import checkpoint, report, validation
 from storage import hub
 from storage.records import read_record
+from tests import test_replay
 from tests.conftest import CONTROL, byte_tokenizer, tiny_llama, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -466,7 +467,9 @@ LAW = {
         Row("quickstart", names("headline")),  # with another dataset than its own it sets the model alone
         Shown("tests/test_settings.py", "test_a_preset_is_the_settings_it_stands_for"),
     ],
-    "model": Row("other-model", ANOTHER_MODEL | names("headline", "plan model", "sampled answers before")),
+    "model": Row(
+        "other-model", ANOTHER_MODEL | names("headline", "plan model", "sampled answers before", "record base")
+    ),
     "dataset": Row("others.jsonl", OTHER_CHATS | names("headline", "plan leaks"), shows=are_shifted),
     "split": [
         Row("other", OTHER_CHATS | names("plan leaks"), {"dataset": "acme/chats"}, shows=are_shifted),
@@ -602,7 +605,7 @@ LAW = {
         4,
         learned(2, gradient=1)
         | {"weights": 0, "losses": 3}
-        | names("plan model", "plan device", "plan adapters", "record base", "files"),
+        | names("plan model", "plan device", "plan adapters", "files"),
     ),
     "lora_alpha": [
         Row(64, learned(2, gradient=1) | {"losses": 3} | names("plan adapters"), {"lora_rank": 4}),
@@ -779,7 +782,7 @@ def stopped(place, tmp_path):
 def test_a_resumed_run_is_one_that_was_never_stopped(place, run, stopped, tmp_path, named):
     auto = {**BASE, "output_dir": tmp_path / "run", "resume": "auto"}
     watch(place, auto if named == "by auto" else {"resume": tmp_path / "run"}, stopped)
-    assert differences(run(), read_run(stopped)) == {}
+    assert differences(run(), read_run(stopped)) == names("record resumed")
 
 
 def test_changes_that_are_allowed_act_from_where_a_run_is_resumed(place, run, stopped, tmp_path):
@@ -788,7 +791,9 @@ def test_changes_that_are_allowed_act_from_where_a_run_is_resumed(place, run, st
         watch(place, changes, stopped)
     watch(place, {**changes, "allow_changes": True}, stopped)
     changed = read_run(stopped)
-    assert differences(run(), changed) == learned(4) | {"rates": 4} | OTHER_RATES | names("record changes")
+    assert differences(run(), changed) == learned(4) | {"rates": 4} | OTHER_RATES | names(
+        "record changes", "record resumed"
+    )
     assert [run()["rates"][step] / 2 for step in (4, 5, 6)] == [changed["rates"][step] for step in (4, 5, 6)]
     with pytest.raises(UserError, match="--allow-changes needs --resume"):
         watch(place, {**BASE, "allow_changes": True})
@@ -800,6 +805,8 @@ OTHER_FLAGS = {
     "--dry-run": test_a_dry_run_has_the_same_plan_and_learns_and_writes_nothing,
     "--resume": test_a_resumed_run_is_one_that_was_never_stopped,
     "--allow-changes": test_changes_that_are_allowed_act_from_where_a_run_is_resumed,
+    "--replay": test_replay.test_a_run_is_equal_to_itself_and_nothing_is_written,
+    "--updates": test_replay.test_a_run_is_equal_to_itself_and_nothing_is_written,
 }
 
 

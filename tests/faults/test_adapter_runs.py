@@ -125,7 +125,9 @@ def test_a_base_model_that_changed_before_the_first_checkpoint_is_one_line(flags
     change(model, "changed")
     process = start_process(["--resume", run])
     assert process.wait() == 1
-    assert f"--resume {run}: its base model {model} has changed since; put that back" in process.stderr
+    assert (
+        f"--resume {run}: its base model {model} has changed since (model.safetensors); put that back" in process.stderr
+    )
 
 
 @pytest.mark.parametrize("flag", [("--lora-rank", "8"), ("--lora-alpha", "16"), ("--lora-rank", "0")])

@@ -220,14 +220,15 @@ def test_another_precision_on_another_machine_is_a_change(flags, start_process, 
     assert start_process(["--resume", run, "--dtype", "bf16"]).wait() == 0
 
 
-NO_PACKING = partial(on_call, "compute.self_check.check_attention", 1, inexact)
+# Packed, and packed with the model's own logits.
+NO_PACKING = [partial(on_call, "compute.self_check.check_attention", call, inexact) for call in (1, 2)]
 
 
 def test_the_layout_that_was_found_is_taken_again(flags, start_process, tmp_path):
     """A check that comes out otherwise when a run is resumed would pack it, and its numbers would round otherwise."""
     runs = tmp_path / "uninterrupted", tmp_path / "run"
-    assert start_process([*flags, "--output-dir", runs[0]], NO_PACKING).wait() == 0
-    start_process([*flags, "--output-dir", runs[1]], NO_PACKING, partial(on_call, "train.train_step", 8, kill)).wait()
+    assert start_process([*flags, "--output-dir", runs[0]], *NO_PACKING).wait() == 0
+    start_process([*flags, "--output-dir", runs[1]], *NO_PACKING, partial(on_call, "train.train_step", 8, kill)).wait()
     process = start_process(["--resume", runs[1]])
     assert process.wait() == 0, process.stderr
     assert "padded: conversations in rows, 200 tokens at a time (not packed: as a test wants it)" in process.stdout
@@ -237,7 +238,7 @@ def test_the_layout_that_was_found_is_taken_again(flags, start_process, tmp_path
 
 
 def test_a_layout_that_is_no_longer_exact_is_an_error(interrupted, uninterrupted, start_process):
-    process = start_process(["--resume", interrupted], NO_PACKING)
+    process = start_process(["--resume", interrupted], *NO_PACKING)
     assert process.wait() == 1
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: --resume: the run's layout is no longer exact for ")
