@@ -58,9 +58,10 @@ def format_exact(name, found):
         yield f"    {found['unfinished']} answers did not end, and count as wrong"
     for reason, count in found["not_judged"].items():
         yield f"    {count} references {reason}, and are not judged"
-    if "against" in found:
-        chance = "no difference beyond chance" if found["against"]["p"] > 0.05 else "a difference"
-        yield "    only this one right {won}, only the other {lost}, p = {p:.2g}: ".format(**found["against"]) + chance
+    if paired := found.get("against"):
+        better = "better" if paired["won"] > paired["lost"] else "worse"
+        better = "no difference beyond chance" if paired["p"] > 0.05 else better
+        yield "    only this one right {won}, only the other {lost}, p = {p:.2g}: ".format(**paired) + better
     for row in [row for row in found["rows"] if not row["right"]][:MAX_WRONG]:
         yield f"    wrong, by {row['rule']}: {row['location'].rsplit('/', 1)[-1]}"
         lines = side_by_side(row["reference"], answer_text({**row, "text": row["answer"]}))
