@@ -1,9 +1,11 @@
 """Audits: what ids and labels that another trainer prepared would teach, by the turns that are found in the ids.
 
 How turns are marked is learned from what the tokenizer's template makes of a small conversation. A check that finds a
-fault in that conversation does not suit the template: it is left out, and named among what was not judged.
+fault in that one, or in one with reasoning or a call, does not suit the template: it is left out, and named among what
+was not judged.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -21,7 +23,7 @@ from conversations.chatml import find_opening
 from conversations.masking import IGNORE, Example, encode, mark_supervised
 from conversations.preview import preview
 from conversations.sources import InvalidRow, Source, find_files, read_rows, read_table
-from conversations.templates import get_template, stop_ids
+from conversations.templates import CALLED, TOOL_PROBE, get_template, stop_ids
 
 FAULTS = {
     "labels differ": "a label is neither -100 nor the id at its place; labels are not shifted",
@@ -50,6 +52,9 @@ NOTES = {  # on rows that have what is no fault by itself
 COLUMNS = "input_ids labels attention_mask position_ids seq_lengths assistant_masks completion_mask".split()
 ROLES, WORDS = ["system", *2 * ["user", "assistant"]], "Brief. Hi Yes. So? No!".split()
 PROBE = [{"role": role, "content": text} for role, text in zip(ROLES, WORDS, strict=True)]
+THOUGHT = [{**message, "thinking": "Hm?"} if message["role"] == "assistant" else message for message in PROBE[1:]]
+RESULT = {"role": "tool", "content": "4", "name": "lookup", "tool_call_id": CALLED["id"]}
+CALLS = [{**PROBE[1], "tools": TOOL_PROBE}, {**PROBE[2], "content": "", "tool_calls": [CALLED]}, RESULT, PROBE[4]]
 AROUND = 60  # tokens before and after a fault that are shown
 NEVER = re.compile("(?!)")
 
@@ -86,9 +91,12 @@ def load_markers(tokenizer):
         patterns, chat = find_patterns(tokenizer)
     except UserError as error:
         return markers, OF_TEMPLATE, f"where turns begin is not known: {first_line(error)}"
-    markers = markers._replace(**patterns)
-    rows = [{"input_ids": ids.numpy(), "labels": labels.numpy()} for ids, labels in encode([chat], tokenizer)]
-    return markers, FAULTS.keys() & {*itertools.chain(*(judge(row, markers) for row in rows))}, "its template writes so"
+    markers, unsuited = markers._replace(**patterns), set()
+    for messages in (chat, THOUGHT, CALLS):
+        with contextlib.suppress(UserError):  # of a template without reasoning or tools
+            for ids, labels in encode([messages], tokenizer):
+                unsuited |= judge({"input_ids": ids.numpy(), "labels": labels.numpy()}, markers).keys() & FAULTS.keys()
+    return markers, unsuited, "its template writes so"
 
 
 def find_patterns(tokenizer):
