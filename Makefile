@@ -16,7 +16,7 @@ test: $(VENV)/dev.installed
 
 faults: $(VENV)/dev.installed
 	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_self_check.py tests/test_causal_models.py \
-		tests/test_plain_transformers.py tests/test_compile.py tests/test_hub.py tests/test_network.py -m "slow or not slow"
+		tests/test_plain_transformers.py tests/test_attention_of_models.py tests/test_compile.py tests/test_hub.py tests/test_network.py -m "slow or not slow"
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

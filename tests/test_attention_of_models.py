@@ -96,7 +96,7 @@ def test_packed_padded_and_the_models_own_are_equal(ragged_window, name):
             assert_equal(our_result(model, layout_of(True, budget, own_logits), ragged_window), expected, 1e-12)
 
 
-@pytest.mark.parametrize("how", ["recomputed", "compiled"])
+@pytest.mark.parametrize("how", ["recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_recomputed_and_compiled_layers_ask_for_the_same(ragged_window, name, how):
     model = build(name)

@@ -111,6 +111,7 @@ def test_a_long_run_is_compiled_unless_told_otherwise(ragged_window, compile, lo
     assert (graphs_of_an_update(model, precision, chosen, ragged_window) > 0) is expected
 
 
+@pytest.mark.slow
 def test_a_long_run_that_cannot_be_compiled_trains_as_it_is(monkeypatch, capsys, ragged_window):
     compare = self_check.compare
 
@@ -129,6 +130,7 @@ def test_a_long_run_that_cannot_be_compiled_trains_as_it_is(monkeypatch, capsys,
         choose_layout(tiny_llama(259), token_loss, Config(compile=True), 0, precision, long_run=True)
 
 
+@pytest.mark.slow
 def test_a_run_records_whether_it_compiles_and_resumes_as_it_began(monkeypatch, tiny_model_dir, chats, tmp_path):
     run = tmp_path / "run"
     flags = [
