@@ -25,8 +25,8 @@ from storage.records import describe
 
 # The tokens of a forward pass in the time that a checkpoint takes. That time and a token's grow with the parameters
 # alike: of SmolLM2-135M measured on two CPU cores; on a GPU arithmetic (4 s at 400,000 tokens/s trained).
-COMPILE_TOKENS = 2**24  # of a run on a GPU: compiling SmolLM2-135M takes an H200 15 s, and saves 3.6 µs a token
 CHECKPOINT_TOKENS = {"cpu": 3_500, "cuda": 5_000_000}
+COMPILE_TOKENS = 2**24  # of a run on a GPU: compiling SmolLM2-135M takes an H200 15 s, and saves 3.6 µs a token
 
 
 def choose_config(named):
