@@ -45,9 +45,10 @@ def packed_attention(
         softcap: scores s become softcap · tanh(s / softcap); None: they stay.
         s_aux: (H,), the sinks: a logit of each head that takes a share of the softmax and gives nothing; None: none.
     """
-    needed = "position_bias" if options.get("position_bias") is not None else ""
-    if needed or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"its attention has {needed or 'no causal order'}")
+    if options.get("position_bias") is not None:
+        raise NotImplementedError("its attention has position_bias")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError("its attention has no causal order")
     if cu_seqlens is None:
         if sliding_window is not None or softcap is not None or s_aux is not None:
             raise NotImplementedError("without cu_seqlens, its windows, cap or sinks are not computed")
