@@ -1,4 +1,4 @@
-"""What servers must be told about an exported model: its chat template, its stop tokens and its context length."""
+"""What servers need to know of an exported model: its chat template, its stop tokens and its context length."""
 
 import shlex
 

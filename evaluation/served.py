@@ -119,7 +119,7 @@ class Server:
             return self.answer(messages, max_tokens)
         try:
             choice, count = reply["choices"][0], (reply.get("usage") or {}).get("prompt_tokens")
-            message, told = choice["message"], (choice.get("logprobs") or {}).get("content") or []
+            message, pieces = choice["message"], (choice.get("logprobs") or {}).get("content") or []
             if parsed := [key for key in ("reasoning_content", "reasoning", "tool_calls") if message.get(key)]:
                 raise UserError(f"--served {self.root}: it parses {parsed[0]} out of answers; start it without")
             return Reply(
@@ -128,7 +128,7 @@ class Server:
                 prompt_tokens=None if count is None else int(count),
                 prompt_ids=parse_ids(reply.get("prompt_token_ids")) or self.tokenize(messages, count),
                 ids=parse_ids(choice.get("token_ids")),
-                logprobs=[(str(each["token"]), float(each["logprob"])) for each in told],
+                logprobs=[(str(each["token"]), float(each["logprob"])) for each in pieces],
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             shown = json.dumps(reply)[:100]
@@ -188,7 +188,7 @@ def choose_conversations(splits, config, tokenizer, max_tokens):
 def compare_served(model, tokenizer, server, conversations, max_tokens):
     """Compare a model with a server, conversation by conversation; returns a report, as JSON.
 
-    Its "verdict" is "equal" only if all that every server can tell was told, and nothing differs.
+    Its "verdict" is "equal" only if what every server can report was reported, and nothing differs.
     """
     counts, differences, stopped = {aspect: Counter() for aspect in ASPECTS}, [], 0
     for location, messages in conversations:
@@ -291,10 +291,10 @@ def find_difference(ids, reply, tokenizer):
     """The number, from 0, of the first token of an answer that is not a server's; None: none up to the limit."""
     finished, text, theirs = ids[-1] in stop_ids(tokenizer), decode(tokenizer, ids), clean(reply.text)
     if reply.ids is not None:
-        told = [*reply.ids, ids[-1]] if finished and reply.ids == ids[:-1] else reply.ids  # without the stop token
-        told = told if finished else told[: len(ids)]
-        if told != ids:
-            same = next((at for at, pair in enumerate(zip(ids, told, strict=False)) if len({*pair}) > 1), len(told))
+        given = [*reply.ids, ids[-1]] if finished and reply.ids == ids[:-1] else reply.ids  # without the stop token
+        given = given if finished else given[: len(ids)]
+        if given != ids:
+            same = next((at for at, pair in enumerate(zip(ids, given, strict=False)) if len({*pair}) > 1), len(given))
             return min(same, len(ids) - 1)
     if text.rstrip() == theirs.rstrip() or (not finished and theirs.startswith(text)):
         return None
