@@ -34,7 +34,7 @@ from evaluation.exact import compare_right, judge
 from evaluation.export import describe_serving, make_modelfile
 from evaluation.facts import run_facts
 from evaluation.format import format_report
-from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers
+from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers, make_messages
 from evaluation.page import page
 from evaluation.served import Server, choose_conversations, compare_served, format_served
 from evaluation.texts import load_text, read_prompts
@@ -265,24 +265,19 @@ def evaluate_model(model_name, config, options):
     sampling = get_sampling(options, config.seed)
     generate = generate_answers if options.greedy else generate_greedy_and_sampled
     answers = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
+    limits = options.most_tokens, config.micro_batch_tokens
+    right = options.exact and {name: judge(model, tokenizer, held_out[name], *limits) for name in losses}
     report = {
         "model": model_name,
         "precision": precision.name,
         "dataset": list(config.dataset) if splits else [],
         "splits": losses,
         **({"text": {"file": options.text, **of_text}} if of_text else {}),
-        **({"exact": judge_splits(model, tokenizer, splits, config, options)} if options.exact else {}),
+        **({"exact": right} if options.exact else {}),
         "answers": [asdict(answer) for answer in answers],
         "finished": sum(answer.finished for answer in answers),
     }
     return ModelReport(report, tokenizer, examples, evaluations)
-
-
-def judge_splits(model, tokenizer, splits, config, options):
-    """The reports of `exact.judge` on the held-out splits, by name."""
-    held_out = {name: split.examples for name, split in splits.items() if split.examples and name != "train"}
-    limits = options.most_tokens, config.micro_batch_tokens
-    return {name: judge(model, tokenizer, examples, *limits) for name, examples in held_out.items()}
 
 
 def load_for_evaluation(path, local_files_only, tokenizer, precision, config, longest):
@@ -333,7 +328,7 @@ def export(candidate, directory, dtype):
 def compare_with_server(candidate, options):
     """Print how a server's model differs from a model, on held-out conversations or --prompts; the exit status.
 
-    It is 0 only if the server told all that it can, and nothing differs.
+    It is 0 only if what every server can report was reported, and nothing differs.
     """
     server, config = Server(options.served), candidate.config
     path, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
@@ -342,8 +337,7 @@ def compare_with_server(candidate, options):
     if options.prompts or (candidate.run is None and options.own_data):
         prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
         check_prompt_lengths(prompts, tokenizer, options)
-        before = [{"role": "system", "content": options.system}] if options.system else []
-        chats = [(prompt, [*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+        chats = [(prompt, make_messages(prompt, options.system)) for prompt in prompts]
     else:
         splits = load_splits(config, tokenizer, options)
         chats, left_out = choose_conversations(splits, config, tokenizer, options.max_new_tokens)

@@ -102,8 +102,13 @@ def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=
 
 def encode_with_system(prompt, tokenizer, system=""):
     """The ids of a system message (none if empty) and a prompt up to where the assistant answers, (T,)."""
+    return encode_prompt(make_messages(prompt, system), tokenizer)
+
+
+def make_messages(prompt, system=""):
+    """The messages of a prompt: a system message (none if empty) and the user's."""
     before = [{"role": "system", "content": system}] if system else []
-    return encode_prompt([*before, {"role": "user", "content": prompt}], tokenizer)
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None):
