@@ -1,8 +1,8 @@
 """A prediction of a GPU's speed, without a GPU, from the bytes that an update moves, its FLOPs and its kernels.
 
-    python -m benchmarks.roofline
+    python -m benchmarks.roofline [--model llama-3.2-1b --tokens 16384]
 
-An update of SmolLM2-135M is run on fake tensors, which have shapes and no values. A kernel takes the longest of its
+An update of a model is run on fake tensors, which have shapes and no values. A kernel takes the longest of its
 bytes at the memory's bandwidth, its FLOPs at the speed of matrix products, and, where nothing is compiled, its launch
 by the CPU. Compiled, what lies between two products is one kernel that reads its inputs and writes its outputs.
 """
@@ -47,6 +47,17 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"smollm2-135m": SMOLLM2, "llama-3.2-1b": LLAMA_1B}
 
 
 class Kernels(TorchDispatchMode):
@@ -109,18 +120,18 @@ def sum_seconds(kernels, bandwidth, flops, launch):
     return total
 
 
-def trace_update(tokens, length, supervised):
+def trace_update(shape, tokens, length, supervised):
     """The kernels of a forward and backward pass, without AdamW, over conversations of one length; and the weights."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(attention, "has_varlen_kernel", return_value=True))
-        stack.enter_context(mock.patch.object(cross_entropy, "CHUNK", cross_entropy.GPU_CHUNK))
+        stack.enter_context(mock.patch.object(cross_entropy, "chunk_rows", return_value=cross_entropy.GPU_ROWS))
         stack.enter_context(mock.patch.object(cross_entropy, "BLOCK", 2**60))  # a GPU takes a chunk at once
         labels = torch.arange(length).where(torch.arange(length) < supervised * length, IGNORE)
         examples = [Example(torch.zeros(length, dtype=torch.long), labels)] * (tokens // length)
         layout = Layout(True, tokens, 0)
         (batch,) = layout.micro_batches(examples)
         with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-            model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+            model = LlamaForCausalLM(LlamaConfig(**shape))
             use_layout(model, layout)
             batch = batch.map(fake.from_tensor)
             with Kernels() as kernels, Precision("bf16", torch.device("cpu")).autocast():
@@ -131,15 +142,20 @@ def trace_update(tokens, length, supervised):
 
 
 def predict(kernels, parameters, tokens, bandwidth, flops):
-    """Tokens a second, eager and compiled; AdamW reads 16 bytes a parameter and writes 12, clipping moves 12."""
+    """Tokens a second, eager and compiled, and the share of the device's FLOP/s that the compiled update uses.
+
+    AdamW reads 16 bytes a parameter and writes 12, clipping moves 12.
+    """
     optimizer = 40 * parameters / (BANDWIDTH_FRACTION * bandwidth)
-    eager = sum_seconds(kernels, bandwidth, flops, LAUNCH)
-    compiled = sum_seconds(fuse_kernels(kernels), bandwidth, flops, 0.0)
-    return {"eager": tokens / (eager + optimizer), "compiled": tokens / (compiled + optimizer)}
+    eager = sum_seconds(kernels, bandwidth, flops, LAUNCH) + optimizer
+    compiled = sum_seconds(fuse_kernels(kernels), bandwidth, flops, 0.0) + optimizer
+    used = sum(count for count, _, _ in kernels) / flops / compiled
+    return {"eager": tokens / eager, "compiled": tokens / compiled, "share of peak": used}
 
 
 def main(argv):
-    parser = Parser(description="Predict the speed of SmolLM2-135M on GPUs from bytes, FLOPs and launches.")
+    parser = Parser(description="Predict a model's speed on GPUs from bytes, FLOPs and launches.")
+    parser.add_argument("--model", choices=SHAPES, default="smollm2-135m", help="its shape (default smollm2-135m)")
     parser.add_argument("--tokens", type=int, default=65_536, help="of an update, one micro-batch (default 65,536)")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a conversation (default 1,024)")
     parser.add_argument("--supervised", type=float, default=0.6, help="share of the tokens (default 0.6)")
@@ -148,7 +164,7 @@ def main(argv):
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(argv)
     devices = {"this device": (options.bandwidth, options.flops)} if options.bandwidth and options.flops else DEVICES
-    kernels, parameters = trace_update(options.tokens, options.length, options.supervised)
+    kernels, parameters = trace_update(SHAPES[options.model], options.tokens, options.length, options.supervised)
     found = {name: predict(kernels, parameters, options.tokens, *of) for name, of in devices.items()}
     if options.json:
         print(json.dumps({"kernels": len(kernels), "tokens_per_second": found}))
@@ -158,9 +174,9 @@ def main(argv):
         flops = sum(count for count, _, _ in those)
         print(f"{name}: {len(those):,} kernels, {moved / 1e9:,.0f} GB moved, {flops / 1e12:.1f} TFLOP")
     print()
-    print("| predicted tokens/s | eager | compiled |\n|---|---|---|")
-    for name, speeds in found.items():
-        print(f"| {name} | {speeds['eager']:,.0f} | {speeds['compiled']:,.0f} |")
+    print("| predicted tokens/s | eager | compiled | share of peak, compiled |\n|---|---|---|---|")
+    for name, each in found.items():
+        print(f"| {name} | {each['eager']:,.0f} | {each['compiled']:,.0f} | {each['share of peak']:.0%} |")
     return 0
 
 

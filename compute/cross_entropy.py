@@ -7,9 +7,11 @@ of one chunk of tokens exist at a time, and are turned into their part of the lo
 import torch
 from torch.nn import functional as F
 
-CHUNK = 2**25  # logits of one matrix product: enough to keep it fast; 64 MB in 16 bits
-GPU_CHUNK = 2**27  # the same on a GPU, where each chunk also reads and writes the full gradient of the weights
 ROWS = 512  # tokens of a chunk at least: each chunk adds a gradient of the weights, (V, H), to the sum
+CHUNK = 2**25  # logits of a chunk on a CPU: enough to keep its matrix products fast; 64 MB in 16 bits
+GPU_ROWS = 4096  # tokens of a chunk on a GPU at most: with these the sum takes an eighth of the product's time
+GPU_SHARE = 1 / 16  # of a GPU's memory, for a chunk's logits
+LOGIT_BYTES = 6  # of a logit in 16 bits and, for the softmax, in fp32
 BLOCK = 2**20  # logits of one softmax on a CPU: they fit its caches; 4 MB in fp32
 
 
@@ -109,10 +111,18 @@ def accumulation_dtype(tensor):
 
 def logits_by_chunk(hidden, weight, bias):
     """Yield pairs of a slice of the N rows and their logits, (n, V)."""
-    size = max(ROWS, (GPU_CHUNK if hidden.is_cuda else CHUNK) // len(weight))
+    size = chunk_rows(len(weight), hidden.device)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         yield rows, F.linear(hidden[rows], weight, bias)
+
+
+def chunk_rows(vocabulary, device):
+    """The number of tokens whose logits exist at a time."""
+    if device.type == "cpu":
+        return max(ROWS, CHUNK // vocabulary)
+    room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return max(ROWS, min(GPU_ROWS, int(room / LOGIT_BYTES) // vocabulary))
 
 
 def by_block(logits, *others):

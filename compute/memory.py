@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compute.adapters import Lora, add_adapters
-from compute.cross_entropy import GPU_CHUNK, ROWS
+from compute.cross_entropy import LOGIT_BYTES, chunk_rows
 from compute.distributed import all_reduce_max, is_sharded
 from compute.layout import random_examples, vocabulary_size
 from config import UserError, is_out_of_memory
@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's mallo
 CPU_TOKENS = 1536  # in a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
 GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.8  # of the free memory; an allocator cannot use the rest
-SAMPLE = 4096  # tokens of the first micro-batch that is measured, more than the output head takes at once
+SAMPLE = 4096  # tokens of the first micro-batch that is measured: what the output head takes at once, at most
 PROBES = 8  # micro-batches that are measured at most
 TRAINED_BYTES = 16  # of a parameter that is trained: fp32 weight, gradient and AdamW's two moments
 
@@ -81,8 +81,9 @@ def transient_bytes(model, precision, longest, sharded):
     wide = sum(weights.numel() for weights in model.parameters() if weights.dtype.itemsize > 2)
     copied = 0 if precision.dtype is None else 2 * (head.numel() if sharded else wide - others)
     gradient = 4 if head.requires_grad else 0
-    logits = min(longest, max(ROWS, GPU_CHUNK // len(head))) * len(head) * (8 if precision.dtype is None else 6)
-    return copied + gradient * head.numel() + logits + sharded * (4 + gradient) * (head.numel() + others)
+    logits = min(longest, chunk_rows(len(head), precision.device)) * len(head)
+    logit_bytes = 8 if precision.dtype is None else LOGIT_BYTES
+    return copied + gradient * head.numel() + logits * logit_bytes + sharded * (4 + gradient) * (head.numel() + others)
 
 
 def measure_micro_batch_budget(model, token_loss, layout, precision, longest, training):

@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,17 @@ def test_one_chunk_of_logits_at_a_time_by_deterministic_operations(monkeypatch, 
     with Watch():
         linear_cross_entropy(hidden, head, targets).backward()
     assert 100_000 < largest <= 128_000 < 300 * vocabulary
+
+
+@pytest.mark.parametrize("gigabytes", [8, 24, 80])
+@pytest.mark.parametrize("vocabulary", [32_000, 49_152, 128_256, 262_144])
+def test_a_chunk_of_logits_takes_a_sixteenth_of_a_gpu_at_most(monkeypatch, gigabytes, vocabulary):
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    rows = loss.chunk_rows(vocabulary, torch.device("cuda"))
+    assert loss.ROWS <= rows <= loss.GPU_ROWS
+    assert rows == loss.ROWS or rows * vocabulary * 6 <= card.total_memory / 16
+    assert rows == loss.GPU_ROWS or (rows + 1) * vocabulary * 6 > card.total_memory / 16
 
 
 def peak_after_each(counts):

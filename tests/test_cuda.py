@@ -78,7 +78,7 @@ def test_compiled_layers_are_not_recompiled_for_every_length(ragged_window):
 
 def test_an_update_waits_for_the_gpu_once(ragged_window, monkeypatch):
     """Copying micro-batches and their forward and backward passes wait for nothing; what is read is read at the end."""
-    monkeypatch.setattr(cross_entropy, "GPU_CHUNK", 2**12)  # so that the head has several chunks
+    monkeypatch.setattr(cross_entropy, "GPU_ROWS", 1)  # so that the head has several chunks
     monkeypatch.setattr(cross_entropy, "ROWS", 1)
     model, precision = tiny_llama(259, **SHAPE).to(GPU), Precision("bf16", GPU)
     layout = choose_layout(model, token_loss, Config(micro_batch_tokens=100), 0, precision)

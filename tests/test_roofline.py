@@ -28,7 +28,7 @@ def test_a_kernel_takes_the_longest_of_its_bytes_its_flops_and_its_launch():
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 counts no FLOPs of attention")
 def test_an_update_has_the_flops_of_its_products(monkeypatch):
     monkeypatch.setitem(roofline.SMOLLM2, "num_hidden_layers", 2)
-    kernels, parameters = trace_update(tokens=2048, length=512, supervised=0.5)
+    kernels, parameters = trace_update(roofline.SMOLLM2, tokens=2048, length=512, supervised=0.5)
     layers = parameters - 49_152 * 576
     attention = 7 * 2 * 512 / 2 * 576 * 2 / 6  # 2 products forward and 5 backward, of half of T x T, as 6 a weight
     expected = 6 * 2048 * (layers + 255 / 512 * 49_152 * 576 + attention)  # the first token is not scored
