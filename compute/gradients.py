@@ -5,7 +5,7 @@ import time
 import torch
 from torch import distributed
 
-from compute.distributed import all_reduce_max, all_reduce_sum, all_reduce_tensor, is_sharded, world_size
+from compute.distributed import all_gather_numbers, all_reduce_tensor, is_sharded, world_size
 
 
 class GradientAllReduce:
@@ -72,9 +72,10 @@ def load_balance(micro_batches, sync_seconds):
     """Metrics of how evenly a window was partitioned, by the tokens of this rank's micro-batches; none for one rank."""
     if world_size() == 1:
         return {}
-    tokens, empty, count = all_reduce_sum(sum(micro_batches), micro_batches.count(0), len(micro_batches))
+    numbers = sum(micro_batches), micro_batches.count(0), len(micro_batches), sync_seconds or 0.0
+    tokens, empty, count, seconds = zip(*all_gather_numbers(*numbers), strict=True)
     return {
-        "largest_share": all_reduce_max(sum(micro_batches)) * world_size() / tokens,
-        "empty_share": empty / count,
-        **({} if sync_seconds is None else {"waiting_seconds": all_reduce_max(sync_seconds)}),
+        "largest_share": max(tokens) * world_size() / sum(tokens),
+        "empty_share": sum(empty) / sum(count),
+        **({} if sync_seconds is None else {"waiting_seconds": max(seconds)}),
     }
