@@ -178,7 +178,7 @@ class Config:
     )
     shard: int = setting(1, "processes that share one copy of the weights; saves memory", AT_LEAST_ONE)
     compile: bool = setting(
-        None, "compile the model's layers with torch.compile (default: on a GPU, in a run of more than 16M tokens)"
+        None, "compile the model's layers with torch.compile (default: in a run of more than 16M tokens, on a CPU 1M)"
     )
     deterministic: bool = setting(False, "bit-identical results on a GPU too, as they always are on a CPU; slower")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")

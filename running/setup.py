@@ -26,7 +26,9 @@ from storage.records import describe
 # The tokens of a forward pass in the time that a checkpoint takes. That time and a token's grow with the parameters
 # alike: of SmolLM2-135M measured on two CPU cores; on a GPU arithmetic (4 s at 400,000 tokens/s trained).
 CHECKPOINT_TOKENS = {"cpu": 3_500, "cuda": 5_000_000}
-COMPILE_TOKENS = 2**24  # of a run on a GPU: compiling SmolLM2-135M takes an H200 15 s, and saves 3.6 µs a token
+# The tokens of a run from which compiling pays. Of SmolLM2-135M it takes an H200 15 s and saves 3.6 µs a token; two CPU
+# cores half a minute and 0.2 ms, in bf16; in fp32 it saves them nothing.
+COMPILE_TOKENS = {"cpu": 2**20, "cuda": 2**24}
 
 
 def choose_config(named):
@@ -116,9 +118,13 @@ def load_base(run, path, local_files_only, start):
 
 
 def compiling_pays(run):
-    """True on a GPU that attends in one kernel, in a run of enough tokens for each process."""
-    tokens = run.total_steps * run.data.train.tokens / run.steps_per_epoch / world_size()
-    return tokens > COMPILE_TOKENS and run.precision.dtype is not None and has_varlen_kernel(run.precision.device)
+    """True in a run in 16 bits of enough tokens for each process, on a device that compiles packed layers.
+
+    A GPU needs its attention kernel for that; a CPU compiles none whose activations are recomputed.
+    """
+    device, tokens = run.precision.device, run.total_steps * run.data.train.tokens / run.steps_per_epoch / world_size()
+    can = has_varlen_kernel(device) if device.type == "cuda" else not run.config.gradient_checkpointing
+    return can and run.precision.dtype is not None and tokens > COMPILE_TOKENS[device.type]
 
 
 def choose_cadence(run, start=None):

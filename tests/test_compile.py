@@ -154,13 +154,31 @@ def test_a_run_records_whether_it_compiles_and_resumes_as_it_began(monkeypatch, 
     assert all(line["compiled_graphs"] for line in lines if line["kind"] == "train")
 
 
-@pytest.mark.parametrize("change", ["none", "fp32", "no kernel", "short", "many processes"])
-def test_compiling_pays_in_a_long_run_on_a_gpu_with_the_kernel(monkeypatch, change):
-    monkeypatch.setattr(setup, "has_varlen_kernel", lambda _: change != "no kernel")
+@pytest.mark.parametrize(
+    ("device", "change", "pays"),
+    [
+        ("cuda", "none", True),
+        ("cuda", "recomputed", True),
+        ("cuda", "fp32", False),
+        ("cuda", "no kernel", False),
+        ("cuda", "short", False),
+        ("cuda", "many processes", False),
+        ("cpu", "none", True),
+        ("cpu", "fp32", False),
+        ("cpu", "recomputed", False),
+        ("cpu", "short", False),
+        ("cpu", "many processes", False),
+    ],
+)
+def test_compiling_pays_in_a_long_run_of_which_packed_layers_are_compiled(monkeypatch, device, change, pays):
+    monkeypatch.setattr(setup, "has_varlen_kernel", lambda device: device.type == "cuda" and change != "no kernel")
     monkeypatch.setattr(setup, "world_size", lambda: 2 if change == "many processes" else 1)
-    tokens = setup.COMPILE_TOKENS // 10 * (1 if change == "short" else 2)  # an epoch's; there are ten
+    tokens = setup.COMPILE_TOKENS[device] // 10 * (1 if change == "short" else 2)  # an epoch's; there are ten
     run = SimpleNamespace(
-        total_steps=100, steps_per_epoch=10, data=SimpleNamespace(train=SimpleNamespace(tokens=tokens))
+        total_steps=100,
+        steps_per_epoch=10,
+        data=SimpleNamespace(train=SimpleNamespace(tokens=tokens)),
+        precision=Precision("fp32" if change == "fp32" else "bf16", torch.device(device)),
+        config=Config(gradient_checkpointing=change == "recomputed"),
     )
-    run.precision = Precision("fp32" if change == "fp32" else "bf16", CPU)
-    assert setup.compiling_pays(run) is (change == "none")
+    assert setup.compiling_pays(run) is pays
