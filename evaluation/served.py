@@ -67,11 +67,10 @@ class Server:
         self.root, self.options, self.has_template = address.rstrip("/").removesuffix("/v1"), OPTIONS, True
         if self.model:
             return
-        listed = None
-        with contextlib.suppress(RefusedError):  # `transformers serve` fails here without a cache of the Hub
-            listed = self.request("/v1/models", seconds=LIST_SECONDS).get("data")
-        listed = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-        names = [str(each["id"]) for each in listed if "id" in each]
+        names = []
+        # `transformers serve` refuses this without a cache of the Hub.
+        with contextlib.suppress(RefusedError, LookupError, TypeError):
+            names = [str(each["id"]) for each in self.request("/v1/models", seconds=LIST_SECONDS)["data"]]
         if len(names) > 1:
             shown = textwrap.shorten(", ".join(names), 200)
             raise UserError(f"--served {url}: the server has {len(names)} models ({shown}); add #NAME to the URL")
