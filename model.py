@@ -31,7 +31,7 @@ from compute.layers import use_autocast_in_experts, without_router_loss
 from config import UserError, first_line
 from conversations.templates import stop_ids
 from storage import adapter
-from storage.hub import LOADING_ERRORS, explain_load_error, model_directory, pretrained
+from storage.hub import LOADING_ERRORS, explain_load_error, is_adapter, model_directory, pretrained
 
 MAX_NEW_EMBEDDINGS = 1024  # for tokens that a tokenizer has and a model has not
 # Files of a model that training does not change and that its users may need: of a multimodal model's processors, the
@@ -169,7 +169,7 @@ def load_model(path, tokenizer, device, local_files_only=False, lora=None, froze
     Raises:
         UserError: there is no causal language model at `path`, or its weights are not all finite.
     """
-    if adapter.is_adapter(path):
+    if is_adapter(path):
         return load_adapters(path, tokenizer, device, frozen_dtype)
     try:
         options = {**pretrained(path, local_files_only), "dtype": torch.float32, "output_loading_info": True}

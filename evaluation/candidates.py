@@ -7,7 +7,7 @@ from typing import NamedTuple
 from config import DATASET_SETTINGS, Config, UserError, flag_name, resolve
 from conversations.sources import pin_commits
 from storage import hub
-from storage.adapter import BASE, is_adapter, read_json
+from storage.adapter import BASE, read_json
 from storage.durable import MANIFEST, verify
 from storage.records import read_record
 
@@ -68,7 +68,7 @@ def push(name, repository):
     if not is_run(run):
         raise UserError(f"{name}: there is no such run; --push-to-hub uploads a run's best model")
     best = find_best(run).resolve()
-    if is_adapter(best) and Path(base := read_json(best, BASE)["model"]).is_absolute():
+    if hub.is_adapter(best) and Path(base := read_json(best, BASE)["model"]).is_absolute():
         why = f"the base model of its adapters is on this disk alone ({base}); merge them: --export DIR"
         raise UserError(f"--push-to-hub {repository}: {why}")
     address, private = hub.push(best, repository)

@@ -13,15 +13,10 @@ from pathlib import Path
 
 from config import UserError, first_line
 from storage.durable import sha256
-from storage.hub import find_model, model_directory, split_revision
+from storage.hub import find_model, is_adapter, model_directory, split_revision
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
 PREFIX = "base_model.model."  # PEFT's, before the name of a parameter
-
-
-def is_adapter(path):
-    """Whether a directory is that of adapters."""
-    return (Path(path) / CONFIG).is_file() and not (Path(path) / "config.json").exists()
 
 
 def describe_base(path, local_files_only):

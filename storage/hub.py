@@ -41,10 +41,7 @@ def find_model(name, may_be_adapter=False):
     directory = Path(name).expanduser()
     if (directory / "metrics.jsonl").exists():
         raise UserError(f"--model {name}: this is a run; its best model is {directory / 'best'}")
-    is_adapter, is_model = ((directory / file).exists() for file in ("adapter_config.json", "config.json"))
-    if is_adapter and is_model:
-        raise UserError(f"--model {name}: it holds a model and adapters, which libraries add to it; remove one of them")
-    if is_adapter and not may_be_adapter:
+    if is_adapter(directory) and not may_be_adapter:
         merge = f"merge them first: python eval.py {name} --export DIR --dtype fp32"
         raise UserError(f"--model {name}: these are adapters; {merge}")
     if directory.is_dir():
@@ -55,6 +52,14 @@ def find_model(name, may_be_adapter=False):
     if directory.is_file() or looks_like_a_path(repository):
         raise UserError(f"--model {name}: there is no such directory")
     return name, find_commit("model", repository, revision=revision)[1]
+
+
+def is_adapter(path):
+    """Whether a directory is that of adapters; raises `UserError` where it is a model's, too."""
+    has_adapters, has_model = ((Path(path) / file).exists() for file in ("adapter_config.json", "config.json"))
+    if has_adapters and has_model:
+        raise UserError(f"--model {path}: it holds a model and adapters, which libraries add to it; remove one of them")
+    return has_adapters
 
 
 def split_revision(name):
