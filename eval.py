@@ -21,7 +21,7 @@ from compute.distributed import all_gather, rank
 from compute.layers import in_eval_mode
 from compute.layout import Layout
 from compute.self_check import choose_layout
-from config import Parser, UserError, explain_machine_errors, flag_name, rewrite_errors, run_command
+from config import Config, Parser, UserError, explain_machine_errors, flag_name, rewrite_errors, run_command
 from conversations.masking import Example
 from conversations.preview import check_page_path
 from conversations.sources import check_sources
@@ -116,7 +116,7 @@ def main(argv):
     options.most_tokens = options.max_new_tokens or EXACT_TOKENS
     if options.max_new_tokens is None:
         options.max_new_tokens = 500 if options.chat else 50
-    check_options(options)
+    check_options(options, overrides)
     if options.push_to_hub:
         return push(options.models_or_runs[0], options.push_to_hub)
     with rewrite_errors("--model ", ""):  # this command has no such flag
@@ -169,14 +169,20 @@ def make_parser():
     return parser
 
 
-def check_options(options):
-    """Raise `UserError` for options that exclude each other or break their rule."""
-    values = vars(options)
-    actions = {"chat": "is a conversation", "push_to_hub": "only uploads", "export": "only writes a model"}
-    for action, what in (*actions.items(), ("served", "only compares with a server")):
-        for name in (*actions, "served", "against", "text", "exact", "prompts", "html", "json"):
-            may_be_both = action == "served" and name in ("prompts", "json")
-            if values[action] and values[name] and name != action and not may_be_both:
+def check_options(options, overrides):
+    """Raise `UserError` for flags that exclude each other, have no effect together, or break their rule."""
+    defaults, values = vars(Config()) | vars(Sampling()), overrides | vars(options)
+    given = {name for name, value in values.items() if value and value != defaults.get(name)}
+    sampled, reported = {"temperature", "top_p", "repetition_penalty"}, {"against", "text", "exact", "html"}
+    actions = {  # what is done instead of a report, by its flag, and the other flags that have no effect on it
+        "chat": ("is a conversation", {*reported, "prompts", "json"}),
+        "push_to_hub": ("only uploads", {*reported, "prompts", "json"}),
+        "export": ("only writes a model", {*reported, "prompts", "json"}),
+        "served": ("only compares with a server, greedily and in fp32", {*reported, *sampled, "dtype"}),
+    }
+    for action, (what, others) in actions.items():
+        for name in sorted(given & (others | actions.keys() - {action})):
+            if action in given:
                 raise UserError(f"{flag_name(action)} {what}; leave {flag_name(name)} out")
     for name, valid, rule in (
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
@@ -186,7 +192,7 @@ def check_options(options):
     ):
         if not valid:
             raise UserError(f"{flag_name(name)} must be {rule}, not {values[name]}")
-    for name in (*actions, "served", "html"):
+    for name in (*actions, "html"):
         if values[name] and len(options.models_or_runs) > 1:
             raise UserError(f"{flag_name(name)} is about one run; name one")
 
