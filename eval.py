@@ -22,7 +22,7 @@ from compute.layers import in_eval_mode
 from compute.layout import Layout
 from compute.self_check import choose_layout
 from config import Config, Parser, UserError, explain_machine_errors, flag_name, rewrite_errors, run_command
-from conversations.masking import Example
+from conversations.masking import Example, encode_prompt
 from conversations.preview import check_page_path
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ from evaluation.exact import compare_right, judge
 from evaluation.export import describe_serving, make_modelfile
 from evaluation.facts import run_facts
 from evaluation.format import format_report
-from evaluation.generation import GREEDY, Sampling, encode_with_system, generate_answers, make_messages
+from evaluation.generation import GREEDY, Sampling, generate_answers, make_messages
 from evaluation.page import page
 from evaluation.served import Server, choose_conversations, compare_served, format_served
 from evaluation.texts import load_text, read_prompts
@@ -104,8 +104,9 @@ def evaluate(
 
 
 def generate_greedy_and_sampled(model, tokenizer, prompts, sampling, *limits):
-    """A model's `Answer`s to prompts: first the greedy ones, then the sampled ones."""
-    return [one for each in (GREEDY, sampling) for one in generate_answers(model, tokenizer, prompts, each, *limits)]
+    """A model's `Answer`s to prompts: the greedy ones, then those of a `Sampling` unless that is greedy, too."""
+    both = dict.fromkeys((GREEDY, sampling))
+    return [one for each in both for one in generate_answers(model, tokenizer, prompts, each, *limits)]
 
 
 @explain_machine_errors("use a lower --micro-batch-tokens or --max-length, a smaller model, or another --device")
@@ -257,8 +258,7 @@ def evaluate_model(model_name, config, options):
     precision = choose_precision(config.device, config.dtype)
     path, local_files_only = hub.find_model(model_name, may_be_adapter=True)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
-    prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
-    check_prompt_lengths(prompts, tokenizer, options)
+    prompts = load_prompts(tokenizer, options)
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
     splits = load_splits(config, tokenizer, options)
     examples = {name: split.examples for name, split in splits.items()} | {"text": text}
@@ -269,8 +269,7 @@ def evaluate_model(model_name, config, options):
     losses = {name: evaluation.report() for name, evaluation in evaluations.items()}
     of_text = losses.pop("text", None)
     sampling = get_sampling(options, config.seed)
-    generate = generate_answers if options.greedy else generate_greedy_and_sampled
-    answers = generate(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
+    answers = generate_greedy_and_sampled(model, tokenizer, prompts, sampling, options.max_new_tokens, options.system)
     limits = options.most_tokens, config.micro_batch_tokens
     right = options.exact and {name: judge(model, tokenizer, held_out[name], *limits) for name in losses}
     report = {
@@ -341,9 +340,7 @@ def compare_with_server(candidate, options):
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
     left_out = 0
     if options.prompts or (candidate.run is None and options.own_data):
-        prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
-        check_prompt_lengths(prompts, tokenizer, options)
-        chats = [(prompt, make_messages(prompt, options.system)) for prompt in prompts]
+        chats = [(prompt, make_messages(prompt, options.system)) for prompt in load_prompts(tokenizer, options)]
     else:
         splits = load_splits(config, tokenizer, options)
         chats, left_out = choose_conversations(splits, config, tokenizer, options.max_new_tokens)
@@ -370,15 +367,17 @@ def load_splits(config, tokenizer, options):
         return {}
 
 
-def check_prompt_lengths(prompts, tokenizer, options):
-    """Raise `UserError` where a prompt and its answer might be longer than the context length."""
+def load_prompts(tokenizer, options):
+    """The prompts; raises `UserError` where one and its answer might be longer than the context length."""
+    prompts = read_prompts(options.prompts or DEFAULT_PROMPTS)
     for number, prompt in enumerate(prompts, 1):
-        length = len(encode_with_system(prompt, tokenizer, options.system))
+        length = len(encode_prompt(make_messages(prompt, options.system), tokenizer))
         if length + options.max_new_tokens > tokenizer.model_max_length:
             raise UserError(
                 f"prompt {number} has {length:,} tokens and --max-new-tokens asks for {options.max_new_tokens:,} more, "
                 f"but the context length is {tokenizer.model_max_length:,}; shorten one of them"
             )
+    return prompts
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,12 +69,10 @@ def generate_answers(
     A prompt and its answer must fit into the model's context length. A sampled answer depends on the seed and its
     prompt, not on the other prompts. The global random state is left unchanged, so generating never changes training.
     """
-    encoded = [encode_with_system(prompt, tokenizer, system) for prompt in prompts]
-    generated = generate_batches(model, tokenizer, encoded, [max_new_tokens] * len(encoded), sampling)
-    answers = {
-        number: Answer(prompts[number], *rest, sampling.greedy) for batch in generated for number, *rest in batch
-    }
-    return [answers[number] for number in range(len(prompts))]
+    encoded = [encode_prompt(make_messages(prompt, system), tokenizer) for prompt in prompts]
+    batches = generate_batches(model, tokenizer, encoded, [max_new_tokens] * len(encoded), sampling)
+    in_order = sorted(itertools.chain.from_iterable(batches))
+    return [Answer(prompt, *rest, sampling.greedy) for prompt, (_, *rest) in zip(prompts, in_order, strict=True)]
 
 
 def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=0):
@@ -98,11 +97,6 @@ def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             answers.append((number, text, bool(torch.isin(ids[-1], stops)), len(ids)))
         yield answers
-
-
-def encode_with_system(prompt, tokenizer, system=""):
-    """The ids of a system message (none if empty) and a prompt up to where the assistant answers, (T,)."""
-    return encode_prompt(make_messages(prompt, system), tokenizer)
 
 
 def make_messages(prompt, system=""):
