@@ -3,7 +3,6 @@
 Piped prompts are read line by line, and stdout gets nothing but the answers.
 """
 
-import contextlib
 import sys
 
 from transformers import TextStreamer
@@ -35,9 +34,10 @@ class Chat:
                 print("(longer than the context length)", file=sys.stderr)
                 return
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             generate(self.model, self.tokenizer, [ids], self.sampling, self.max_new_tokens, streamer)
-        streamer.end()
+        except KeyboardInterrupt:
+            streamer.end()  # prints what is held back
         if answer := streamer.text.strip():
             self.messages.append({"role": "assistant", "content": answer})
         else:
@@ -66,12 +66,7 @@ class Streamer(TextStreamer):
 
     def on_finalized_text(self, text, stream_end=False):
         self.text += text
-        print(text, flush=True, end="\n" if stream_end else "")
-
-    def end(self):
-        """Print what is held back, if the answer was stopped before its end."""
-        if not self.next_tokens_are_prompt:
-            super().end()
+        super().on_finalized_text(text, stream_end)
 
 
 def run_chat(chat):
