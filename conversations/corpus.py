@@ -93,7 +93,7 @@ def load_corpus(sources, config, tokenizer, may_lack_columns=False):
         finally:
             gc.unfreeze()
 
-    directory = cached(f"corpora/{key[:16]}", {"key": key}, write, "the cached corpus")
+    directory = cached(f"corpora/{key[:16]}", write, "the cached corpus")
     notes, absent = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
     if absent and not may_lack_columns:
         raise UserError("\n".join(absent))

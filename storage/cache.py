@@ -15,12 +15,11 @@ def cache_directory():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plain-sft"
 
 
-def cached(name, about, write, label):
+def cached(name, write, label):
     """A directory in the cache, in which every byte is as it was written.
 
     Args:
         name: its path in the cache.
-        about: a dict for its manifest.
         write: `write(empty_directory)` makes its content, where it is missing or corrupt.
         label: its name in messages.
     """
@@ -33,7 +32,7 @@ def cached(name, about, write, label):
             with filelock.FileLock(directory.with_name(f".{directory.name}.lock")):
                 if find_corruption(directory):  # another process may have made it in the meantime
                     remove_partial(directory.parent, directory.name)
-                    with atomic_directory(directory, about) as partial:
+                    with atomic_directory(directory, {}) as partial:
                         write(partial)
         except OSError as error:
             raise UserError(

@@ -21,7 +21,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def quickstart_model():
     """The directory of the converted model: converted on first use (about 30 s), verified on every other."""
     name = f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
-    return cached(name, {"converted from": GGUF}, convert, "the quickstart's model")
+    return cached(name, convert, "the quickstart's model")
 
 
 def find_gguf():
