@@ -103,9 +103,13 @@ def by_group(sums, tokens, names):
 
 def turn_numbers(example):
     """The number, from 1, of the supervised answer that each scored token belongs to, (tokens,)."""
+    return answer_starts(example).cumsum(0)[1:][example.supervised[1:]]  # the first token is never scored
+
+
+def answer_starts(example):
+    """The mask of the tokens with which supervised answers begin, (T,) bool."""
     supervised = example.supervised
-    starts = supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])
-    return starts.cumsum(0)[1:][supervised[1:]]  # the first token of a conversation is never scored
+    return supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])
 
 
 def compare_models(before, after):

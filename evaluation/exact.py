@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from conversations.chatml import find_opening
-from conversations.masking import IGNORE
 from conversations.templates import stop_ids
+from evaluation.comparison import answer_starts
 from evaluation.generation import generate_batches
 
 TAG = re.compile(r"</?tool_call>|```(?:json)?")  # around calls (Hermes, Qwen) and around JSON: a part of the answer
@@ -93,8 +93,9 @@ def find_references(examples, tokenizer, most_tokens):
     prompts, limits, rows, skipped = [], [], [], {}
     stops, opening = torch.tensor(stop_ids(tokenizer)), len(find_opening(tokenizer))
     last = {examples.location(row): row for row in range(len(examples))}  # a conversation may be several examples
-    for location, (ids, labels) in ((location, examples[row]) for location, row in last.items()):
-        start = find_last_answer(labels)
+    for location, row in last.items():
+        example = examples[row]
+        ids, start = example.input_ids, int(answer_starts(example).nonzero()[-1])  # of the last answer
         ends = torch.isin(ids[start:], stops).nonzero()[:1, 0].tolist()
         tokens = ends[0] + 1 if ends else 0
         reason = "are no answers to anything" if start <= opening else "are cut off" if not ends else ""
@@ -110,13 +111,6 @@ def find_references(examples, tokenizer, most_tokens):
         limits.append(min(limit, tokenizer.model_max_length - start))
         rows.append({"location": location, "rule": rule, "reference": reference})
     return prompts, limits, rows, skipped
-
-
-def find_last_answer(labels):
-    """Where the last supervised answer of an example begins."""
-    supervised = labels != IGNORE
-    context = (~supervised[: int(supervised.nonzero()[-1])]).nonzero()
-    return int(context[-1]) + 1 if len(context) else 0
 
 
 def judge(model, tokenizer, examples, most_tokens, budget=0):
