@@ -27,7 +27,7 @@ from conversations.preview import check_page_path
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, load_data, load_split
-from evaluation.candidates import find_candidate, find_model, push
+from evaluation.candidates import find_candidate, find_model_and_run, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
 from evaluation.exact import compare_right, judge
@@ -131,7 +131,7 @@ def main(argv):
             return compare_with_server(candidates[0], options)
         if options.chat:
             return chat(candidates[0], options)
-        against = find_model(options.against)[0] if options.against else None
+        against = find_model_and_run(options.against)[0] if options.against else None
         reports = [report_on(candidate, against, options) for candidate in candidates]
     report = reports[0] if len(reports) == 1 else {"runs": reports, "over_runs": mean_over_runs(reports)}
     print(json.dumps(report) if options.json else format_report(report))

@@ -22,7 +22,7 @@ class Candidate(NamedTuple):
 
 def find_candidate(name, overrides):
     """The `Candidate` of that name on the command line, with the settings of its run, or else of a preset."""
-    model, run = find_model(name)
+    model, run = find_model_and_run(name)
     if run is None:
         return Candidate(model, None, resolve({**overrides, "model": model}, hub.choose_preset(overrides)[0]))
     record = read_record(run)
@@ -39,7 +39,7 @@ def find_candidate(name, overrides):
     return Candidate(model, run, resolve({**settings, **overrides}, settings["preset"]))
 
 
-def find_model(name):
+def find_model_and_run(name):
     """The model of that name, and the run it belongs to: of a run its best model, else a directory or a Hub id."""
     path = Path(name).expanduser().absolute()
     run = next((each for each in (path, *path.parents[:3]) if is_run(each)), None)  # the run, or a model in it
