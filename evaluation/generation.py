@@ -124,7 +124,7 @@ def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None)
     )
     processors = []
     if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenalty(sampling.repetition_penalty, tokenizer.pad_token_id, length))
+        processors.append(RepetitionPenalty(sampling.repetition_penalty, tokenizer.pad_token_id))
     if not sampling.greedy:
         warpers = TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)
         processors += [*warpers, GumbelNoise([derive_seed(sampling.seed, prompt) for prompt in prompts])]
@@ -165,15 +165,17 @@ def masked_attention(model):
             model.set_attn_implementation(PACKED)
 
 
-class RepetitionPenalty(LogitsProcessor):
-    """transformers' repetition penalty without the padding, which would make an answer depend on the batch."""
+class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' repetition penalty, but for the padding token: its penalty would depend on the batch."""
 
-    def __init__(self, penalty, pad_id, length):
-        self.penalize, self.pad_id, self.last = RepetitionPenaltyLogitsProcessor(penalty), pad_id, length - 1
+    def __init__(self, penalty, pad_id):
+        super().__init__(penalty)
+        self.pad_id = pad_id
 
     def __call__(self, input_ids, scores):
-        last = input_ids[:, self.last, None]  # of the prompt, (B, 1): it stands in for the padding
-        return self.penalize(torch.where(input_ids == self.pad_id, last, input_ids), scores)
+        penalized = super().__call__(input_ids, scores)
+        penalized[:, self.pad_id] = scores[:, self.pad_id]
+        return penalized
 
 
 class GumbelNoise(LogitsProcessor):

@@ -31,7 +31,7 @@ def test_a_batch_answers_as_each_prompt_alone(tiny_model, tiny_tokenizer, monkey
 def test_padding_is_not_penalised():
     """The control: with transformers' own penalty the padded row's logits are others'."""
     ids, scores = torch.tensor([[0, 0, 5], [4, 3, 5]]), torch.ones(2, 8)
-    assert generation.RepetitionPenalty(2.0, 0, 3)(ids, scores)[0].tolist() == [1, 1, 1, 1, 1, 0.5, 1, 1]
+    assert generation.RepetitionPenalty(2.0, 0)(ids, scores)[0].tolist() == [1, 1, 1, 1, 1, 0.5, 1, 1]
     assert generation.RepetitionPenaltyLogitsProcessor(2.0)(ids, scores)[0].tolist() == [0.5, 1, 1, 1, 1, 0.5, 1, 1]
 
 
