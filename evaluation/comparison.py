@@ -42,8 +42,8 @@ def difference(before, after, tokens):
 def smallest_difference(losses, tokens):
     """A difference of two losses per token that is not chance (95 %), by (n,) loss sums of one model; None of too few.
 
-    It is on the safe side: that of two models whose losses are spread as this one's, but not alike at all. Paired, as
-    by `difference`, models that are alike are told apart by less. The standard error is that of a ratio of sums; the
+    It is on the safe side: that of two models whose losses are spread as this one's, but not correlated. Correlated
+    ones, which `difference` compares by pairs, differ by less. The standard error is that of a ratio of sums; the
     degrees of freedom of Student's t are Kish's effective number of conversations, less one.
     """
     losses, tokens = (np.asarray(values, dtype=np.float64) for values in (losses, tokens))

@@ -49,7 +49,7 @@ def parse_json(text):
                 part, end = tag[0], tag.end()
             else:
                 value, end = decoder.raw_decode(rest)
-                part = json.dumps(value)  # unlike Python, it tells true, 1 and 1.0 apart
+                part = json.dumps(value)  # unlike Python, it distinguishes true, 1 and 1.0
             found.append(part)
             rest = rest[end:].strip()
     except (ValueError, RecursionError):

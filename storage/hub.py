@@ -228,7 +228,7 @@ def push(directory, name):
 def choose_preset(named):
     """The preset for the settings that a user named, and why: `(name, reason)`. Decides what `auto` means."""
     if named.get("preset", "auto") != "auto":
-        return named["preset"], "as asked"
+        return named["preset"], "as given"
     if "dataset" in named:
         return "none", "your own --dataset"
     if not torch.cuda.is_available():
