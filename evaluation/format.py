@@ -75,12 +75,11 @@ def format_comparison(found):
         return
     yield "    won {won}, lost {lost}, tied {tied} of {conversations} conversations".format(**found)
     for title in ("by_turn", "by_source"):
-        groups = found[title] if len(found[title]) > 1 else []
-        if groups:
+        if len(found[title]) > 1:
             yield f"    {title.replace('_', ' ')}"
-        for group in groups:
-            counts = "{conversations} conversations, {tokens:,} tokens".format(**group)
-            yield f"      {group['name']:<22} {verdict(group)} ({counts})"
+            for group in found[title]:
+                counts = "{conversations} conversations, {tokens:,} tokens".format(**group)
+                yield f"      {group['name']:<22} {verdict(group)} ({counts})"
     for title, rows in (("got better most", found["better"]), ("got worse most", found["worse"])):
         if rows:
             yield f"    {title}"

@@ -87,9 +87,8 @@ def model_directory(path, local_files_only, patterns):
     if Path(path).is_dir():
         return Path(path)
     repository, revision = split_revision(path)
-    return Path(
-        snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
-    )
+    options = {"allow_patterns": patterns, "local_files_only": local_files_only}
+    return Path(snapshot_download(repository, revision=revision, **options))
 
 
 def explain_load_error(path, error):
