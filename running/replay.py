@@ -42,7 +42,8 @@ def replay(options, named, build_run, updates, signals):
     changed = [line for change in run.changes for line in change["changed"]]
     print("\n" + format_verdict(logged, differing, changed))
     unknown = [] if recorded.get("base") else ["the base model's files, which are not recorded"]
-    for line in [*changed, *run.resumed[0]["differs"], *unknown]:
+    differs = [line for resumed in run.resumed for line in resumed["differs"]]
+    for line in [*changed, *differs, *unknown]:
         print(f"  then -> now: {line}")
     for resumed in recorded.get("resumed", []):
         for line in resumed["differs"]:

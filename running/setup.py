@@ -91,8 +91,7 @@ def load_run(config, start=None, allow_changes=False):
     )
     run.layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
     run.config = dataclasses.replace(config, compile=layout.compiled)  # as the record has it, by which it is resumed
-    if start:
-        differs = list_machine_changes(start.described, run.describe())
+    if start and (differs := list_machine_changes(start.described, run.describe())):
         run.resumed = [{"step": start.described.get("step", 0), "differs": differs}]
     print(report.plan_of_model(run))
     torch.manual_seed(config.seed + rank())  # for dropout, where a model has it
