@@ -201,11 +201,10 @@ def fit(run, signals):
         Stopped: by a signal; the run is then as it was after its last complete update.
     """
     evaluate_and_save(run, signals)  # which an interrupted run may have left to do
-    unchecked = True
     with Progress(run.total_steps, run.step) as progress:
         for metrics in updates(run):
-            if unchecked and metrics["lr"]:
-                unchecked = report.warn_of_untrained(run.model)
+            if run.step == 2 and metrics["lr"]:  # the first one has a rate of 0 where the rate warms up
+                report.warn_of_untrained(run.model)
             if run.step % run.config.log_every == 0:
                 run.log.write("train", run.step, metrics)
             progress.update(metrics)

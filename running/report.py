@@ -118,11 +118,10 @@ def describe_adapters(model, trained, held):
 
 
 def warn_of_untrained(model):
-    """Name the adapters that an update has left as they were. Returns False: there is nothing to check any more."""
+    """Name the adapters that the updates have left as they were."""
     if names := list_untrained(model):
         what = f"{len(names)} of its layers are not called by the model, so that their adapters stay without effect"
         print(f"warning: {what}: {textwrap.shorten(', '.join(names), 300)}", file=sys.stderr)
-    return False
 
 
 def format_plan(lines, warnings):
