@@ -98,23 +98,23 @@ def plan_of_evaluation(evaluation):
     """The line of a run's plan that its untrained model decides: what difference the eval split can show."""
     losses = evaluation.token_losses
     smallest = smallest_difference([float(each.sum()) for each in losses], [len(each) for each in losses])
-    text = f"none: fewer than {MIN_CONVERSATIONS} conversations to evaluate on cannot tell a difference from chance"
-    if smallest is not None:
-        over = f"95 %, {len(losses):,} conversations"
-        text = (
-            f"a difference of {smallest:.2g} or more in eval loss is not chance ({over}); --against tells smaller ones"
-        )
-    return format_plan({"evidence": text}, [])
+    if smallest is None:
+        text = f"none: fewer than {MIN_CONVERSATIONS} conversations to evaluate on cannot tell a difference from chance"
+    else:
+        text = f"a difference of {smallest:.2g} or more in eval loss"
+        text += f" is not chance (95 %, {len(losses):,} conversations); --against tells smaller ones"
+    return format_plan({"evidence": text})
 
 
 def describe_adapters(model, trained, held):
     """What is trained of a model with adapters, and the bytes that are held of both, for reading."""
-    experts = any("expert" in name and p.ndim > 2 for name, p in model.named_parameters())
-    return (
-        f"{trained:,} parameters of rank {model.lora.rank}, alpha {model.lora.alpha:g}; {format_bytes(held)} with "
-        f"gradients, moments and the frozen ones{'; the experts stay frozen' if experts else ''}"
-        f"{f'; vLLM needs --max-lora-rank {model.lora.rank}' if model.lora.rank > 16 else ''}"
-    )
+    lora, beside = model.lora, f"{format_bytes(held)} with gradients, moments and the frozen ones"
+    text = f"{trained:,} parameters of rank {lora.rank}, alpha {lora.alpha:g}; {beside}"
+    if any("expert" in name and weights.ndim > 2 for name, weights in model.named_parameters()):
+        text += "; the experts stay frozen"
+    if lora.rank > 16:
+        text += f"; vLLM needs --max-lora-rank {lora.rank}"
+    return text
 
 
 def warn_of_untrained(model):
@@ -124,7 +124,7 @@ def warn_of_untrained(model):
         print(f"warning: {what}: {textwrap.shorten(', '.join(names), 300)}", file=sys.stderr)
 
 
-def format_plan(lines, warnings):
+def format_plan(lines, warnings=()):
     """Lines of a plan, by their name, and warnings below them, as text."""
     shown = [f"  {name:<10}{text}" for name, text in lines.items() if text]
     return "\n".join(shown + [f"  warning   {warning}" for warning in warnings])
@@ -145,17 +145,17 @@ def warn_of_rate(lr, parameters, factor=1):
 
 def describe_schedule(run):
     """The learning rates of a run, for reading."""
-    config, never = run.config, " that is never reached" if run.warmup_steps >= run.total_steps else ""
+    config, end = run.config, f"{run.config.lr * run.config.min_lr:g}"
     decay = {
-        "cosine": "then a cosine",
-        "linear": "then linearly",
+        "cosine": f"then a cosine to {end}",
+        "linear": f"then linearly to {end}",
         "constant": "then constant",
-        "wsd": f"then constant, and in the last {run.decay_steps:,} a cosine",
+        "wsd": f"then constant, and in the last {run.decay_steps:,} a cosine to {end}",
     }[config.schedule]
-    end = "" if config.schedule == "constant" else f" to {config.lr * config.min_lr:g}"
-    if config.lora_rank and config.lr == LORA_RATE * Config.lr:
-        never = f" ({LORA_RATE} times the default of all weights){never}"
-    return f"{run.warmup_steps:,} updates of warm-up to a learning rate of {config.lr:g}{never}, {decay}{end}"
+    is_default = config.lora_rank and config.lr == LORA_RATE * Config.lr
+    peak = f"{config.lr:g}" + (f" ({LORA_RATE} times the default of all weights)" if is_default else "")
+    never = " that is never reached" if run.warmup_steps >= run.total_steps else ""
+    return f"{run.warmup_steps:,} updates of warm-up to a learning rate of {peak}{never}, {decay}"
 
 
 def describe_cadence(run):
@@ -168,12 +168,8 @@ def describe_cadence(run):
 
 
 def summary(directory):
-    """The summary of a run in a directory, for reading."""
-    return format_summary(run_facts(directory))
-
-
-def format_summary(facts):
-    """Losses and answers before and after side by side, and what to do next."""
+    """The summary of the run in a directory: losses and answers before and after, and what to do next."""
+    facts = run_facts(directory)
     best = f"best, update {facts['best_step'] or 0}"
     lines = [f"  {'':<18}{'before':>10}{best:>22}"]
     for kind, loss in facts["losses"].items():
@@ -201,10 +197,10 @@ def format_summary(facts):
 
 
 def write_report(run):
-    """Close a finished run's log and write its page, of one set of facts; returns its summary. Only rank 0 does it."""
+    """Close a finished run's log and write its page; returns its summary. Only rank 0 does it."""
     if not is_rank0():
         return ""
     facts = run_facts(run.directory)
     run.log.close(facts)
     replace_file(run.directory / REPORT, page(facts, run.data.train.examples[:3], run.tokenizer))
-    return format_summary(facts)
+    return summary(run.directory)
