@@ -40,7 +40,11 @@ def find_resume_point(run, recorded):
             print(f"skipped: {checkpoint.name}: {error}", file=sys.stderr)
             continue
         print(f"resuming {run} from {checkpoint.name}")
-        return ResumePoint(checkpoint, manifest, is_best_lost(run, manifest))
+        best = manifest["best_step"]
+        problem = find_corruption(checkpoint_path(run, best)) if best not in (0, manifest["step"]) else None
+        if problem:
+            print(f"warning: {problem}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
+        return ResumePoint(checkpoint, manifest, best_is_lost=problem is not None)
     if checkpoints:
         raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
     logged = max((line["step"] for line in read_metrics(run)), default=0)
@@ -50,15 +54,6 @@ def find_resume_point(run, recorded):
         raise UserError(f"--resume {run}: {lost}; restore them, or start a new run")
     print(f"resuming {run} from its beginning: it has no checkpoint")
     return ResumePoint(None, recorded)
-
-
-def is_best_lost(run, manifest):
-    """Warn where the best model that a checkpoint's manifest names is corrupt, and return True."""
-    is_other = manifest["best_step"] not in (0, manifest["step"])
-    problem = find_corruption(checkpoint_path(run, manifest["best_step"])) if is_other else None
-    if problem:
-        print(f"warning: {problem}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
-    return problem is not None
 
 
 def find_run_to_resume(resume, named):
@@ -106,10 +101,9 @@ def list_changes(before, now):
         old, new = format_value(before["config"][name]), format_value(value)
         if old != new and name not in (*MAY_CHANGE_ON_RESUME, "dtype"):  # for which the precision stands, below
             changes.append(f"{flag_name(name)} {old} -> {new}")
-    if before["precision"] != now["precision"]:
-        changes.append(
-            f"forward pass in {before['precision']} -> {now['precision']} (--dtype {before['precision']} keeps it)"
-        )
+    old, new = before["precision"], now["precision"]
+    if old != new:
+        changes.append(f"forward pass in {old} -> {new} (--dtype {old} keeps it)")
     if before["data"] != now["data"]:
         changes.append(f"data {summarize_data(before['data'])} -> {summarize_data(now['data'])}")
     return changes
