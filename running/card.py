@@ -9,8 +9,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from config import QUICKSTART_MODEL
 from evaluation.facts import escape_markdown, is_hub_id
 
-LICENSES = {QUICKSTART_MODEL: "apache-2.0"}  # of models that come without a card
-
 
 def model_card(facts):
     """The text of `README.md` for the best model, by the run's `run_facts` when it became the best."""
@@ -36,10 +34,9 @@ def strip(name):
 
 def find_license(model):
     """The license of the model that training started from; None where it is not known."""
-    card = Path(model) / "README.md"
-    if model in LICENSES or not card.is_file():
-        return LICENSES.get(model)
+    if model == QUICKSTART_MODEL:  # which comes without a card
+        return "apache-2.0"
     try:
-        return ModelCard.load(card).data.license
-    except Exception:  # a foreign file may make the YAML parser raise anything
+        return ModelCard.load(Path(model) / "README.md").data.license
+    except Exception:  # there is none, or a foreign file makes the YAML parser raise anything
         return None
