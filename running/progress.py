@@ -14,9 +14,8 @@ class Progress:
 
     def __init__(self, total, done=0, clock=time.monotonic):
         """Start before update `done` + 1 of `total`."""
-        self.total, self.done, self.clock = total, done, clock
-        self.first, self.start = done, clock()
-        self.last_line = self.last_update = self.start
+        self.total, self.first, self.done, self.clock = total, done, done, clock
+        self.start = self.last_line = clock()
         self.bar = tqdm(total=total, initial=done, unit="update", disable=None)  # None: only on a terminal
 
     def update(self, metrics):
@@ -26,10 +25,10 @@ class Progress:
         self.bar.update()
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed}")
         now = self.clock()
-        duration, self.last_update = now - self.last_update, now
-        if self.bar.disable and now - self.last_line + duration > INTERVAL:  # the next update might end too late
+        seconds = (now - self.start) / (self.done - self.first)  # of an average update
+        if self.bar.disable and now - self.last_line + seconds > INTERVAL:  # the next one might end too late
             self.last_line = now
-            left = format_duration((now - self.start) / (self.done - self.first) * (self.total - self.done))
+            left = format_duration(seconds * (self.total - self.done))
             print(f"  update {self.done:>5} of {self.total}   loss {metrics['loss']:.4f}   {speed}   about {left} left")
 
     def __enter__(self):
