@@ -22,7 +22,11 @@ def replay(options, named, build_run, updates, signals):
         named: settings that the user has named, which replace those of the run.
         build_run, updates: the functions of `train.py`.
     """
-    check_options(options)
+    for name in ("resume", "allow_changes", "dry_run", "write_config"):
+        if options[name]:
+            raise UserError(f"--replay trains nothing and writes nothing; leave {flag_name(name)} out")
+    if options["updates"] is not None and options["updates"] < 1:
+        raise UserError("--updates must be at least 1")
     directory, differing = Path(options["replay"]), {}
     with rewrite_errors("--resume", "--replay"):
         config, recorded = load_resumed_config(directory, named)
@@ -49,15 +53,6 @@ def replay(options, named, build_run, updates, signals):
         for line in resumed["differs"]:
             print(f"  when it was resumed after update {resumed['step']}: {line}")
     return 1 if differing or changed else 0
-
-
-def check_options(options):
-    """Raise `UserError` for options of the command line that exclude each other."""
-    for name in ("resume", "allow_changes", "dry_run", "write_config"):
-        if options[name]:
-            raise UserError(f"--replay trains nothing and writes nothing; leave {flag_name(name)} out")
-    if options["updates"] is not None and options["updates"] < 1:
-        raise UserError("--updates must be at least 1")
 
 
 def read_updates(directory, recorded, count):
