@@ -83,14 +83,12 @@ def get_recorded_measurements(start, config, precision):
 
     Its layout holds unless a setting that decides it has changed; its budget of tokens also needs the same device.
     """
-    before = start.described if start else {}
-    if before.get("precision") != precision.name or any(
-        before["config"][name] != getattr(config, name)
-        for name in ("layout", "device", "compile", "gradient_checkpointing")
-    ):
+    before, now = start.described if start else {}, vars(config)
+    decisive = ("layout", "device", "compile", "gradient_checkpointing")
+    if before.get("precision") != precision.name or any(before["config"][name] != now[name] for name in decisive):
         return {}
     same = before.get("device") == precision.describe()
-    same &= before["config"]["micro_batch_tokens"] == config.micro_batch_tokens
+    same &= before["config"]["micro_batch_tokens"] == now["micro_batch_tokens"]
     return {"recorded": before.get("layout"), "budget": before["micro_batch_tokens"] if same else 0}
 
 
@@ -154,15 +152,17 @@ def summarize_data(data):
     return f"{data['fingerprint'][:8]} ({counts} conversations)"
 
 
-def check_same_run(run, before, now, allow_changes):
-    """Print and return the `list_changes` between two records of a run; raise `UserError` unless they are allowed."""
+def check_same_run(run, before, allow_changes):
+    """Print and return the `list_changes` of a run since its record; raise `UserError` unless they are allowed."""
+    now = describe(run.config, run.precision, run.data)
     changed = list_changes(before, now)
     for name in ("lora_rank", "lora_alpha"):
         if before["config"][name] != now["config"][name]:
-            raise UserError(f"--resume {run}: {flag_name(name)} cannot change, as its checkpoints depend on it")
+            what = f"{flag_name(name)} cannot change, as its checkpoints depend on it"
+            raise UserError(f"--resume {run.directory}: {what}")
     if changed and not allow_changes:
         advice = "it would be a different run; leave that out, or allow it with --allow-changes"
-        raise UserError("\n".join([f"--resume {run}: {advice}", *changed]))
+        raise UserError("\n".join([f"--resume {run.directory}: {advice}", *changed]))
     for line in changed:
         print(f"changed: {line}")
     if versions := list_version_changes(before, now):

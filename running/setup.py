@@ -21,7 +21,6 @@ from running.resume import check_same_run, get_recorded_measurements, list_machi
 from running.run import Run
 from storage import hub
 from storage.adapter import describe_base
-from storage.records import describe
 
 # The tokens of a forward pass in the time that a checkpoint takes. That time and a token's grow with the parameters
 # alike: of SmolLM2-135M measured on two CPU cores; on a GPU arithmetic (4 s at 400,000 tokens/s trained).
@@ -64,31 +63,20 @@ def load_run(config, start=None, allow_changes=False):
         keep_freed_memory()
     path, local_files_only, tokenizer = load_run_tokenizer(pinned, start)
     data = load_data(pinned, tokenizer)
-    changes = []
-    if start:
-        described = describe(config, precision, data)
-        changed = check_same_run(config.output_dir, start.described, described, allow_changes)
-        changes = [{"step": start.described.get("step", 0), "changed": changed}] if changed else []
-    longest = max(split.longest for split in data.splits.values())
-    run = Run(config, precision, None, tokenizer, data, None, scaler=precision.grad_scaler(), changes=changes)
-    run.commits = commits
+    run = Run(config, precision, None, tokenizer, data, None, scaler=precision.grad_scaler(), commits=commits)
+    if start and (changed := check_same_run(run, start.described, allow_changes)):
+        run.changes = [{"step": start.described.get("step", 0), "changed": changed}]
     run.eval_every, run.save_every = choose_cadence(run, start)
     print(report.plan_of_data(run))
+    longest = max(split.longest for split in data.splits.values())
     if precision.device.type == "cuda":
         check_model_fits(path, local_files_only, precision, config, longest)
     path, lora = (start.model, None) if start and start.model else (path, Lora.of(config))
     run.model = load_on_ranks(path, tokenizer, precision, config.shard, local_files_only, lora)
     run.base = load_base(run, path, local_files_only, start)
-    layout = choose_layout(
-        run.model,
-        token_loss,
-        config,
-        tokenizer.pad_token_id,
-        precision,
-        longest=longest,
-        long_run=compiling_pays(run),
-        **broadcast_from_rank0(get_recorded_measurements, start, config, precision),
-    )
+    options = {"longest": longest, "long_run": compiling_pays(run)}
+    options |= broadcast_from_rank0(get_recorded_measurements, start, config, precision)
+    layout = choose_layout(run.model, token_loss, config, tokenizer.pad_token_id, precision, **options)
     run.layout = dataclasses.replace(layout, tokens=min(all_gather(layout.tokens)))
     run.config = dataclasses.replace(config, compile=layout.compiled)  # as the record has it, by which it is resumed
     if start and (differs := list_machine_changes(start.described, run.describe())):
@@ -109,8 +97,7 @@ def load_base(run, path, local_files_only, start):
         return recorded
     lora = get_lora(run.model)
     base = lora.base if lora else broadcast_from_rank0(describe_base, path, local_files_only)
-    before, now = (recorded or base)["files"], base["files"]
-    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+    if changed := sorted({name for name, _ in (recorded or base)["files"].items() ^ base["files"].items()}):
         why = f"its base model {recorded['model']} has changed since ({', '.join(changed)})"
         raise UserError(f"--resume {run.directory}: {why}; put that back, or start a new run")
     return base
