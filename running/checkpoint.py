@@ -55,11 +55,7 @@ def save(run):
             replace_file(card, model_card(run_facts(run.directory)))
             link_best(run.directory, run.best_step)
         return
-    snapshot = take_snapshot(run)
-    if is_rank0():
-        run.saver.start(run.step, write_checkpoint, run.model, run.tokenizer, *snapshot)
-    else:
-        run.saver.started = run.saver.saved = run.step
+    run.saver.start(run.step, write_checkpoint, run.model, run.tokenizer, *take_snapshot(run))
     seconds = time.perf_counter() - began
     run.saver.seconds += seconds
     run.log.draw_line("time", run.step, checkpoint=seconds)
@@ -102,7 +98,7 @@ def gather_state(model, optimizer):
 
 
 def write_checkpoint(model, tokenizer, about, weights, state, card):
-    """Write `checkpoints/step-N`, verified on disk; then link the best model and prune older ones.
+    """Write `checkpoints/step-N`, verified on disk; then link the best model and prune older ones. Rank 0 does so.
 
     Args:
         about: the manifest's entries besides the files: the record of the run, its step and its best step.
@@ -110,14 +106,16 @@ def write_checkpoint(model, tokenizer, about, weights, state, card):
         state: the content of training.pt.
         card: the model card, where this is the best model so far, else "".
     """
-    run, keep = Path(about["config"]["output_dir"]), about["config"]["keep"]
+    if not is_rank0():
+        return
+    run = Path(about["config"]["output_dir"])
     with atomic_directory(checkpoint_path(run, about["step"]), about) as directory:
         save_model(model, tokenizer, directory / MODEL, weights)
         if card:
             (directory / MODEL / "README.md").write_text(card, encoding="utf-8")
         save_state(state, directory / STATE)
     link_best(run, about["best_step"])
-    prune(run, about["step"], keep)
+    prune(run, about["step"], about["config"]["keep"])
 
 
 def save_state(state, path):
