@@ -64,8 +64,7 @@ def check_output_dir(directory):
     if (directory / "config.json").exists():
         run = shlex.quote(str(directory))
         raise UserError(f"--output-dir {directory}: it holds a run already; --resume {run}, or name another")
-    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
-    for name in names:
+    for name in sorted(os.listdir(directory)) if directory.exists() else ():
         if name not in (".lock", ".owner") and PARTIAL not in name:  # those are left by a run that was killed at once
             raise UserError(f"--output-dir {directory}: it is not empty (it holds {name}); name a new directory")
 

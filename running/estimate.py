@@ -12,6 +12,7 @@ from data import window_at
 from evaluation.facts import format_bytes, format_duration
 from running.diagnostics import explain_failed_update
 from running.metrics import peak_memory
+from running.report import format_plan
 
 ENOUGH = 4  # seconds
 
@@ -26,12 +27,12 @@ def estimate(run, train_step):
     free = broadcast_from_rank0(lambda: shutil.disk_usage(run.directory).free)
     enough = "" if disk < free else ": not enough, use a lower --keep or another --output-dir"
     process = " of a process" if world_size() > 1 else ""
-    lines = [
-        f"  memory    {format_bytes(peak)} at the peak{process} of {format_bytes(memory)}{fits}",
-        f"  time      about {format_duration(seconds)}; starting, evaluations, checkpoints and answers come on top",
-        f"  disk      up to {format_bytes(disk)}, {format_bytes(free)} free{enough}",
-    ]
-    return "\n".join(lines)
+    lines = {
+        "memory": f"{format_bytes(peak)} at the peak{process} of {format_bytes(memory)}{fits}",
+        "time": f"about {format_duration(seconds)}; starting, evaluations, checkpoints and answers come on top",
+        "disk": f"up to {format_bytes(disk)}, {format_bytes(free)} free{enough}",
+    }
+    return format_plan(lines)
 
 
 def measure_update(run, train_step):

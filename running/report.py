@@ -49,8 +49,7 @@ def plan_of_data(run):
         for name in ("truncated", "dropped", "supervised_lost", "supervised")
     )
     lost = f", {lost / (lost + supervised):.1%} of the supervised tokens lost" if lost else ""
-    more = train.conversations not in (0, len(train.examples) + train.dropped)
-    unit = "examples" if more else "conversations"
+    unit = "conversations" if train.conversations == len(train.examples) + train.dropped else "examples"
     lines = {
         "data": f"{len(train.examples):,} {unit} to train on, {len(data.eval.examples):,} to evaluate, "
         f"{len(data.test.examples):,} to test ({truncated:,} truncated{lost}, {dropped:,} dropped: nothing supervised)",
