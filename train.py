@@ -253,11 +253,11 @@ def build_run(config, start=None, allow_changes=False):
     return run
 
 
-def train(run, signals, resumed):
+def train(run, signals):
     """Train in the run's directory, which is locked. Returns the exit status."""
     began = time.perf_counter()
     resume.check_agreement(run)
-    run.open(resumed)
+    run.open()
     try:
         with diagnostics.explain_failed_write(run):
             signals.check()  # from here on, a signal stops the run at such a check only
@@ -295,7 +295,7 @@ def start_run(named, dry_run, signals):
             return 0
         with on_rank0(directory.locked, path):
             broadcast_from_rank0(directory.check_output_dir, path)  # another run may have begun in it by now
-            return train(run, signals, resumed=False)
+            return train(run, signals)
 
 
 def resume_run(path, named, allow_changes, dry_run, signals):
@@ -314,7 +314,7 @@ def resume_run(path, named, allow_changes, dry_run, signals):
             raise UserError(f"{path} is finished; {what}; raise --epochs or --max-steps")
         run.changes = recorded.get("changes", []) + run.changes
         run.resumed = recorded.get("resumed", []) + run.resumed
-        return 0 if dry_run else train(run, signals, resumed=True)
+        return 0 if dry_run else train(run, signals)
 
 
 def main(argv):

@@ -49,7 +49,7 @@ def save(run):
     run.saver.wait()
     if not run.data.eval.examples:
         run.best_step = run.step
-    if run.saver.saved == run.step:  # by a signal that interrupted the evaluation which found it to be the best
+    if run.saver.saved == run.step:  # as a signal interrupted the evaluation that now finds it to be the best
         if is_rank0():
             card = checkpoint_path(run.directory, run.step) / MODEL / "README.md"
             replace_file(card, model_card(run_facts(run.directory)))

@@ -20,8 +20,8 @@ LAYOUT = {"loss": {"train and eval": ["Multiline", ["(train|eval)/loss$"]]}}
 class Log:
     """The log of a run, which rank 0 writes: `metrics.jsonl`, answers, losses, and TensorBoard's events."""
 
-    def __init__(self, run, step=None, lines=0, digest=None, answers=None):
-        """Open the log of a new run, or continue one after `step` updates, given its `state` at that step.
+    def __init__(self, run, step, lines=0, digest=None, answers=None):
+        """Open the log of a run after `step` updates, given its `state` at that step, if it had one.
 
         Lines that an interrupted run logged beyond that are discarded.
         """

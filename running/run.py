@@ -43,8 +43,8 @@ class Run:
     best_loss: float = math.inf  # on the eval split, at best_step
     overflows: int = 0  # updates skipped so far because fp16 gradients overflowed
     log_state: dict = field(default_factory=dict)  # of the checkpoint that was resumed from
-    changes: list = field(default_factory=list)  # of settings, allowed by the user when the run was resumed
-    resumed: list = field(default_factory=list)  # what differed in versions and machine each time that was done
+    changes: list = field(default_factory=list)  # of settings and data, allowed by the user when it was resumed
+    resumed: list = field(default_factory=list)  # with other versions or on another machine, and what differed
     saver: Saver = field(init=False)
 
     def __post_init__(self):
@@ -71,14 +71,14 @@ class Run:
         """The updates in which the schedule "wsd" decays."""
         return count_updates(self.config.decay_fraction, self.total_steps)
 
-    def open(self, resumed):
+    def open(self):
         """Begin to write in the run's directory: rank 0 records what the run is, and opens its log."""
         self.log = NullLog()
         if is_rank0():
             record = {**self.describe(), "changes": self.changes, "resumed": self.resumed}
             replace_file(self.directory / "config.json", json.dumps(record, indent=2) + "\n")
             link_best(self.directory, self.best_step)
-            self.log = Log(self.directory, self.step if resumed else None, **self.log_state)
+            self.log = Log(self.directory, self.step, **self.log_state)
 
     def describe(self):
         """The record of the run in `config.json` and in a checkpoint's manifest, a dict of JSON values."""
