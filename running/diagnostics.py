@@ -13,7 +13,7 @@ from storage.durable import CorruptError
 
 
 def explain_failed_update(run):
-    """A context, as `explain_failure`, for the next update and its window."""
+    """The context `explain_failure` for the next update and its window."""
     examples = run.data.train.examples
     window = window_indices(run.step, len(examples), run.config.batch_size, run.config.seed)
     return explain_failure(run, f"update {run.step + 1}", examples, window)
@@ -47,7 +47,7 @@ def explain_failed_write(run):
         yield
     except (OSError, CorruptError, MemoryError, RuntimeError) as error:
         why = lost_process(error)
-        if not why and isinstance(error, MemoryError | RuntimeError) and not is_out_of_memory(error):
+        if not why and isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         why = why or getattr(error, "strerror", None) or first_line(error)
         if is_out_of_memory(error):

@@ -22,8 +22,8 @@ from running.run import Run
 from storage import hub
 from storage.adapter import describe_base
 
-# The tokens of a forward pass in the time that a checkpoint takes. That time and a token's grow with the parameters
-# alike: of SmolLM2-135M measured on two CPU cores; on a GPU arithmetic (4 s at 400,000 tokens/s trained).
+# How many tokens a forward pass takes in the time of a checkpoint; both times grow with the parameters. Of SmolLM2-135M
+# measured on two CPU cores; on a GPU calculated (4 s at 400,000 tokens/s trained).
 CHECKPOINT_TOKENS = {"cpu": 3_500, "cuda": 5_000_000}
 # The tokens of a run from which compiling pays. Of SmolLM2-135M it takes an H200 15 s and saves 3.6 µs a token; two CPU
 # cores half a minute and 0.2 ms, in bf16; in fp32 it saves them nothing.
@@ -87,10 +87,10 @@ def load_run(config, start=None, allow_changes=False):
 
 
 def load_base(run, path, local_files_only, start):
-    """The record of the model that training started from, which has been loaded, unless that was a checkpoint's.
+    """The record of the model that training started from: the one just loaded, unless that was a checkpoint's.
 
     Raises:
-        UserError: the run was begun before, and the base model's files are not as they were then.
+        UserError: the run is resumed, and the base model's files are not as they were when it began.
     """
     recorded = start.described.get("base") if start else None
     if start and start.model and not run.config.lora_rank:
