@@ -108,14 +108,14 @@ def write_checkpoint(model, tokenizer, about, weights, state, card):
     """
     if not is_rank0():
         return
-    run = Path(about["config"]["output_dir"])
-    with atomic_directory(checkpoint_path(run, about["step"]), about) as directory:
-        save_model(model, tokenizer, directory / MODEL, weights)
+    directory = Path(about["config"]["output_dir"])
+    with atomic_directory(checkpoint_path(directory, about["step"]), about) as checkpoint:
+        save_model(model, tokenizer, checkpoint / MODEL, weights)
         if card:
-            (directory / MODEL / "README.md").write_text(card, encoding="utf-8")
-        save_state(state, directory / STATE)
-    link_best(run, about["best_step"])
-    prune(run, about["step"], about["config"]["keep"])
+            (checkpoint / MODEL / "README.md").write_text(card, encoding="utf-8")
+        save_state(state, checkpoint / STATE)
+    link_best(directory, about["best_step"])
+    prune(directory, about["step"], about["config"]["keep"])
 
 
 def save_state(state, path):
@@ -127,17 +127,17 @@ def save_state(state, path):
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def link_best(run, best_step):
-    """Let `best` point to the model of a step, atomically; 0: there is no best model yet."""
+def link_best(directory, best_step):
+    """Let a run's `best` point to the model of a step, atomically; 0: there is no best model yet."""
     if best_step:
-        replace_link(run / BEST, checkpoint_path("", best_step) / MODEL)
+        replace_link(directory / BEST, checkpoint_path("", best_step) / MODEL)
     else:
-        (run / BEST).unlink(missing_ok=True)
+        (directory / BEST).unlink(missing_ok=True)
 
 
-def prune(run, step, keep):
+def prune(directory, step, keep):
     """Remove a run's checkpoints up to `step`, but for the newest `keep` and the best model that each of them names."""
-    done, best_steps = {each: path for each, path in list_checkpoints(run).items() if each <= step}, {}
+    done, best_steps = {each: path for each, path in list_checkpoints(directory).items() if each <= step}, {}
     for each, path in done.items():
         with contextlib.suppress(CorruptError):  # one that resuming has skipped
             best_steps[each] = read_manifest(path)["best_step"]
@@ -183,15 +183,15 @@ class Saver:
 # --- finding
 
 
-def list_checkpoints(run):
+def list_checkpoints(directory):
     """A run's checkpoint directories, by the number of updates before each, oldest first."""
-    paths = [path for path in (Path(run) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    paths = [path for path in (Path(directory) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
 
 
-def checkpoint_path(run, step):
+def checkpoint_path(directory, step):
     """The directory of a run's checkpoint after `step` updates."""
-    return Path(run) / "checkpoints" / f"step-{step}"
+    return Path(directory) / "checkpoints" / f"step-{step}"
 
 
 # --- restoring

@@ -70,29 +70,29 @@ def check_output_dir(directory):
 
 
 @contextlib.contextmanager
-def locked(run):
+def locked(directory):
     """Lock a run directory for this process, and remove what a killed one left incomplete there.
 
     The system releases the lock when the process ends, however it ends.
     """
-    lock = filelock.FileLock(run / ".lock")
+    lock = filelock.FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)
-        (run / ".owner").write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        (directory / ".owner").write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except filelock.Timeout:
-        owner = read_owner(run)
-        raise UserError(f"{run}: another process is training in it ({owner}); wait for it, or stop it") from None
+        owner = read_owner(directory)
+        raise UserError(f"{directory}: another process is training in it ({owner}); wait for it, or stop it") from None
     except OSError as error:
-        raise UserError(f"{run}: cannot write to it ({error.strerror})") from error
+        raise UserError(f"{directory}: cannot write to it ({error.strerror})") from error
     try:
-        remove_partial(run)
-        remove_partial(run / "checkpoints")
+        remove_partial(directory)
+        remove_partial(directory / "checkpoints")
         yield
     finally:
         lock.release()
 
 
-def read_owner(run):
+def read_owner(directory):
     """The process that has locked a run directory last; "" where this process cannot see that."""
-    owner = run / ".owner"
+    owner = directory / ".owner"
     return owner.read_text(encoding="utf-8") if owner.exists() else ""

@@ -20,23 +20,23 @@ LAYOUT = {"loss": {"train and eval": ["Multiline", ["(train|eval)/loss$"]]}}
 class Log:
     """The log of a run, which rank 0 writes: `metrics.jsonl`, answers, losses, and TensorBoard's events."""
 
-    def __init__(self, run, step, lines=0, digest=None, answers=None):
+    def __init__(self, directory, step, lines=0, digest=None, answers=None):
         """Open the log of a run after `step` updates, given its `state` at that step, if it had one.
 
         Lines that an interrupted run logged beyond that are discarded.
         """
-        self.run, self.path = run, run / "metrics.jsonl"
-        kept = read_metrics(run, lines)
+        self.directory, self.path = directory, directory / "metrics.jsonl"
+        kept = read_metrics(directory, lines)
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if digest and sha256(self.path) != digest:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
         self.save_answers()
-        self.losses = read_losses(run)
+        self.losses = read_losses(directory)
         self.lines = len(kept)
         threading.excepthook = hide_tensorboard_traceback
         # TensorBoard discards its events from `step` on; the lines kept of that step are drawn again.
-        self.tensorboard = SummaryWriter(run, purge_step=step)
+        self.tensorboard = SummaryWriter(directory, purge_step=step)
         if not step:
             self.call_tensorboard("add_custom_scalars", LAYOUT)
         for line in kept:
@@ -58,13 +58,13 @@ class Log:
         self.save_answers()
 
     def save_answers(self):
-        replace_file(self.run / "answers.json", json.dumps(self.answers, indent=2, ensure_ascii=False) + "\n")
+        replace_file(self.directory / "answers.json", json.dumps(self.answers, indent=2, ensure_ascii=False) + "\n")
 
     def write_losses(self, split, when, evaluation):
         """Log the losses of a split's conversations, "before" or "after" training, in `losses.json`."""
         pairs = [[losses.sum().item(), len(losses)] for losses in evaluation.token_losses]
         self.losses.setdefault(split, {})[when] = pairs
-        replace_file(self.run / "losses.json", json.dumps(self.losses) + "\n")
+        replace_file(self.directory / "losses.json", json.dumps(self.losses) + "\n")
 
     def state(self):
         """The state of the log for a checkpoint, to continue it: its number of lines, their SHA-256, the answers."""
@@ -73,7 +73,7 @@ class Log:
     def sync(self):
         """Force to disk what has been logged, before a checkpoint that counts its lines."""
         self.call_tensorboard("flush")
-        for path in (self.path, *self.run.glob("events.out.tfevents.*")):
+        for path in (self.path, *self.directory.glob("events.out.tfevents.*")):
             sync(path)
 
     def close(self, facts=None):

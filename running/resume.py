@@ -30,29 +30,29 @@ class ResumePoint:
         return self.path and self.path / MODEL
 
 
-def find_resume_point(run, recorded):
+def find_resume_point(directory, recorded):
     """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped."""
-    checkpoints = list_checkpoints(run)
+    checkpoints = list_checkpoints(directory)
     for checkpoint in reversed(checkpoints.values()):
         try:
             manifest = verify(checkpoint)
         except CorruptError as error:
             print(f"skipped: {checkpoint.name}: {error}", file=sys.stderr)
             continue
-        print(f"resuming {run} from {checkpoint.name}")
+        print(f"resuming {directory} from {checkpoint.name}")
         best = manifest["best_step"]
-        problem = find_corruption(checkpoint_path(run, best)) if best not in (0, manifest["step"]) else None
+        problem = find_corruption(checkpoint_path(directory, best)) if best not in (0, manifest["step"]) else None
         if problem:
             print(f"warning: {problem}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
         return ResumePoint(checkpoint, manifest, best_is_lost=problem is not None)
     if checkpoints:
-        raise UserError(f"--resume {run}: none of its checkpoints is valid; start a new run in another directory")
-    logged = max((line["step"] for line in read_metrics(run)), default=0)
+        raise UserError(f"--resume {directory}: none of its checkpoints is valid; start a new run in another directory")
+    logged = max((line["step"] for line in read_metrics(directory)), default=0)
     # On a GPU a run goes on while its first checkpoint is written, until the second is due.
-    if is_finished(run) or logged > 2 * recorded["save_every"]:
+    if is_finished(directory) or logged > 2 * recorded["save_every"]:
         lost = f"it logged update {logged} but has no checkpoint"
-        raise UserError(f"--resume {run}: {lost}; restore them, or start a new run")
-    print(f"resuming {run} from its beginning: it has no checkpoint")
+        raise UserError(f"--resume {directory}: {lost}; restore them, or start a new run")
+    print(f"resuming {directory} from its beginning: it has no checkpoint")
     return ResumePoint(None, recorded)
 
 
