@@ -10,7 +10,7 @@ from compute.distributed import all_gather, broadcast_from_rank0
 from config import MAY_CHANGE_ON_RESUME, UserError, flag_name, format_value, resolve, with_absolute_paths
 from running.checkpoint import MODEL, checkpoint_path, list_checkpoints
 from running.directory import read_owner
-from storage.durable import CorruptError, find_corruption, verify
+from storage.durable import find_corruption, read_manifest
 from storage.records import describe, is_finished, read_metrics, read_record
 
 MACHINE = ("device", "processor", "processes", "layout", "micro_batch_tokens")  # entries of `Run.describe`
@@ -34,12 +34,11 @@ def find_resume_point(directory, recorded):
     """The `ResumePoint` of a run, given its record: its newest valid checkpoint; corrupt ones are named and skipped."""
     checkpoints = list_checkpoints(directory)
     for checkpoint in reversed(checkpoints.values()):
-        try:
-            manifest = verify(checkpoint)
-        except CorruptError as error:
-            print(f"skipped: {checkpoint.name}: {error}", file=sys.stderr)
+        if problem := find_corruption(checkpoint):
+            print(f"skipped: {checkpoint.name}: {problem}", file=sys.stderr)
             continue
         print(f"resuming {directory} from {checkpoint.name}")
+        manifest = read_manifest(checkpoint)
         best = manifest["best_step"]
         problem = find_corruption(checkpoint_path(directory, best)) if best not in (0, manifest["step"]) else None
         if problem:
