@@ -127,18 +127,11 @@ def make_examples(turns, ids):
         turn = context + answer
         found = [example for example in examples if example[0][: len(turn)] == turn]
         if not found:
-            found = [(ids if ids[: len(turn)] == turn else turn, [])]
+            longest = ids if ids[: len(turn)] == turn else turn
+            found = [(longest, [IGNORE] * len(longest))]
             examples += found
-        found[-1][1].append(slice(len(context), len(turn)))
-    return [(ids, make_labels(ids, spans)) for ids, spans in reversed(examples or [(ids, [])])]
-
-
-def make_labels(ids, spans):
-    """The labels of ids of which some slices are supervised; lists."""
-    labels = [IGNORE] * len(ids)
-    for span in spans:
-        labels[span] = ids[span]
-    return labels
+        found[-1][1][len(context) : len(turn)] = answer
+    return examples[::-1] or [(ids, [IGNORE] * len(ids))]
 
 
 def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:
