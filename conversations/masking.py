@@ -5,7 +5,7 @@ context, with the label -100. A conversation is one example, or a few where its 
 once others follow it. docs/masking.md has the definition.
 """
 
-import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -37,15 +37,9 @@ class Example(NamedTuple):
 
 
 def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: str = "all") -> list[Example]:
-    """Conversations to `Example`s, in their order, by the tokenizer's template; see `encode_each`."""
-    return [example for examples in encode_each(conversations, tokenizer, supervise) for example in examples]
-
-
-def encode_each(conversations: list, tokenizer, supervise="all", max_length=None) -> list[list[Example]]:
-    """Conversations to their `Example`s, for each a list; the arguments and errors are those of `encode_as_lists`."""
-    encoded = encode_as_lists(conversations, tokenizer, supervise, max_length)
-    tensor = functools.partial(torch.tensor, dtype=torch.long)
-    return [[Example(tensor(ids), tensor(labels)) for ids, labels in examples] for examples in encoded]
+    """Conversations to `Example`s, in their order; the arguments and errors are those of `encode_as_lists`."""
+    examples = itertools.chain.from_iterable(encode_as_lists(conversations, tokenizer, supervise))
+    return [Example(*(torch.tensor(values, dtype=torch.long) for values in pair)) for pair in examples]
 
 
 def encode_as_lists(conversations, tokenizer, supervise="all", max_length=None):

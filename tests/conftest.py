@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from compute.layout import Layout
 from config import QUICKSTART_MODEL, UserError
 from conversations.formats import parse_columns, read_file
-from conversations.masking import Example
+from conversations.masking import Example, encode_as_lists
 from conversations.tokenizer import load_tokenizer
 from evaluation.generation import GREEDY, generate_answers
 from storage import hub
@@ -52,6 +52,12 @@ def cache_of_their_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+
+
+def encode_each(conversations, tokenizer, supervise="all", max_length=None):
+    """Conversations to their `Example`s, for each a list."""
+    encoded = encode_as_lists(conversations, tokenizer, supervise, max_length)
+    return [[Example(torch.tensor(ids), torch.tensor(labels)) for ids, labels in examples] for examples in encoded]
 
 
 def to_flags(settings):

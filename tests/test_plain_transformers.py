@@ -23,11 +23,11 @@ from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 
 from config import QUICKSTART_MODEL, UserError
 from conversations.encoding import SENTINEL, normalize
-from conversations.masking import IGNORE, encode, encode_each, encode_prompt
+from conversations.masking import IGNORE, encode, encode_prompt
 from conversations.templates import get_template
 from conversations.tokenizer import load_tokenizer
 from storage import hub
-from tests.conftest import CONTROL, byte_tokenizer, tiny_llama
+from tests.conftest import CONTROL, byte_tokenizer, encode_each, tiny_llama
 from tests.families import FAMILIES, TEMPLATES, WITH_BOS, save_model
 
 REFUSED = re.compile(r"^--chat-template: the template cannot be masked: (.+), in the conversation «")

@@ -13,10 +13,10 @@ from config import UserError
 from conversations import corpus, formats
 from conversations.chatml import is_chatml
 from conversations.formats import Reading, ReadReport, parse_row
-from conversations.masking import encode_each
 from conversations.sources import InvalidRow, Source
 from conversations.templates import TemplateError
 from conversations.tokenizer import load_tokenizer
+from tests.conftest import encode_each
 from tests.families import TEMPLATES, save_model
 
 MAX_LENGTH = 40

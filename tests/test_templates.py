@@ -23,12 +23,12 @@ import train
 from config import QUICKSTART_MODEL, UserError
 from conversations.chatml import MESSAGES as CHATML
 from conversations.encoding import SENTINEL, Encoder, TemplateError
-from conversations.masking import IGNORE, encode, encode_each, encode_prompt
+from conversations.masking import IGNORE, encode, encode_prompt
 from conversations.templates import Template, cached_template
 from conversations.tokenizer import load_tokenizer
 from storage import hub
 from tests import reference
-from tests.conftest import byte_tokenizer, tiny_llama
+from tests.conftest import byte_tokenizer, encode_each, tiny_llama
 
 TRL = Path(trl.__file__).parent / "chat_templates"
 CONTROL = re.compile(
