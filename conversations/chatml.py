@@ -3,12 +3,12 @@
 It begins with what the tokenizer puts before a text by itself, such as the BOS of Llama, Gemma and Mistral.
 """
 
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import AddedToken
 
-from conversations.encoding import NEXT
 from conversations.templates import get_template, with_conversation
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -47,29 +47,25 @@ def encode_chatml(conversations, tokenizer):
     The texts between control tokens are encoded as plain text, in one call, and those tokens are inserted as ids. So no
     text can become a control token. The call begins at once, in a thread, and runs beside Python.
     """
-    texts = [f"{message['role']}\n{message['content']}" for messages in conversations for message in messages]
-    encoder, thread = get_template(tokenizer).encoder.get_tokenizer(NEXT), ThreadPoolExecutor(1)
-    encodings = thread.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)
-    thread.shutdown(wait=False)  # it ends by itself, with the call
-    return join_runs(conversations, encodings, tokenizer)
-
-
-def join_runs(conversations, encodings, tokenizer):
-    """Yield the ids of each conversation, of a future with the encodings of their texts."""
-    encoder = get_template(tokenizer).encoder
+    encoder, thread = get_template(tokenizer).encoder, ThreadPoolExecutor(1)
     opening, (start, end) = map(tokenizer.convert_tokens_to_ids, (find_opening(tokenizer, (START, END)), [START, END]))
     header, newline = encoder.encode_runs(["assistant\n", "\n"])
-    runs = (encoding.ids for encoding in encodings.result())
-    for messages in conversations:
+    texts = [f"{message['role']}\n{message['content']}" for messages in conversations for message in messages]
+    runs = itertools.chain.from_iterable(thread.map(encoder.encode_runs, [texts]))  # waited for at the first of them
+    thread.shutdown(wait=False)  # it ends by itself, with the call
+
+    def join_runs(messages):
         ids, turns = list(opening), []
+        runs_of_messages = list(itertools.islice(runs, len(messages)))  # all, wherever one of them is refused
         with with_conversation(messages):
-            for number, message in enumerate(messages):
-                run = next(runs)
+            for number, (message, run) in enumerate(zip(messages, runs_of_messages, strict=True)):
                 if message["train"]:
                     answer = encoder.continue_run(header, run, message["content"], number)
                     turns.append(([*ids, start, *header], [*answer, end, *newline]))
                 ids += [start, *run, end, *newline]
-        yield turns, ids
+        return turns, ids
+
+    return map(join_runs, conversations)
 
 
 def encode_prompt(messages, tokenizer):

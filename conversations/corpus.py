@@ -162,24 +162,21 @@ def encode_batches(rows, options, skip, refused):
     while batch := list(itertools.islice(rows, BATCH)):
         begun.append((batch, encode_as_lists([messages for _, _, messages in batch], *options)))
         if len(begun) > AHEAD:
-            yield finish_batch(*begun.popleft(), options, skip, refused)
-    yield from (finish_batch(*each, options, skip, refused) for each in begun)
+            yield finish_batch(*begun.popleft(), skip, refused)
+    yield from (finish_batch(*each, skip, refused) for each in begun)
 
 
-def finish_batch(rows, encoding, options, skip, refused):
+def finish_batch(rows, encoding, skip, refused):
     """A list of `(location, source, examples)` for some rows, of the iterator over their examples."""
-    encoded, left = [], list(rows)
-    while left:
+    encoded = []
+    for location, source, _ in rows:
         try:
-            for examples in encoding:
-                location, source, _ = left.pop(0)
-                encoded.append((location, source, examples))
+            encoded.append((location, source, next(encoding)))
         except UserError as error:
-            location, problem = left.pop(0)[0], error.__cause__
+            problem = error.__cause__
             if not (skip and isinstance(problem, TemplateError)):
                 raise UserError(f"{location}: {error}") from error
             refused.append((InvalidRow(f"--chat-template: {problem.reason}", problem.where), location))
-            encoding = encode_as_lists([messages for _, _, messages in left], *options)
     return encoded
 
 

@@ -84,14 +84,10 @@ class Encoder:
 
     def encode_runs(self, texts, kind=NEXT):
         """The ids of texts of a kind, a list each; what looks like a control token in them stays text."""
-        encodings = self.get_tokenizer(kind).encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def get_tokenizer(self, kind):
-        """The tokenizer of runs of a kind."""
         if kind not in self.encoders:
             self.encoders[kind] = make_encoder(self.tokenizer, self.control, kind)
-        return self.encoders[kind]
+        encodings = self.encoders[kind].encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_answer(self, number, prompt, answer):
         """The ids of an answer, message `number` from 0, as they follow its prompt; all but the number are texts."""

@@ -45,7 +45,8 @@ def encode(conversations: list, tokenizer: PreTrainedTokenizerBase, supervise: s
 def encode_as_lists(conversations, tokenizer, supervise="all", max_length=None):
     """Conversations to their examples, pairs of lists `(ids, labels)`: for each one, or as few as its template needs.
 
-    The tokenizer begins at once, in a thread; an iterator makes the examples. A million tensors would take a minute.
+    The tokenizer begins at once, in a thread; an iterator makes the examples, and goes on after one that is refused.
+    A million tensors would take a minute.
 
     Args:
         conversations: lists of messages, as `conversations.formats` makes them.
@@ -57,12 +58,14 @@ def encode_as_lists(conversations, tokenizer, supervise="all", max_length=None):
     """
     chats = [mark_supervised(messages, supervise) for messages in conversations if is_chat(messages)]
     encoded = encode_chatml(chats, tokenizer) if is_chatml(tokenizer) else map(get_template(tokenizer).encode, chats)
-    encoded, length = iter(encoded), max_length or tokenizer.model_max_length
     opening = tokenizer.convert_tokens_to_ids(find_opening(tokenizer))
-    return (
-        make_examples(*next(encoded)) if is_chat(messages) else encode_plain(messages[0], tokenizer, opening, length)
-        for messages in conversations
-    )
+
+    def finish(messages):
+        if is_chat(messages):
+            return make_examples(*next(encoded))
+        return encode_plain(messages[0], tokenizer, opening, max_length or tokenizer.model_max_length)
+
+    return map(finish, conversations)
 
 
 def is_chat(messages):
