@@ -24,7 +24,7 @@ import torch
 
 from config import Config, Parser, UserError, explain_machine_errors, format_value, resolve, rewrite_errors, run_command
 from conversations.audit import print_audit
-from conversations.corpus import load_corpus
+from conversations.corpus import Corpus, load_corpus
 from conversations.leaks import GRAM, find_leaks
 from conversations.masking import Example
 from conversations.preview import check_page_path, page, preview
@@ -43,13 +43,12 @@ AUDIT_FLAGS = {"preset", "model", "chat_template", "template_option"}  # of thos
 # --- from a dataset to its splits
 
 
+@dataclass(frozen=True, eq=False)
 class Examples(Sequence):
     """The `Example`s of some rows of a corpus, read from disk on access."""
 
-    def __init__(self, corpus, numbers):
-        # Arrow's arrays, as they are on disk: a Python object for each token would take a hundred times as long.
-        self.columns, self.numbers = [corpus.rows[name] for name in ("input_ids", "labels")], numbers
-        self.locations, self.corpus = corpus.rows["location"], corpus
+    corpus: Corpus
+    numbers: np.ndarray  # of the rows
 
     def __len__(self):
         return len(self.numbers)
@@ -57,12 +56,13 @@ class Examples(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = int(self.numbers[index])
-        return Example(*(torch.tensor(column[row].values.to_numpy(), dtype=torch.long) for column in self.columns))
+        # Of Arrow's arrays, as they are on disk: a Python object for each token would take a hundred times as long.
+        lists = (self.corpus.rows[name][int(self.numbers[index])] for name in ("input_ids", "labels"))
+        return Example(*(torch.tensor(each.values.to_numpy(), dtype=torch.long) for each in lists))
 
     def location(self, index):
         """The file and line that the conversation of an example was read from."""
-        return self.locations[int(self.numbers[index])].as_py()
+        return self.corpus.rows["location"][int(self.numbers[index])].as_py()
 
     @property
     def origin(self):
