@@ -141,16 +141,22 @@ def load_data(config, tokenizer):
         notes.append(f"{before - len(train):,} left out of training because held-out conversations share their text")
     splits = {"train": make_split(corpus, repeat_by_weight(train, source_of, sources, config.seed)), **held_out}
     for name in ("train", "eval") if config.eval_fraction or config.eval_dataset else ("train",):
-        if not splits[name].examples:
-            why = f"nothing is supervised in the {name} split; see --max-length"
-            if not splits[name].dropped:
-                what = "leaks or duplicates" if config.exclude_leaks else "duplicates"
-                why = f"the {name} split is empty, as all of its conversations are {what}; use --eval-dataset"
-            raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
+        check_not_empty(name, splits[name], config)
     warnings = warnings_about(splits, tokenizer.model_max_length)
     if config.split != Config().split and all(source.split or find_files(source.name) for source in sources):
         warnings.append(f"--split {config.split} has no effect: files have no splits")
     return Data(**splits, notes=notes, warnings=warnings, eval_sources=eval_sources)
+
+
+def check_not_empty(name, split, config):
+    """Raise `UserError` for a split without examples."""
+    if split.examples:
+        return
+    why = f"nothing is supervised in the {name} split; see --max-length"
+    if not split.dropped:
+        what = "leaks or duplicates" if config.exclude_leaks else "duplicates"
+        why = f"the {name} split is empty, as all of its conversations are {what}; use --eval-dataset"
+    raise UserError(f"--dataset {format_value(config.dataset)}: {why}")
 
 
 def describe_leaks(data):
@@ -372,15 +378,10 @@ def main(argv):
     if options["audit"]:
         return print_audit(options["audit"], tokenizer, options["show"], options["json"])
     data = load_data(config, tokenizer)
-    if options["leaks"]:
-        for leak in data.leaks:
-            found = {**leak._asdict(), "shared": tokenizer.decode(leak.shared)}
-            line = "{held_out} shares {tokens} tokens of its {kind} with {train}: {shared!r}…".format(**found)
-            print(json.dumps(found) if options["json"] else line)
-        print(describe_leaks(data) or "nothing is held out", file=sys.stderr)
-        return 0
     examples = data.train.examples[: options["show"]]
-    if options["html"]:
+    if options["leaks"]:
+        print_leaks(data, tokenizer, options["json"])
+    elif options["html"]:
         names = " ".join(Path(name).name for name in config.dataset)
         replace_file(options["html"], page(data, examples, tokenizer, names))
         print(f"written to {options['html']}")
@@ -388,17 +389,31 @@ def main(argv):
         for example in examples:
             print(json.dumps({"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}))
     else:
-        counts = ", ".join(
-            f"{name} {len(split.examples):,} ({split.truncated:,} truncated, {split.dropped:,} dropped)"
-            for name, split in data.splits.items()
-        )
-        notes = filter(None, (*data.notes, counts, describe_leaks(data)))
-        print("\n".join((*notes, *(f"warning: {warning}" for warning in data.warnings))))
-        for number, example in enumerate(examples):
-            counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
-            print(f"--- {number + 1}: {counts} ({data.train.examples.location(number)})")
-            print(preview(example, tokenizer, color=sys.stdout.isatty()))
+        print_examples(data, examples, tokenizer)
     return 0
+
+
+def print_leaks(data, tokenizer, as_json):
+    """Print a line for each leak, for reading or as an object."""
+    for leak in data.leaks:
+        found = {**leak._asdict(), "shared": tokenizer.decode(leak.shared)}
+        line = "{held_out} shares {tokens} tokens of its {kind} with {train}: {shared!r}…".format(**found)
+        print(json.dumps(found) if as_json else line)
+    print(describe_leaks(data) or "nothing is held out", file=sys.stderr)
+
+
+def print_examples(data, examples, tokenizer):
+    """Print what is known about some `Data`, and the first examples of its training split."""
+    counts = ", ".join(
+        f"{name} {len(split.examples):,} ({split.truncated:,} truncated, {split.dropped:,} dropped)"
+        for name, split in data.splits.items()
+    )
+    notes = filter(None, (*data.notes, counts, describe_leaks(data)))
+    print("\n".join((*notes, *(f"warning: {warning}" for warning in data.warnings))))
+    for number, example in enumerate(examples):
+        counts = f"{len(example.input_ids)} tokens, {example.supervised_tokens} of them supervised"
+        print(f"--- {number + 1}: {counts} ({data.train.examples.location(number)})")
+        print(preview(example, tokenizer, color=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":
