@@ -456,8 +456,10 @@ def run_command(main: Callable[[list[str]], int], single_process: bool = False) 
 
 def report_error(error: BaseException) -> int:
     """Print what ended the program, in a line or as a traceback; returns the exit status: 1, or 128 + N by signal N."""
-    if caused_by_interrupt(error):
-        error = KeyboardInterrupt()
+    cause: BaseException | None = error
+    while cause and type(cause) is not KeyboardInterrupt:  # Ctrl-C, over which a library may raise an error of its own
+        cause = cause.__context__
+    error = cause or error
     if isinstance(error, KeyboardInterrupt):
         print(str(error) or "interrupted", file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)  # as `running.signals.Stopped` has it
@@ -472,13 +474,6 @@ def report_error(error: BaseException) -> int:
         return 1
     print("error:", "\n  ".join(" ".join(line.split()) for line in message.splitlines()), file=sys.stderr)
     return 1
-
-
-def caused_by_interrupt(error):
-    """True for Ctrl-C itself, and for an exception that a library has raised while it handled Ctrl-C."""
-    while error and type(error) is not KeyboardInterrupt:
-        error = error.__context__
-    return error is not None
 
 
 def die_with_parent():
