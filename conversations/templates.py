@@ -88,14 +88,13 @@ class Template:
     @functools.cached_property
     def stops(self):
         """The control tokens that end an answer: a text, and a call of a tool, after which the tool is next."""
-        if self.call_form is None:
-            return [self.end_of_turn]
-        chat = [to_template_message(message, self.call_form) for message in CALL_PROBE]
-        try:
-            ((_, _, answer),), _ = self.turns(chat, {1}, {"tools": TOOL_PROBE})
-            return list(dict.fromkeys([self.end_of_turn, self.pattern.findall(answer)[-1]]))
-        except TemplateError:  # as the first conversation with a call will be
-            return [self.end_of_turn]
+        stops = [self.end_of_turn]
+        if self.call_form:
+            chat = [to_template_message(message, self.call_form) for message in CALL_PROBE]
+            with contextlib.suppress(TemplateError):  # as the first conversation with a call will raise
+                ((_, _, answer),), _ = self.turns(chat, {1}, {"tools": TOOL_PROBE})
+                stops.append(self.pattern.findall(answer)[-1])
+        return list(dict.fromkeys(stops))
 
     @functools.cached_property
     def arguments(self):
