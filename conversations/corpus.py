@@ -112,11 +112,8 @@ def cache_key(sources, tokenizer, options):
     """SHA-256 over everything that a corpus depends on."""
     contents = []
     for source in sources:
-        if files := find_files(source.name):
-            contents += [(str(file), sha256(file)) for file in files]
-        else:
-            contents.append(load_from_hub(source, options["split"])._fingerprint)
-        contents.append("end of source")
+        files = [(str(file), sha256(file)) for file in find_files(source.name)]
+        contents.append(files or load_from_hub(source, options["split"])._fingerprint)
     parts = [contents, options, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
     parts += map(sha256, SOURCE_FILES)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
