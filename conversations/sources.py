@@ -25,6 +25,7 @@ QUANTITY = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d+\.?\d*|\.\d+)|#(?P<count>
 HUB_NAME = re.compile(r"(?P<name>[^:@~#]+)(~(?P<revision>[^:@~#]+))?(:(?P<config>[^:@~#/]+))?(@(?P<split>[^@~#]+))?")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 BOM = b"\xef\xbb\xbf"
+CORRECT_FILE = "correct the file; --skip-bad-rows cannot tell where the next row begins"
 
 
 class InvalidRow(Exception):
@@ -99,13 +100,12 @@ def check_sources(config, recorded=()):
     Returns the commits of those on the Hub, by name: those `recorded` by a run that is resumed, else those of today.
     """
     commits = {}
-    flags = ["--dataset"] * len(config.dataset) + ["--eval-dataset"] * len(config.eval_dataset)
-    for flag, text in zip(flags, [*config.dataset, *config.eval_dataset], strict=True):
+    for flag, texts in (("--dataset", config.dataset), ("--eval-dataset", config.eval_dataset)):
         with rewrite_errors("--dataset", flag):
-            source = parse_source(text)
-            if not find_files(source.name):
-                revision = dict(recorded).get(source.repository, source.revision)
-                commits[source.repository], _ = hub.find_commit("dataset", source.name, source.config, revision)
+            for source in map(parse_source, texts):
+                if not find_files(source.name):
+                    revision = dict(recorded).get(source.repository, source.revision)
+                    commits[source.repository], _ = hub.find_commit("dataset", source.name, source.config, revision)
     return commits
 
 
@@ -244,8 +244,7 @@ def read_json(path, stream):
         if isinstance(parse_json(next(filter(bytes.strip, lines))), InvalidRow):  # not one array on each line
             value = parse_json(content.rstrip())
             if isinstance(value, InvalidRow):
-                advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
-                raise UserError(f"{path}:{value.line}: {value}; {advice}")
+                raise UserError(f"{path}:{value.line}: {value}; {CORRECT_FILE}")
             yield from ((f"{path} row {number}", row) for number, row in enumerate(split_array(value)))
             return
     for number, line in enumerate(lines, 1):
@@ -275,8 +274,7 @@ def read_csv(path, stream, delimiter=","):
             else:
                 yield f"{path}:{line}", {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
-        advice = "correct the file; --skip-bad-rows cannot tell where the next row begins"
-        raise UserError(f"{path}:{begin}: not valid CSV: {error}; {advice}") from error
+        raise UserError(f"{path}:{begin}: not valid CSV: {error}; {CORRECT_FILE}") from error
 
 
 def check_header(cells, location):
