@@ -77,10 +77,9 @@ def find_unused(tokenizer, end):
 def load_unchanged(path, local_files_only):
     """The tokenizer, configuration and text configuration of a model as they came; `UserError` if of no use."""
     try:
-        options = pretrained(path, local_files_only)
         config = AutoConfig.from_pretrained(**pretrained(*find_base(path, local_files_only)))
         text_config = config.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(**options)
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained(path, local_files_only))
     except LOADING_ERRORS as error:
         reason = explain_load_error(path, error)
         raise UserError(f"--model {path}: no usable tokenizer and configuration ({reason})") from error
