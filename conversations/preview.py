@@ -17,15 +17,14 @@ RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 def preview(example, tokenizer, color):
     """An example as text: what is supervised in green, the rest in red; without color, the supervised in `[[…]]`."""
-    text, begin = "", 0
-    for is_supervised, group in itertools.groupby(example.supervised.tolist()):
-        end = begin + len(list(group))
-        part = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], tokenizer.decode(example.input_ids[begin:end]))
+    text = ""
+    tokens = zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
+    for is_supervised, run in itertools.groupby(tokens, key=lambda token: token[1]):
+        part = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], tokenizer.decode([number for number, _ in run]))
         if color:
             text += (GREEN if is_supervised else RED) + part + PLAIN
         else:
             text += f"[[{part}]]" if is_supervised else part
-        begin = end
     return text
 
 
