@@ -258,7 +258,7 @@ def warnings_about(splits, context_length):
 
 
 def choose_rows(source_of, sources, seed):
-    """The rows that are used: all of a source, or a random part of it where it asks for a share or a count."""
+    """The rows that are used: all of a source, or a random part of it where it has a share or a count."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for number, source in enumerate(sources):

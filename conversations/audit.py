@@ -44,7 +44,7 @@ FAULTS = {
     "no turns": "no row has a turn of the template; try another --model or --chat-template",
 }
 OF_TEMPLATE = list(FAULTS)[6:]
-NOTES = {  # on rows that have what is no fault by itself
+NOTES = {  # on rows that have what is not a fault by itself
     "unbounded": "where conversations begin within {:,} rows without position_ids and seq_lengths",
     "no turns": "the turns of {:,} rows, which have none of the template",
     "bare answers": "answers without any label in {:,} rows, which may be meant so",
@@ -169,7 +169,7 @@ def parse_columns(row, vocabulary):
 
 
 def find_starts(columns, kept):
-    """Where conversations begin among the tokens that are `kept`, by all columns that tell; and the faults in that."""
+    """Where conversations begin among the tokens that are `kept`, by the columns that show it, and faults in that."""
     starts, wrong = [], []
     if "position_ids" in columns:
         positions = columns["position_ids"][kept]

@@ -107,7 +107,7 @@ def match_grams(held_out, hashes, starts, multiplier, corpus, conversations):
     conversations = conversations[np.unique(groups, return_index=True)[1]]  # each of several duplicates counts once
     total, shift = len(corpus.bounds), np.uint64(64 - min(32, 4 + len(hashes).bit_length()))
     may_be = np.zeros(1 << (64 - int(shift)), dtype=bool)
-    may_be[hashes >> shift] = True  # by its first bits, most of training is no gram of these
+    may_be[hashes >> shift] = True  # by its first bits, most of training is not a gram of these
     count, pairs = np.zeros(len(hashes), dtype=int), []
     for keys, conversation_of in read_tokens(corpus, conversations):
         hashed = hash_grams(keys, multiplier)

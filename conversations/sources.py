@@ -172,7 +172,7 @@ def read_rows(source, split):
     """
     files = find_files(source.name)
     if not files:
-        # As Arrow has it: what `datasets` makes of a value no longer tells the nulls of JSON from those of a table.
+        # As Arrow has it: what `datasets` makes of a value does not keep the nulls of JSON apart from those of a table.
         dataset = load_from_hub(source, split).with_format("arrow")
         yield from read_table(f"{source.name} ({source.split or split})", dataset.iter(batch_size=1000))
     for path in files:
