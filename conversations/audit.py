@@ -154,12 +154,11 @@ def parse_columns(row, vocabulary):
         if not isinstance(values, list) or not all(isinstance(number, int) for number in values):
             raise InvalidRow(f'"{name}" is not a list of integers')
         columns[name] = np.array(values)
-    masks = [columns.pop(name) for name in COLUMNS[-2:] if name in columns]
+    masks = [columns[name] for name in COLUMNS[-2:] if name in columns]
     if ("labels" not in columns and not masks) or not len(columns.get("input_ids", ())):
         raise InvalidRow('it needs "input_ids" and "labels"; write what the collator returns (docs/audit.md)')
     ids = columns["input_ids"]
-    lengths = {len(value) for name, value in [*columns.items(), *enumerate(masks)] if name != "seq_lengths"}
-    if {len(ids)} != lengths | {columns.get("seq_lengths", np.array(len(ids))).sum()}:
+    if len({value.sum() if name == "seq_lengths" else len(value) for name, value in columns.items()}) > 1:
         raise InvalidRow("its columns have different lengths")
     if not columns.get("attention_mask", ids + 1).any():
         raise InvalidRow('its "attention_mask" is 0 everywhere')
