@@ -340,11 +340,10 @@ def with_absolute_paths(overrides: dict, base: Path = Path()) -> dict:
     def absolute(name):
         if not isinstance(name, str):
             return type(name)(map(absolute, name))
-        amount = re.search(r"[:#][^:#/]*$", name)
-        for end in (len(name), amount.start() if amount else 0):
-            path = base / Path(name[:end]).expanduser()
-            if name[:end] and path.exists():
-                return str(path.absolute()) + name[end:]
+        for text in (name, re.sub(r"[:#][^:#/]*$", "", name)):  # with an amount, and without
+            path = base / Path(text).expanduser()
+            if text and path.exists():
+                return str(path.absolute()) + name[len(text) :]
         return name
 
     paths = {"model", "dataset", "eval_dataset"}
