@@ -161,6 +161,21 @@ def test_after_an_invalid_row_the_rest_is_only_checked(tokenizer, tmp_path, many
     assert not encoded
 
 
+def test_a_batch_is_encoded_once_whatever_is_refused(tokenizer, tmp_path, monkeypatch):
+    refused = "not for ChatML" if is_chatml(tokenizer) else "not for a template"
+    names, encode_as_lists, encoded = [refused, "good", refused, "good"], corpus.encode_as_lists, []
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(ROWS[name]) + "\n" for name in names))
+
+    def encode_and_count(chats, *options):
+        encoded.append(len(chats))
+        return encode_as_lists(chats, *options)
+
+    monkeypatch.setattr(corpus, "encode_as_lists", encode_and_count)
+    rows, _ = make(tmp_path / "made", tmp_path / "a.jsonl", tokenizer, 0.5)
+    assert encoded == [4]
+    assert [location for location, *_ in rows] == [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/a.jsonl:4"]
+
+
 @pytest.mark.parametrize("row", ["bad tokens", "no answer", "no format"])
 def test_an_invalid_row_is_of_no_format(tmp_path, row):
     report = ReadReport()
