@@ -303,7 +303,8 @@ def check_plain(messages, tools, options):
     found = [(name, "") for name, value in (("tools", tools), ("chat_template_kwargs", options)) if value]
     for number, message in enumerate(messages, 1):
         found += [(NOT_PLAIN[key], f"message {number}") for key in NOT_PLAIN if key in message]
-    for what, where in found:
+    if found:
+        what, where = found[0]
         advice = "use --chat-template model, or a file, with a template that has it, or write it into the content"
         also = "" if where else f", or --drop-columns {what}"
         raise InvalidRow(f"--chat-template chatml has no {what}; {advice}{also}", where)

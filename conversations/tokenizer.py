@@ -48,7 +48,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     missing = [str(token) for token in control if str(token) not in tokenizer.get_vocab()]
     padding = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else tokenizer.pad_token
     if padding in (None, end):  # code that masks padding by its id would mask every stop
-        padding = next(iter(() if may_add else find_unused(tokenizer, end)), "<|pad|>")
+        padding = "<|pad|>" if may_add else next(find_unused(tokenizer, end), "<|pad|>")
         missing += [padding] * (padding not in tokenizer.get_vocab())
     if missing and not may_add:
         why = "with --lora-rank no embedding of it would be trained, and no server takes new ones"
@@ -61,7 +61,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     tokenizer.add_special_tokens({"eos_token": end, "pad_token": padding})
     longest = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
     tokenizer.model_max_length = longest if longest > 0 else NO_LIMIT
-    for problem in find_problems(tokenizer, list(map(str, control or [end])), config):
+    if problem := next(find_problems(tokenizer, list(map(str, control or [end])), config), None):
         raise UserError(f"--model {path}: {problem}; it cannot be used")
     return tokenizer
 
