@@ -66,10 +66,3 @@ def encode_chatml(conversations, tokenizer):
         return turns, ids
 
     return map(join_runs, conversations)
-
-
-def encode_prompt(messages, tokenizer):
-    """The ids of messages with the header of the answer, which the model generates next; a list."""
-    answer = {"role": "assistant", "content": "x", "train": True}
-    ((((context, _),), _),) = encode_chatml([[*({**m, "train": False} for m in messages), answer]], tokenizer)
-    return context

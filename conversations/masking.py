@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from conversations import chatml
 from conversations.chatml import encode_chatml, find_opening, is_chatml
 from conversations.encoding import FIRST
 from conversations.templates import get_template
@@ -135,5 +134,6 @@ def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:
     """A user's prompt, or messages, with the header of the answer, which the model generates next: ids (T,)."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if is_chatml(tokenizer):
-        return torch.tensor(chatml.encode_prompt(messages, tokenizer))
+        (example,) = encode([[*messages, {"role": "assistant", "content": "x"}]], tokenizer, "last")
+        return example.input_ids[: example.supervised.nonzero()[0]]
     return torch.tensor(get_template(tokenizer).encode_prompt(messages))

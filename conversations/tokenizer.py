@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from config import UserError, rewrite_errors
 from conversations import templates
-from conversations.chatml import CONTROL, END, chatml_template, encode_prompt, is_chatml
+from conversations.chatml import CONTROL, END, chatml_template, is_chatml
+from conversations.masking import encode_prompt
 from conversations.templates import arguments_of
 from storage.adapter import find_base
 from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
@@ -100,7 +101,7 @@ def find_problems(tokenizer, control, config):
     if is_chatml(tokenizer):
         chat = [{"role": role, "content": "\n " + PROBE} for role in ("system", "user", "assistant", "user")]
         theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        if theirs != encode_prompt(chat, tokenizer):
+        if theirs != encode_prompt(chat, tokenizer).tolist():
             yield "its tokenizer makes other ids of a conversation in ChatML than of its parts"
     if type(tokenizer) is PreTrainedTokenizerFast:  # other classes build the tokenizer anew from what they saved
         return
