@@ -10,10 +10,9 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from config import UserError, rewrite_errors
-from conversations import templates
 from conversations.chatml import CONTROL, END, chatml_template, is_chatml
 from conversations.masking import encode_prompt
-from conversations.templates import arguments_of
+from conversations.templates import Template, arguments_of, get_template, with_conversation
 from storage.adapter import find_base
 from storage.hub import LOADING_ERRORS, explain_load_error, pretrained
 
@@ -41,9 +40,9 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
             raise UserError(f"--template-option {template_options[0]}: --chat-template chatml has no options")
     else:
         template = read_template(chat_template, tokenizer.chat_template, path)
-        with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), templates.with_conversation([]):
+        with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), with_conversation([]):
             tokenizer.chat_template = with_options(without_marks(template), template_options)
-            control, end = [], templates.Template(tokenizer).end_of_turn
+            control, end = [], Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
             tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
     missing = [str(token) for token in control if str(token) not in tokenizer.get_vocab()]
@@ -94,7 +93,7 @@ def load_unchanged(path, local_files_only):
 
 def find_problems(tokenizer, control, config):
     """Yield why what is trained would not be what transformers makes of the same messages with this tokenizer."""
-    encoded = templates.get_template(tokenizer).encoder.encode_runs(control)
+    encoded = get_template(tokenizer).encoder.encode_runs(control)
     for token, ids in zip(control, encoded, strict=True):
         if tokenizer.convert_tokens_to_ids(token) in ids:
             yield f"its tokenizer reads {token} in a message as a control token"
