@@ -41,7 +41,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
     else:
         template = read_template(chat_template, tokenizer.chat_template, path)
         with rewrite_errors("--chat-template:", f"--chat-template {chat_template}:"), with_conversation([]):
-            tokenizer.chat_template = with_options(without_marks(template), template_options)
+            tokenizer.chat_template = with_options(template, template_options)
             control, end = [], Template(tokenizer).end_of_turn
         if tokenizer.eos_token not in (None, end):
             tokenizer.chat_template = with_eos(tokenizer.chat_template, tokenizer.eos_token)
@@ -129,14 +129,6 @@ def read_template(name, of_model, path):
         raise UserError(f"--chat-template {name}: {problem}") from error
 
 
-def without_marks(template):
-    """A chat template, or a dict of them, without `{% generation %}`, which only transformers knows."""
-    if isinstance(template, dict):
-        return {name: without_marks(text) for name, text in template.items()}
-    template = re.sub(r"({%[-+]?)\s*generation\s*([-+]?%})", r"\1 if true \2", template)  # the same spaces around it
-    return re.sub(r"({%[-+]?)\s*endgeneration\s*([-+]?%})", r"\1 endif \2", template)
-
-
 def with_eos(template, eos):
     """A chat template in which `eos_token` is the original one, though the tokenizer's becomes the end of a turn."""
     if isinstance(template, dict):
@@ -147,9 +139,14 @@ def with_eos(template, eos):
 
 
 def with_options(template, options):
-    """A chat template, or a dict of them, with other defaults; an option is `name=value`, in JSON or else a string."""
+    """A chat template, or a dict of them, with other defaults; an option is `name=value`, in JSON or else a string.
+
+    It is without `{% generation %}`, which only transformers knows.
+    """
     if isinstance(template, dict):
         return {name: with_options(text, options) for name, text in template.items()}
+    template = re.sub(r"({%[-+]?)\s*generation\s*([-+]?%})", r"\1 if true \2", template)  # the same spaces around it
+    template = re.sub(r"({%[-+]?)\s*endgeneration\s*([-+]?%})", r"\1 endif \2", template)
     known = arguments_of(template)  # checks its syntax too
     for option in options:
         name, equals, value = option.partition("=")
