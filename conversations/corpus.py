@@ -124,8 +124,7 @@ def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
     report, checked, skip, refused = ReadReport(), ReadReport(), reading["skip_bad_rows"], []
     progress = functools.partial(tqdm, unit=" rows", disable=None, leave=False)  # on a terminal only
     if not is_chatml(tokenizer):  # a template takes a hundred times as long as the checks, so they come first
-        for _ in progress(read_conversations(sources, **reading, report=checked), "checking"):
-            pass
+        collections.deque(progress(read_conversations(sources, **reading, report=checked), "checking"), maxlen=0)
     rows = iter(progress(read_conversations(sources, **reading, report=report), "encoding", checked.rows or None))
     try:
         batches = encode_batches(rows, (tokenizer, supervise, max_length), skip, refused)
