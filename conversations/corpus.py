@@ -26,7 +26,7 @@ from conversations.masking import IGNORE, encode_as_lists
 from conversations.sources import InvalidRow, find_files, load_from_hub
 from conversations.templates import stop_ids
 from storage.cache import cached
-from storage.durable import sha256
+from storage.durable import json_sha256, sha256
 
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # the code that a corpus depends on
 IDS = pyarrow.list_(pyarrow.int32())
@@ -115,8 +115,7 @@ def cache_key(sources, tokenizer, options):
         files = [(str(file), sha256(file)) for file in find_files(source.name)]
         contents.append(files or load_from_hub(source, options["split"])._fingerprint)
     parts = [contents, options, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
-    parts += map(sha256, SOURCE_FILES)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return json_sha256([*parts, *map(sha256, SOURCE_FILES)])
 
 
 def make_corpus(directory, sources, reading, tokenizer, supervise, max_length):
