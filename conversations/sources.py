@@ -29,11 +29,11 @@ CORRECT_FILE = "correct the file; --skip-bad-rows cannot tell where the next row
 
 
 class InvalidRow(Exception):
-    """A row that is not a conversation: a reason that many rows can share, and the place in the row."""
+    """A row that is not a conversation: a reason that many rows can share, the place in the row, and its line."""
 
-    def __init__(self, reason, where=""):
+    def __init__(self, reason, where="", line=1):
         super().__init__(f"{where}: {reason}" if where else reason)
-        self.reason, self.where = reason, where
+        self.reason, self.where, self.line = reason, where, line
 
 
 class Source(NamedTuple):
@@ -303,20 +303,17 @@ def is_conversation(value):
 
 
 def parse_json(content):
-    """The JSON value in some bytes, or an `InvalidRow`, with the number of its `line`."""
-    line = 1
+    """The JSON value in some bytes, or an `InvalidRow`."""
     try:
         text = content.removeprefix(BOM).decode().rstrip()
         return json.loads(text)
     except UnicodeDecodeError as error:
         *earlier, last = content[: error.start].split(b"\n")
-        line, problem = len(earlier) + 1, InvalidRow("not UTF-8", f"byte {len(last) + 1}")
+        return InvalidRow("not UTF-8", f"byte {len(last) + 1}", len(earlier) + 1)
     except json.JSONDecodeError as error:
-        line, problem = error.lineno, InvalidRow("not valid JSON", f"column {error.colno}, {error.msg}")
         ends_within = error.pos >= len(text) or error.msg.startswith("Unterminated string")
         if ends_within and not content.endswith(b"\n"):
-            problem = InvalidRow("the file ends within this row: it is truncated")
+            return InvalidRow("the file ends within this row: it is truncated", line=error.lineno)
+        return InvalidRow("not valid JSON", f"column {error.colno}, {error.msg}", error.lineno)
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
-        problem = InvalidRow(f"not valid JSON: {first_line(error)}")
-    problem.line = line
-    return problem
+        return InvalidRow(f"not valid JSON: {first_line(error)}")
