@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import train
 from compute import self_check
@@ -60,7 +61,9 @@ def test_compiled_is_what_the_plan_says(monkeypatch, ragged_window, dtype, gpu, 
         Precision(dtype, torch.device("cpu")),
     )
     config = Config(compile=True, layout=layout, gradient_checkpointing=recomputed)
-    if recomputed and layout == "packed" and not (gpu == "Ampere" and heads == 16 and dtype != "fp32"):
+    in_one_kernel = gpu == "Ampere" and heads == 16 and dtype != "fp32"
+    is_older = not hasattr(PreTrainedModel, "activation_checkpointing_enable")  # what came before compiles more
+    if recomputed and layout == "packed" and not in_one_kernel and not is_older:
         with pytest.raises(UserError, match=r"^--compile and --gradient-checkpointing: "):
             choose_layout(model, token_loss, config, 0, precision)
         return

@@ -237,7 +237,7 @@ def test_a_failure_of_one_ends_all_with_shards_too(flags, start_group, tmp_path,
     assert group.wait() == [137 if fault is kill and each == rank else 1 for each in range(3)]
     assert group.stderr.count("rror: ") == 1
     assert steps_saved(run) == [3, 4]
-    again = start_group(3, ["--resume", run], *silent)
+    again = start_group(3, ["--resume", run])  # with answers: torch 2.11's shards need the head's own pass after a save
     assert again.wait() == [0, 0, 0], again.stderr
 
 
