@@ -1,45 +1,79 @@
 """The eval loss of one model on one split for several batch sizes, by `transformers.Trainer` and by this program.
 
-python -m benchmarks.eval_loss
+    python -m benchmarks.eval_loss
+
+And how fast, in tokens of the split a second; at the end greedy answers, many at a time and one by one.
 """
 
 import tempfile
+import time
 
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from compute.layout import Layout
-from config import resolve, run_command
+from compute.self_check import use_layout
+from config import Parser, resolve, run_command
+from conversations.masking import encode_prompt
 from conversations.tokenizer import load_tokenizer
 from data import load_data
 from eval import evaluate
+from evaluation.generation import generate_batches, make_messages
 from model import choose_precision, load_model
 from storage import hub
 from tests import reference
 
+PROMPTS = ("What is the capital of France?", "Name three colors.", "Write a haiku.", "Why is the sky blue?")
 
-def main(_argv):
+
+def main(argv):
+    parser = Parser(description="Compare the eval loss with Trainer's, and measure the speed of evaluating.")
+    parser.add_argument("--dtype", default="fp32", help="default fp32")
+    precision = choose_precision("cpu", parser.parse_args(argv).dtype)
     hub.quiet_libraries()
     config = resolve({}, "quickstart")
     path, local = hub.find_model(config.model)
     tokenizer = load_tokenizer(path, local)
-    precision = choose_precision("cpu", "fp32")
     model = load_model(path, tokenizer, precision.device, local)
     examples = load_data(config, tokenizer).eval.examples
+    tokens = sum(len(ids) for ids, _ in examples)
     rows = Dataset.from_list([{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in examples])
     pad_id = tokenizer.pad_token_id
-    print(f"{config.model}, the {len(examples)} eval conversations of the quickstart, fp32")
+    print(f"{config.model}, the {len(examples)} eval conversations of the quickstart, {precision.name}")
     for batch_size in (1, 4, 8, len(examples)):
         with tempfile.TemporaryDirectory() as directory:
             arguments = TrainingArguments(
-                directory, per_device_eval_batch_size=batch_size, use_cpu=True, report_to="none", disable_tqdm=True
+                directory,
+                per_device_eval_batch_size=batch_size,
+                use_cpu=True,
+                bf16=precision.name == "bf16",
+                report_to="none",
+                disable_tqdm=True,
+                prediction_loss_only=True,
             )
             trainer = Trainer(model, arguments, data_collator=reference.collator(pad_id), eval_dataset=rows)
             trainer.log = lambda *_: None
-            print(f"  Trainer, batches of {batch_size:>2}: {trainer.evaluate()['eval_loss']:.6f}", flush=True)
-    for token_budget in (1, 512, 4096):
-        loss = evaluate(model, examples, Layout(False, token_budget, pad_id), precision).loss
-        print(f"  ours, micro-batches of up to {token_budget:>4} tokens: {loss:.6f}", flush=True)
+            began = time.perf_counter()
+            loss = trainer.evaluate()["eval_loss"]
+            speed = tokens / (time.perf_counter() - began)
+            print(f"  Trainer, batches of {batch_size:>2}: {loss:.6f}, {speed:,.0f} tokens/s", flush=True)
+    for packed in (False, True):
+        for budget in (1, 512, 4096):
+            layout = Layout(packed, budget, pad_id)
+            use_layout(model, layout)
+            began = time.perf_counter()
+            loss = evaluate(model, examples, layout, precision).loss
+            speed = tokens / (time.perf_counter() - began)
+            name = "packed" if packed else "padded"
+            print(f"  ours, {name}, up to {budget:>4} tokens: {loss:.6f}, {speed:,.0f} tokens/s", flush=True)
+    chats = [text for text in PROMPTS for _ in range(8)]
+    prompts = [encode_prompt(make_messages(text), tokenizer) for text in chats]
+    for budget in (1, 4096):
+        began = time.perf_counter()
+        batches = list(generate_batches(model, tokenizer, prompts, [32] * len(prompts), budget=budget))
+        generated = sum(count for batch in batches for *_, count in batch)
+        speed = generated / (time.perf_counter() - began)
+        print(f"  {len(prompts)} answers, {len(batches)} batches: {speed:,.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":
