@@ -177,9 +177,7 @@ class Config:
         0, "tokens of a micro-batch with its padding; changes only speed and memory; 0: by the device", NOT_NEGATIVE
     )
     shard: int = setting(1, "processes that share one copy of the weights; saves memory", AT_LEAST_ONE)
-    compile: bool = setting(
-        None, "compile the model's layers with torch.compile (default: in a run of more than 16M tokens, on a CPU 1M)"
-    )
+    compile: bool = setting(None, "compile the model's layers with torch.compile (default: in a long run in 16 bits)")
     deterministic: bool = setting(False, "bit-identical results on a GPU too, as they always are on a CPU; slower")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
 

@@ -25,9 +25,9 @@ from storage.adapter import describe_base
 # How many tokens a forward pass takes in the time of a checkpoint; both times grow with the parameters. Of SmolLM2-135M
 # measured on two CPU cores; on a GPU calculated (4 s at 400,000 tokens/s trained).
 CHECKPOINT_TOKENS = {"cpu": 3_500, "cuda": 5_000_000}
-# The tokens of a run from which compiling pays. Of SmolLM2-135M it takes an H200 15 s and saves 3.6 µs a token; two CPU
-# cores half a minute and 0.2 ms, in bf16; in fp32 it saves them nothing.
-COMPILE_TOKENS = {"cpu": 2**20, "cuda": 2**24}
+# The tokens of a run from which compiling a model of MEASURED parameters, SmolLM2-135M, pays. It takes an H200 15 s and
+# saves 3.6 µs a token; two CPU cores half a minute and 0.2 ms, in bf16; in fp32 it saves them nothing.
+COMPILE_TOKENS, MEASURED = {"cpu": 2**20, "cuda": 2**24}, 135e6
 
 
 def choose_config(named):
@@ -104,13 +104,14 @@ def load_base(run, path, local_files_only, start):
 
 
 def compiling_pays(run):
-    """True in a run in 16 bits of enough tokens for each process, on a device that compiles packed layers.
+    """True in a run in 16 bits that is long enough for each process, on a device that compiles packed layers.
 
     A GPU needs its attention kernel for that; a CPU compiles none whose activations are recomputed.
     """
     device, tokens = run.precision.device, run.total_steps * run.data.train.tokens / run.steps_per_epoch / world_size()
     can = has_varlen_kernel(device) if device.type == "cuda" else not run.config.gradient_checkpointing
-    return can and run.precision.dtype is not None and tokens > COMPILE_TOKENS[device.type]
+    saving = min(1, sum(weights.numel() for weights in run.model.parameters()) / MEASURED)  # of a small model, less
+    return can and run.precision.dtype is not None and tokens * saving > COMPILE_TOKENS[device.type]
 
 
 def choose_cadence(run, start=None):

@@ -166,11 +166,14 @@ def test_a_run_records_whether_it_compiles_and_resumes_as_it_began(monkeypatch, 
         ("cuda", "no kernel", False),
         ("cuda", "short", False),
         ("cuda", "many processes", False),
+        ("cuda", "large model", True),
+        ("cuda", "small model", False),
         ("cpu", "none", True),
         ("cpu", "fp32", False),
         ("cpu", "recomputed", False),
         ("cpu", "short", False),
         ("cpu", "many processes", False),
+        ("cpu", "small model", False),
     ],
 )
 def test_compiling_pays_in_a_long_run_of_which_packed_layers_are_compiled(monkeypatch, device, change, pays):
@@ -184,4 +187,7 @@ def test_compiling_pays_in_a_long_run_of_which_packed_layers_are_compiled(monkey
         precision=Precision("fp32" if change == "fp32" else "bf16", torch.device(device)),
         config=Config(gradient_checkpointing=change == "recomputed"),
     )
+    sizes = {"small model": 10**6, "large model": 10**10}
+    with torch.device("meta"):
+        run.model = torch.nn.Linear(1, sizes.get(change, int(setup.MEASURED)), bias=False)
     assert setup.compiling_pays(run) is pays
