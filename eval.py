@@ -175,11 +175,12 @@ def check_options(options, overrides):
     defaults, values = vars(Config()) | vars(Sampling()), overrides | vars(options)
     given = {name for name, value in values.items() if value and value != defaults.get(name)}
     sampled, reported = {"temperature", "top_p", "repetition_penalty"}, {"against", "text", "exact", "html"}
+    computed = {"layout", "micro_batch_tokens"}
     actions = {  # what is done instead of a report, by its flag, and the other flags that have no effect on it
         "chat": ("is a conversation", {*reported, "prompts", "json"}),
-        "push_to_hub": ("only uploads", {*reported, "prompts", "json"}),
-        "export": ("only writes a model", {*reported, "prompts", "json"}),
-        "served": ("only compares with a server, greedily and in fp32", {*reported, *sampled, "dtype"}),
+        "push_to_hub": ("only uploads", {*reported, *sampled, "prompts", "json"}),
+        "export": ("only writes a model", {*reported, *sampled, "prompts", "json"}),
+        "served": ("only compares with a server, greedily and in fp32", {*reported, *sampled, *computed, "dtype"}),
     }
     for action, (what, others) in actions.items():
         for name in sorted(given & (others | actions.keys() - {action})):

@@ -323,4 +323,5 @@ def print_summary(total, faults, not_judged, as_json):
         print(f"{fault}: {of['rows']:,} rows, {of['tokens']:,} tokens ({first}): {FAULTS.get(fault, 'not judged')}")
     for each in not_judged:
         print(f"not judged: {each}")
-    print("no faults in what was judged" * (not faults))
+    if not faults:
+        print("no faults in what was judged")

@@ -561,11 +561,21 @@ def test_what_it_cannot_be_combined_with_is_refused(run, flags):
         eval_command.main([str(run), str(run), "--served", "http://127.0.0.1:1"])
 
 
-@pytest.mark.parametrize("flag", ["--dtype=bf16", "--temperature=0.5", "--top-p=0.5", "--repetition-penalty=1"])
+SAMPLING = ["--temperature=0.5", "--top-p=0.5", "--repetition-penalty=1"]
+
+
+@pytest.mark.parametrize("flag", [*SAMPLING, "--dtype=bf16", "--layout=padded", "--micro-batch-tokens=64"])
 def test_what_has_no_effect_on_it_is_refused(run, flag):
     name = flag.split("=")[0]
     with pytest.raises(UserError, match=f"^--served only compares .*, greedily and in fp32; leave {name} out$"):
         eval_command.main([str(run), "--served", "http://127.0.0.1:1", flag])
+
+
+@pytest.mark.parametrize("flag", SAMPLING)
+@pytest.mark.parametrize("action", ["--export=there", "--push-to-hub=me/mine"])
+def test_what_samples_nothing_takes_no_sampling(run, action, flag):
+    with pytest.raises(UserError, match=f"^{action.split('=')[0]} only .*; leave {flag.split('=')[0]} out$"):
+        eval_command.main([str(run), action, flag])
 
 
 # --- real servers, where they are installed: pip install 'transformers[serving]' 'llama-cpp-python[server]'
