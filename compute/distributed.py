@@ -90,14 +90,6 @@ def all_gather(value):
     return values
 
 
-def all_gather_numbers(*numbers):
-    """All-gather numbers, in double precision; returns a list by rank of lists."""
-    own = torch.tensor(numbers, dtype=torch.float64)
-    gathered = [torch.empty_like(own) for _ in range(world_size())]
-    distributed.all_gather(gathered, own)
-    return torch.stack(gathered).tolist()
-
-
 def check_own_device(device):
     """Raise `UserError` unless all ranks compute on the same kind of device, and each on a GPU of its own."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None

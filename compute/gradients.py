@@ -5,7 +5,7 @@ import time
 import torch
 from torch import distributed
 
-from compute.distributed import all_gather_numbers, all_reduce_tensor, is_sharded, world_size
+from compute.distributed import all_gather, all_reduce_tensor, is_sharded, world_size
 
 
 class GradientAllReduce:
@@ -72,8 +72,8 @@ def load_balance(micro_batches, sync_seconds):
     """Metrics of how evenly a window was partitioned, by the tokens of this rank's micro-batches; none for one rank."""
     if world_size() == 1:
         return {}
-    numbers = sum(micro_batches), micro_batches.count(0), len(micro_batches), sync_seconds or 0.0
-    tokens, empty, count, seconds = zip(*all_gather_numbers(*numbers), strict=True)
+    load = sum(micro_batches), micro_batches.count(0), len(micro_batches), sync_seconds
+    tokens, empty, count, seconds = zip(*all_gather(load), strict=True)
     return {
         "largest_share": max(tokens) * world_size() / sum(tokens),
         "empty_share": sum(empty) / sum(count),
