@@ -10,7 +10,7 @@ from torch.nn import functional as F
 ROWS = 512  # tokens of a chunk at least: each chunk adds a gradient of the weights, (V, H), to the sum
 CHUNK = 2**25  # logits of a chunk on a CPU: enough to keep its matrix products fast; 64 MB in 16 bits
 GPU_ROWS = 4096  # tokens of a chunk on a GPU at most: with these the sum takes an eighth of the product's time
-GPU_SHARE = 1 / 16  # of a GPU's memory, for a chunk's logits
+LOGITS_SHARE = 1 / 16  # of a GPU's memory, for a chunk's logits
 LOGIT_BYTES = 6  # of a logit in 16 bits and, for the softmax, in fp32
 BLOCK = 2**20  # logits of one softmax on a CPU: they fit its caches; 4 MB in fp32
 
@@ -121,7 +121,7 @@ def chunk_rows(vocabulary, device):
     """The number of tokens whose logits exist at a time."""
     if device.type == "cpu":
         return max(ROWS, CHUNK // vocabulary)
-    room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+    room = LOGITS_SHARE * torch.cuda.get_device_properties(device).total_memory
     return max(ROWS, min(GPU_ROWS, int(room / LOGIT_BYTES) // vocabulary))
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compute.adapters import Lora, add_adapters
-from compute.cross_entropy import LOGIT_BYTES, chunk_rows
+from compute.cross_entropy import GPU_ROWS, LOGIT_BYTES, chunk_rows
 from compute.distributed import all_reduce_max, is_sharded
 from compute.layout import random_examples, vocabulary_size
 from config import UserError, is_out_of_memory
@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's mallo
 CPU_TOKENS = 1536  # in a micro-batch; a CPU is no faster with more, and in SmolLM2 they cost 1 MB each
 GPU_TOKENS = 2**16  # at most
 GPU_SHARE = 0.8  # of the free memory; an allocator cannot use the rest
-SAMPLE = 4096  # tokens of the first micro-batch that is measured: what the output head takes at once, at most
+SAMPLE = GPU_ROWS  # tokens of the first micro-batch that is measured: all that the output head takes at once
 PROBES = 8  # micro-batches that are measured at most
 TRAINED_BYTES = 16  # of a parameter that is trained: fp32 weight, gradient and AdamW's two moments
 
