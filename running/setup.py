@@ -9,7 +9,7 @@ import torch
 from compute.adapters import Lora, get_lora
 from compute.attention import has_varlen_kernel
 from compute.distributed import all_gather, broadcast_from_rank0, rank, world_size
-from compute.memory import check_model_fits, keep_freed_memory
+from compute.memory import check_model_fits, count_parameters, keep_freed_memory
 from compute.self_check import choose_layout
 from config import TEMPLATE_SETTINGS, Config, UserError, count_updates, resolve, with_absolute_paths, write_recipe
 from conversations.sources import check_sources, pin_commits
@@ -110,7 +110,8 @@ def compiling_pays(run):
     """
     device, tokens = run.precision.device, run.total_steps * run.data.train.tokens / run.steps_per_epoch / world_size()
     can = has_varlen_kernel(device) if device.type == "cuda" else not run.config.gradient_checkpointing
-    saving = min(1, sum(weights.numel() for weights in run.model.parameters()) / MEASURED)  # of a small model, less
+    trained, frozen, _ = count_parameters(run.model)
+    saving = min(1, (trained + frozen) / MEASURED)  # of a small model, less
     return can and run.precision.dtype is not None and tokens * saving > COMPILE_TOKENS[device.type]
 
 
