@@ -8,6 +8,7 @@ import torch
 
 from compute.adapters import trained_parameters
 from compute.distributed import all_reduce_max, broadcast_from_rank0, local_world_size, world_size
+from compute.layout import length
 from data import window_at
 from evaluation.facts import format_bytes, format_duration
 from running.diagnostics import explain_failed_update
@@ -41,10 +42,10 @@ def measure_update(run, train_step):
     Measured are updates over the shortest conversations of the first window, twice as many each time, until one takes
     `ENOUGH` seconds; the last two tell what more tokens take.
     """
-    config, train = run.config, run.data.train
+    config, examples = run.config, run.data.train.examples
     settings = {"precision": run.precision, "scaler": run.precision.grad_scaler()}
     settings["max_grad_norm"] = config.max_grad_norm
-    window = sorted(window_at(0, train.examples, config.batch_size, config.seed), key=lambda one: len(one.input_ids))
+    window = sorted(window_at(0, examples, config.batch_size, config.seed), key=length)
 
     def measure(count):
         """The tokens, seconds and peak bytes of an update over the first `count` conversations."""
@@ -61,7 +62,7 @@ def measure_update(run, train_step):
             count *= 2
             before, last = last, measure(count)
     tokens, seconds, peak = last
-    per_update = train.tokens / run.steps_per_epoch
+    per_update = run.tokens_per_update
     full = min(run.layout.tokens * world_size(), per_update)
     if tokens == before[0]:  # the window is one conversation
         return seconds * per_update / tokens, peak

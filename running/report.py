@@ -162,7 +162,7 @@ def describe_cadence(run):
     saving = f"a checkpoint every {run.save_every:,}"
     if not run.data.eval.examples:
         return f"{saving} updates; no evaluation: the last model is the best"
-    cost = run.data.eval.tokens / (3 * run.data.train.tokens / run.steps_per_epoch * run.eval_every)
+    cost = run.data.eval.tokens / (3 * run.tokens_per_update * run.eval_every)
     return f"an evaluation every {run.eval_every:,} updates ({cost:.0%} of the time of training), {saving}"
 
 

@@ -59,6 +59,11 @@ class Run:
         return windows_per_epoch(len(self.data.train.examples), self.config.batch_size)
 
     @property
+    def tokens_per_update(self):
+        """The mean tokens of a window."""
+        return self.data.train.tokens / self.steps_per_epoch
+
+    @property
     def total_steps(self):
         return self.config.max_steps or self.config.epochs * self.steps_per_epoch
 

@@ -108,7 +108,7 @@ def compiling_pays(run):
 
     A GPU needs its attention kernel for that; a CPU compiles none whose activations are recomputed.
     """
-    device, tokens = run.precision.device, run.total_steps * run.data.train.tokens / run.steps_per_epoch / world_size()
+    device, tokens = run.precision.device, run.total_steps * run.tokens_per_update / world_size()
     can = has_varlen_kernel(device) if device.type == "cuda" else not run.config.gradient_checkpointing
     trained, frozen, _ = count_parameters(run.model)
     saving = min(1, (trained + frozen) / MEASURED)  # of a small model, less
@@ -121,10 +121,10 @@ def choose_cadence(run, start=None):
     By default each kind takes a twentieth of the time, counted in tokens of a forward pass. An evaluation may write the
     best model, so that evaluations have the distance of checkpoints, but for a short run, which has five at least.
     """
-    config, total, train = run.config, run.total_steps, run.data.train
+    config, total = run.config, run.total_steps
     if start and all(start.described["config"][name] == getattr(config, name) for name in ("eval_every", "save_every")):
         return start.described["eval_every"], start.described["save_every"]
-    update = 3 * train.tokens / run.steps_per_epoch  # forward and backward
+    update = 3 * run.tokens_per_update  # forward and backward
     save_every = max(10, math.ceil(20 * CHECKPOINT_TOKENS[run.precision.device.type] / update))
     eval_every = max(10, math.ceil(20 * run.data.eval.tokens / update), min(save_every, math.ceil(total / 5)))
     return (

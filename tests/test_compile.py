@@ -179,11 +179,10 @@ def test_a_run_records_whether_it_compiles_and_resumes_as_it_began(monkeypatch, 
 def test_compiling_pays_in_a_long_run_of_which_packed_layers_are_compiled(monkeypatch, device, change, pays):
     monkeypatch.setattr(setup, "has_varlen_kernel", lambda device: device.type == "cuda" and change != "no kernel")
     monkeypatch.setattr(setup, "world_size", lambda: 2 if change == "many processes" else 1)
-    tokens = setup.COMPILE_TOKENS[device] // 10 * (1 if change == "short" else 2)  # an epoch's; there are ten
+    tokens = setup.COMPILE_TOKENS[device] * (1 if change == "short" else 2)
     run = SimpleNamespace(
         total_steps=100,
-        steps_per_epoch=10,
-        data=SimpleNamespace(train=SimpleNamespace(tokens=tokens)),
+        tokens_per_update=tokens / 100,
         precision=Precision("fp32" if change == "fp32" else "bf16", torch.device(device)),
         config=Config(gradient_checkpointing=change == "recomputed"),
     )

@@ -88,19 +88,19 @@ def test_an_average_update_is_extrapolated_from_the_last_two(monkeypatch, length
         return {"tokens": tokens}
 
     monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: now[0])
-    train = SimpleNamespace(examples=random_examples(lengths, 100), tokens=sum(lengths))
+    per_update = sum(lengths) / len(lengths) * batch_size
     run = SimpleNamespace(
         config=Config(batch_size=batch_size),
-        data=SimpleNamespace(train=train),
+        data=SimpleNamespace(train=SimpleNamespace(examples=random_examples(lengths, 100))),
         precision=Precision("fp32", torch.device("cpu")),
         model=torch.nn.Identity(),
         optimizer=None,
         layout=layout_of(packed=True),
         step=0,
-        steps_per_epoch=len(lengths) / batch_size,
+        tokens_per_update=per_update,
     )
     seconds, _ = estimate_module.measure_update(run, timed_step)
-    assert seconds == pytest.approx(1 + per_token * train.tokens / run.steps_per_epoch, rel=0.1)
+    assert seconds == pytest.approx(1 + per_token * per_update, rel=0.1)
 
 
 def test_too_little_memory_is_one_line(flags, monkeypatch):
