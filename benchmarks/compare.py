@@ -1,4 +1,4 @@
-"""Training speed and memory of this program, `Trainer` and TRL: the same model, conversations and updates.
+"""Training speed and memory of this program, `Trainer`, TRL and LitGPT: the same model, conversations and updates.
 
     python -m benchmarks.compare --data conversations.jsonl --max-length 1024
 
@@ -122,6 +122,41 @@ def train_with_trl(workload, rows_at_once, **more):
     train_with_trainer(workload, rows_at_once, rows, SFTTrainer, SFTConfig, **more)
 
 
+def train_with_litgpt(workload, rows_at_once):
+    """Train as LitGPT's recipe `finetune full` does, in autocast; its model does not tie head and embeddings."""
+    from lightning import Fabric
+    from litgpt import GPT
+    from litgpt import Config as LitConfig
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.utils import chunked_cross_entropy
+
+    config, weights = LitConfig.from_name("SmolLM2-135M-Instruct"), {}
+    copy_weights_hf_llama(config, {}, weights, workload.model.cpu().state_dict())
+    precision = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[workload.precision.name]
+    fabric = Fabric(accelerator=workload.precision.device.type, devices=1, precision=precision)
+    model = GPT(config)
+    model.load_state_dict(weights)
+    model.max_seq_length = workload.options["max_length"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+    model, optimizer = fabric.setup(model, optimizer)
+    workload.model.to("meta")  # only its shapes are still needed
+    collate = collator(workload.pad_id)
+    for window in workload.windows:
+        workload.begin()
+        losses = []
+        for first in range(0, len(window), rows_at_once):
+            rows = window[first : first + rows_at_once]
+            batch = collate([{"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows])
+            ids, labels = batch["input_ids"].to(fabric.device), batch["labels"].to(fabric.device)
+            loss = chunked_cross_entropy(model(ids)[:, :-1], labels[:, 1:])
+            fabric.backward(loss * len(rows) / len(window))
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        workload.tokens = count_tokens(window)
+        workload.end(torch.stack(losses).mean().item())
+
+
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 ENGINES = {
     "ours, padded": lambda workload: train_ours(workload, "padded"),
@@ -135,8 +170,10 @@ ENGINES = {
     "TRL, padded, Liger": lambda work: train_with_trl(
         work, work.rows_at_once, use_liger_kernel=True, **work.sampling_arguments()
     ),
+    "LitGPT": lambda work: train_with_litgpt(work, work.rows_at_once),
 }
-DEFAULT_ENGINES = [name for name in ENGINES if "TRL, padded" not in name]  # slower than packed; Liger wants a GPU
+# TRL is slower padded than packed, Liger needs a GPU, and LitGPT is not among the requirements.
+DEFAULT_ENGINES = [name for name in ENGINES if "TRL, padded" not in name and name != "LitGPT"]
 
 
 class Workload:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: its tests, the speed table, eager and compiled, and several processes over NCCL.
 #   benchmarks/gpu.sh [CONVERSATIONS.jsonl [more flags of benchmarks.compare]]
-# Needs torch, transformers and pytest only; Trainer also wants accelerate, TRL itself and liger-kernel: left out where they
-# are missing, and TRL also without CONVERSATIONS, as random tokens have no tokenizer. Each step takes less than ten
+# Needs torch, transformers and pytest only; Trainer also wants accelerate, TRL itself and liger-kernel, LitGPT itself: left out
+# where they are missing, and TRL also without CONVERSATIONS, as random tokens have no tokenizer. Each step takes less than ten
 # minutes and leaves its results in benchmarks/results/; a failed one does not stop the next. STEPS="2 3" runs some.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ failed=0
 
 step() {  # number, name, command
     local number=$1 name=$2; shift 2
-    case " ${STEPS:-1 2 3 4 5 6 7} " in *" $number "*) ;; *) return ;; esac
+    case " ${STEPS:-1 2 3 4 5 6 7 8} " in *" $number "*) ;; *) return ;; esac
     echo "== step $number: $name"
     timeout 590 "$@" 2>&1 | tee "$results/gpu-$number-$name.txt" || { echo "== step $number failed"; failed=1; }
 }
@@ -31,4 +31,5 @@ has accelerate && step 4 trainer "${compare[@]}" --tag gpu-trainer \
 step 6 fp16 "${compare[@]}" --tag gpu-fp16 \
     --engines "ours, packed" "ours, packed, compiled" "${common[@]}" --dtype fp16
 step 7 nccl python -m pytest -p benchmarks.bare -q tests/test_cuda_processes.py
+has litgpt && step 8 litgpt "${compare[@]}" --tag gpu-litgpt --engines LitGPT "${common[@]}"
 exit $failed

@@ -34,7 +34,7 @@ def test_the_steps_for_a_gpu_are_commands_that_exist(tmp_path, no_trl):
     assert done.returncode == 0, done.stdout + done.stderr
     commands = [line.strip("\t").split("\t") for line in log.read_text().splitlines()]
     steps = [command for command in commands if "benchmarks.compare" in command]
-    assert len(steps) == 5 - no_trl
+    assert len(steps) == 6 - no_trl
     for gpus, *arguments in commands:
         in_the_table = "benchmarks.compare" in arguments
         assert gpus == ("2" if in_the_table else "2,3")  # Trainer uses every GPU that it sees
