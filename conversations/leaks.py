@@ -15,7 +15,8 @@ from conversations.masking import IGNORE
 GRAM = 13  # tokens
 COMMON = 10  # training conversations
 CHUNK = 1_000_000  # tokens that are compared at once
-MULTIPLIER = 0x9E3779B97F4A7C15  # of the hash: its bits are well mixed
+# Of the hash: its bits are well mixed. Two grams have one hash by chance once in 2^64 pairs, and one gram is no leak.
+MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 class Leak(NamedTuple):
@@ -39,10 +40,13 @@ def find_leaks(train, *held_out):
     keys = np.concatenate([keys for keys, _ in splits])
     owner = np.concatenate([len(splits) * owner + number for number, (_, owner) in enumerate(splits)])
     text_of = 2 * owner + (keys & 1)
-    hashes, starts, multiplier = index_grams(keys, text_of)
+    starts = np.flatnonzero(is_gram(text_of))  # where the grams of held-out texts begin in `keys`, by their hashes
+    hashes = hash_grams(keys)[starts]
+    order = np.argsort(hashes, kind="stable")
+    hashes, starts = hashes[order], starts[order]
     if not len(starts):
         return []
-    gram, trained, is_common = match_grams(keys, hashes, starts, multiplier, *train)
+    gram, trained, is_common = match_grams(hashes, *train)
     sizes = np.searchsorted(hashes, hashes[gram], side="right") - gram  # each gram in all of its places
     at = starts[np.arange(sizes.sum()) + np.repeat(gram - sizes.cumsum() + sizes, sizes)]
     trained = np.repeat(trained, sizes)
@@ -86,20 +90,8 @@ def read_tokens(corpus, conversations):
         yield 2 * ids.astype(np.int64) + (labels != IGNORE), conversation_of[rows[kept]]
 
 
-def index_grams(keys, text_of):
-    """The grams of held-out texts: their hashes, sorted, where each begins in `keys`, and the hash's multiplier."""
-    starts = np.flatnonzero(is_gram(text_of))
-    for multiplier in itertools.count(MULTIPLIER, 2):
-        hashes = hash_grams(keys, multiplier)[starts]
-        order = np.argsort(hashes, kind="stable")
-        hashes, ordered = hashes[order], starts[order]
-        if are_equal(keys, ordered, keys, ordered[np.searchsorted(hashes, hashes)]).all():
-            return hashes, ordered, multiplier
-        # else two grams have one hash
-
-
-def match_grams(held_out, hashes, starts, multiplier, corpus, conversations):
-    """The pairs of a gram and a training conversation that has it, (n,) each, and which of `starts` are boilerplate.
+def match_grams(hashes, corpus, conversations):
+    """The pairs of a gram and a training conversation that has it, (n,) each, and which of `hashes` are boilerplate.
 
     A gram is the first place of its hash in `hashes`. Pairs of boilerplate are left out: a gram has `COMMON` at most.
     """
@@ -110,10 +102,10 @@ def match_grams(held_out, hashes, starts, multiplier, corpus, conversations):
     may_be[hashes >> shift] = True  # by its first bits, most of training is not a gram of these
     count, pairs = np.zeros(len(hashes), dtype=int), []
     for keys, conversation_of in read_tokens(corpus, conversations):
-        hashed = hash_grams(keys, multiplier)
+        hashed = hash_grams(keys)
         at = np.flatnonzero(may_be[hashed >> shift] & is_gram(2 * conversation_of + (keys & 1)))
         gram = np.searchsorted(hashes, hashed[at]).clip(max=len(hashes) - 1)
-        is_same = are_equal(keys, at, held_out, starts[gram])  # and not the hash alone
+        is_same = hashes[gram] == hashed[at]
         found = np.unique(gram[is_same] * total + conversation_of[at[is_same]])
         count += np.bincount(found // total, minlength=len(count))
         pairs.append(found[count[found // total] <= COMMON])
@@ -128,12 +120,7 @@ def is_gram(text_of):
     return run[: max(0, len(run) - GRAM + 1)] == run[GRAM - 1 :]
 
 
-def hash_grams(keys, multiplier):
+def hash_grams(keys):
     """The 64-bit polynomial hash of the gram at each token, (tokens - GRAM + 1,)."""
     keys, count = keys.astype(np.uint64), max(0, len(keys) - GRAM + 1)
-    return sum(keys[i : i + count] * np.uint64(pow(multiplier, i, 1 << 64)) for i in range(GRAM))
-
-
-def are_equal(keys, at, others, there):
-    """Whether the grams at some places of `keys` are those at as many places of others, (n,)."""
-    return np.all([keys[at + i] == others[there + i] for i in range(GRAM)], axis=0)
+    return sum(keys[i : i + count] * np.uint64(pow(MULTIPLIER, i, 1 << 64)) for i in range(GRAM))
