@@ -279,6 +279,16 @@ class Parser(argparse.ArgumentParser):
         return {name: recipe[name] for name in recipe if name in self.settings} | overrides, options
 
 
+def read_text(flag: str, path: str, advice: str = "") -> str:
+    """The text of a file that a flag names; raises `UserError`, with advice, if it cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}{advice}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
+
+
 def format_value(value) -> str:
     """A setting's value as the command line has it."""
     return " ".join(value) if isinstance(value, list | tuple) else value
@@ -363,11 +373,11 @@ def read_recipe(path: str) -> dict:
     Raises:
         UserError: it is not such a file, or a setting in it is unknown, or has a wrong type or value.
     """
+    text = read_text("--config", path)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         recipe = tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: {first_line(error)}") from error
     settings: dict = {}
     parser = Parser()
     parser.add_config_flags()

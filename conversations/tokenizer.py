@@ -5,11 +5,10 @@ import json
 import re
 import sys
 import tempfile
-from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from config import UserError, rewrite_errors
+from config import UserError, read_text, rewrite_errors
 from conversations.chatml import CONTROL, END, chatml_template, is_chatml
 from conversations.masking import encode_prompt
 from conversations.templates import Template, arguments_of, get_template, with_conversation
@@ -122,11 +121,7 @@ def read_template(name, of_model, path):
         if of_model is None:
             raise UserError(f"--chat-template model: {path} has no chat template; use --chat-template chatml")
         return of_model
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"{getattr(error, 'strerror', 'not UTF-8')}; write chatml, model, or the name of a .jinja file"
-        raise UserError(f"--chat-template {name}: {problem}") from error
+    return read_text("--chat-template", name, "; write chatml, model, or the name of a .jinja file")
 
 
 def with_eos(template, eos):

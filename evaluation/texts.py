@@ -2,11 +2,10 @@
 
 import os
 import re
-from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, read_text
 from conversations.encoding import FIRST
 from conversations.masking import slice_text
 from conversations.templates import get_template
@@ -14,22 +13,12 @@ from conversations.templates import get_template
 MAX_SLICE = 2048  # tokens of a text that are read together, unless --max-length or the context length is smaller
 
 
-def read_file(flag, path):
-    """The text of a file that a flag names; raises `UserError` if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
-
-
 def read_prompts(texts):
-    """A list of prompts, where the name of a file stands for its lines; raises `UserError` as `read_file` does."""
+    """A list of prompts, where the name of a file stands for its lines; raises `UserError` as `read_text` does."""
     prompts = []
     for text in texts:
         if os.path.exists(text) or re.fullmatch(r"\S+\.(txt|md)", text):
-            lines = [line for line in read_file("--prompts", text).splitlines() if line.strip()]
+            lines = [line for line in read_text("--prompts", text).splitlines() if line.strip()]
             if not lines:
                 raise UserError(f"--prompts {text}: there are no prompts in it")
             prompts += lines
@@ -43,7 +32,7 @@ def load_text(path, tokenizer, max_length=0):
 
     Each token is predicted from at least half an example, except at the beginning of the text.
     """
-    (ids,) = get_template(tokenizer).encoder.encode_runs([read_file("--text", path)], FIRST)
+    (ids,) = get_template(tokenizer).encoder.encode_runs([read_text("--text", path)], FIRST)
     if len(ids) < 2:
         raise UserError(f"--text {path}: there is no text in it")
     length = min(MAX_SLICE, tokenizer.model_max_length, max_length or MAX_SLICE)

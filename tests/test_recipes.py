@@ -189,7 +189,7 @@ NOT_RECIPES = {
     "a syntax error": (b"epochs = 1\nlr 2\n", "line 2"),
     "a key twice": (b"epochs = 1\nepochs = 2\n", "line 2"),
     "no quotation marks": (b"model = mine\n", "line 1"),
-    "not UTF-8": (b"model = '\xe9'\n", "utf-8"),
+    "not UTF-8": (b"model = '\xe9'\n", "not UTF-8 at byte 10"),
     "a long number": (b"epochs = " + 9000 * b"1", "4300 digits"),
     "deep brackets": (b"dataset = " + 20_000 * b"[", "recursion"),
     "yaml": (b"epochs: 2\n", "line 1"),
