@@ -15,7 +15,7 @@ PLACES = ("model", "dataset", "eval_dataset", "chat_template")  # which may have
 
 
 def replay(options, named, build_run, updates, signals):
-    """Repeat the first updates of a run and compare them with its log. Returns the exit status: 0 only if all is equal.
+    """Repeat a run's first updates, up to one that differs from its log. Returns the exit status: 0 if all are equal.
 
     Args:
         options: of the command line.
@@ -27,7 +27,7 @@ def replay(options, named, build_run, updates, signals):
             raise UserError(f"--replay trains nothing and writes nothing; leave {flag_name(name)} out")
     if options["updates"] is not None and options["updates"] < 1:
         raise UserError("--updates must be at least 1")
-    directory, differing = Path(options["replay"]), {}
+    directory = Path(options["replay"])
     with rewrite_errors("--resume", "--replay"):
         config, recorded = load_resumed_config(directory, named)
         logged = broadcast_from_rank0(read_updates, directory, recorded, options["updates"])
@@ -39,12 +39,11 @@ def replay(options, named, build_run, updates, signals):
         for metrics in updates(run):
             progress.update(metrics)
             signals.check()
-            if run.step in logged and (found := compare(logged[run.step], metrics)):
-                differing[run.step] = found
-            if run.step == last:
+            found = compare(logged[run.step], metrics) if run.step in logged else {}
+            if found or run.step == last:
                 break
     changed = [line for change in run.changes for line in change["changed"]]
-    print("\n" + format_verdict(logged, differing, changed))
+    print("\n" + format_verdict(run.step, found, len(logged), changed))
     unknown = [] if recorded.get("base") else ["the base model's files, which are not recorded"]
     differs = [line for resumed in run.resumed for line in resumed["differs"]]
     for line in [*changed, *differs, *unknown]:
@@ -52,7 +51,7 @@ def replay(options, named, build_run, updates, signals):
     for resumed in recorded.get("resumed", []):
         for line in resumed["differs"]:
             print(f"  when it was resumed after update {resumed['step']}: {line}")
-    return 1 if differing or changed else 0
+    return 1 if found or changed else 0
 
 
 def read_updates(directory, recorded, count):
@@ -82,14 +81,11 @@ def compare(then, now):
     return {name: (old, new, abs(new - old) / abs(old) if old else math.inf) for name, (old, new) in pairs.items()}
 
 
-def format_verdict(logged, differing, changed):
-    """What a replay has found, in a line or two: equal, or the first update that differs, and by how much."""
-    if differing:
-        first = min(differing)
-        values = [f"{name} {old!r} -> {new!r} (by {share:.1e})" for name, (old, new, share) in differing[first].items()]
-        most = max(found.get("loss", (0, 0, 0))[2] for found in differing.values())
-        count = f"{len(differing)} of {len(logged)} logged updates differ, their loss by up to {most:.1e}"
-        return f"differs at update {first}: {', '.join(values)}\n  {count}"
+def format_verdict(step, found, count, changed):
+    """What a replay of `count` logged updates has found, in a line: equal, or what first differs, and by how much."""
+    if found:
+        values = [f"{name} {old!r} -> {new!r} (by {share:.1e})" for name, (old, new, share) in found.items()]
+        return f"differs at update {step}: {', '.join(values)}"
     if changed:
-        return f"up to update {max(logged)} nothing that is logged differs, but it is not the same run:"
-    return f"equal to update {max(logged)}: {', '.join(COMPARED)} of {len(logged)} logged updates, bit for bit"
+        return f"up to update {step} nothing that is logged differs, but it is not the same run:"
+    return f"equal to update {step}: {', '.join(COMPARED)} of {count} logged updates, bit for bit"

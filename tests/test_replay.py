@@ -110,9 +110,7 @@ def test_a_learning_rate_off_by_a_trillionth(place, capsys, monkeypatch):
     monkeypatch.setattr(train_command, "learning_rate", lambda *a: real(*a) * (1 + 1e-12))
     status, verdict = replay(capsys, place)
     assert status == 1
-    assert re.match(
-        r"differs at update 2: lr 0\.005 -> 0\.0050000000\d+ \(by 1\.0e-12\)\n  11 of 12 logged updates", verdict
-    )
+    assert re.fullmatch(r"differs at update 2: lr 0\.005 -> 0\.0050000000\d+ \(by 1\.0e-12\)", verdict)
 
 
 def test_another_order(place, capsys, monkeypatch):
@@ -132,9 +130,7 @@ def test_a_number_of_the_log_in_its_last_bit(place, capsys):
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, verdict = replay(capsys, place)
     assert status == 1
-    assert re.match(
-        r"differs at update 7: grad_norm \S+ -> \S+ \(by [12]\.\de-16\)\n  1 of 12 logged updates differ", verdict
-    )
+    assert re.fullmatch(r"differs at update 7: grad_norm \S+ -> \S+ \(by [12]\.\de-16\)", verdict)
     assert replay(capsys, place, "--updates", 6)[0] == 0
 
 
@@ -150,7 +146,7 @@ def test_a_changed_seed(place, capsys):
     ("name", "value", "found"),
     [
         ("seed", 5, r"differs at update 1: loss .*\n  then -> now: data "),
-        ("lr", 2e-2, r"differs at update 2: lr 0.005 -> 0.01 \(by 1.0e\+00\)\n  11 of 12"),
+        ("lr", 2e-2, r"differs at update 2: lr 0.005 -> 0.01 \(by 1.0e\+00\)$"),
     ],
 )
 def test_settings_that_were_edited_by_hand(place, capsys, name, value, found):
