@@ -30,7 +30,6 @@ PUBLISHED_RATES = (
     (45, "32 billion", 4e-6, 1e-4),  # open-instruct olmo2 32B; olmo3 32B think
     (150, "70 billion", 2e-6, 1e-5),  # open-instruct tulu3 70B; tulu2 70B
 )
-SAMPLED = 50  # windows whose micro-batches are counted for the plan: reading all of them can take long
 
 
 def headline(config, why):
@@ -67,9 +66,7 @@ def plan_of_data(run):
 def plan_of_model(run):
     """The lines of a run's plan that its model decides: how an update is computed."""
     config, layout, ranks = run.config, run.layout, world_size()
-    steps = range(min(run.steps_per_epoch, SAMPLED))
-    windows = [window_at(step, run.data.train.examples, config.batch_size, config.seed) for step in steps]
-    micro_batches = sum(len(layout.partition(window)[0]) for window in windows) / len(windows)
+    window = window_at(0, run.data.train.examples, config.batch_size, config.seed)
     of_each = "" if ranks == 1 else " of each process"
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     trained, frozen, held = count_parameters(run.model)
@@ -80,7 +77,7 @@ def plan_of_model(run):
         "model": f"{config.model}: {model}",
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
         f"over fp32 {weights}",
-        "layout": f"{layout.describe()}; a window in {micro_batches:.1f} micro-batches{of_each} "
+        "layout": f"{layout.describe()}; the first window in {len(layout.partition(window)[0])} micro-batches{of_each} "
         "(gradient accumulation)",
     }
     if config.lora_rank:

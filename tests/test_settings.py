@@ -170,7 +170,7 @@ class Observer:
 
     def see_plan(self, text):
         for line in text.splitlines():
-            self.seen[f"plan {line[2:12].strip()}"] = line[12:].partition("; a window in ")[0]  # see micro_batches
+            self.seen[f"plan {line[2:12].strip()}"] = line[12:].partition("; the first window")[0]  # see micro_batches
         return text
 
     def headline(self, *arguments, headline=report.headline):
