@@ -33,8 +33,9 @@ from compute.layout import random_examples
 from compute.memory import keep_freed_memory
 from compute.self_check import choose_layout
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, UserError, run_command
-from conversations.formats import read_file
+from conversations.formats import read_conversations
 from conversations.masking import IGNORE, Example, encode
+from conversations.sources import parse_source
 from conversations.tokenizer import load_tokenizer
 from model import choose_precision, load_model, token_loss
 from storage import hub
@@ -207,7 +208,7 @@ class Workload:
         if self.options["synthetic"]:
             examples = make_synthetic_examples(wanted, length)
         else:
-            chats = [chat for file in self.options["data"] for chat in read_file(file)]
+            chats = [chat for _, _, chat in read_conversations(map(parse_source, self.options["data"]))]
             examples = [Example(ids[:length], labels[:length]) for ids, labels in encode(chats, self.tokenizer)]
         examples = [example for example in examples if example.supervised_tokens]
         if len(examples) < wanted:

@@ -12,8 +12,9 @@ from pathlib import Path
 import datasets
 
 from config import QUICKSTART_MODEL, Parser, run_command
-from conversations.formats import read_file
+from conversations.formats import read_conversations
 from conversations.masking import IGNORE, encode
+from conversations.sources import parse_source
 from conversations.tokenizer import load_tokenizer
 from storage import hub
 from tests import reference
@@ -30,7 +31,7 @@ def main(argv):
     tokenizer = load_tokenizer(*hub.find_model(options.model))
     unexplained = 0
     for path in options.files:
-        conversations = read_file(path)
+        conversations = [messages for _, _, messages in read_conversations([parse_source(path)])]
         ours = [
             {"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in encode(conversations, tokenizer)
         ]

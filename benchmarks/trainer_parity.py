@@ -14,8 +14,9 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from config import PRESETS, QUICKSTART_MODEL, Config, Parser, run_command
-from conversations.formats import read_file
+from conversations.formats import read_conversations
 from conversations.masking import encode
+from conversations.sources import parse_source
 from conversations.tokenizer import load_tokenizer
 from model import choose_precision, load_model
 from storage import hub
@@ -36,7 +37,7 @@ def main(argv):
     device = choose_precision(options.device).device
     path, local = hub.find_model(options.model)
     tokenizer = load_tokenizer(path, local)
-    chats = read_file(options.dataset)
+    chats = [messages for _, _, messages in read_conversations([parse_source(options.dataset)])]
     # Only conversations that the reference masks right, so that nothing but the two loops is compared.
     chats = [messages for messages in chats if not reference.mistakes(messages, tokenizer)]
     chats, eval_chats = chats[: BATCH * ACCUMULATION * options.updates], chats[-4:]

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from config import UserError
-from conversations.sources import InvalidRow, Source, read_rows
+from conversations.sources import InvalidRow, read_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS, SHOWN_LOCATIONS = 10, 3
@@ -154,11 +154,6 @@ def read_conversations(sources, report=None, **options):
     if report.rows == report.bad.total():
         names = " ".join(source.name for source in sources)
         raise UserError(f"--dataset {names}: it has no valid conversations")
-
-
-def read_file(path, **options):
-    """All conversations of one file, as a list: `read_conversations` without locations and sources."""
-    return [messages for _, _, messages in read_conversations([Source(str(path))], **options)]
 
 
 # --- a row

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from compute.layout import Layout
 from config import QUICKSTART_MODEL, UserError
-from conversations.formats import parse_columns, read_file
+from conversations.formats import parse_columns, read_conversations
 from conversations.masking import Example, encode_as_lists
+from conversations.sources import Source
 from conversations.tokenizer import load_tokenizer
 from evaluation.generation import GREEDY, generate_answers
 from storage import hub
@@ -52,6 +53,11 @@ def cache_of_their_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+
+
+def read_file(path, **options):
+    """All conversations of one file, as a list: `read_conversations` without locations and sources."""
+    return [messages for _, _, messages in read_conversations([Source(str(path))], **options)]
 
 
 def encode_each(conversations, tokenizer, supervise="all", max_length=None):

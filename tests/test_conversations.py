@@ -14,9 +14,10 @@ import data as data_command
 import eval as eval_command
 import train as train_command
 from config import UserError
-from conversations.formats import ReadReport, read_conversations, read_file
+from conversations.formats import ReadReport, read_conversations
 from conversations.sources import InvalidRow, Source, find_files, notes_on_directories, parse_source
 from storage import hub
+from tests.conftest import read_file
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 GOOD = {"messages": HELLO}

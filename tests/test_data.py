@@ -11,10 +11,10 @@ from datasets import Dataset
 from torch.utils.data import RandomSampler
 
 from config import UserError
-from conversations.formats import read_file
 from conversations.masking import encode
 from conversations.preview import preview
 from data import epoch_order, split_rows, window_at, window_indices, windows_per_epoch
+from tests.conftest import read_file
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there. How are you!!!"}]

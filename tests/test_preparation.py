@@ -16,7 +16,7 @@ from conversations.formats import Reading, ReadReport, parse_row
 from conversations.sources import InvalidRow, Source
 from conversations.templates import TemplateError
 from conversations.tokenizer import load_tokenizer
-from tests.conftest import encode_each
+from tests.conftest import encode_each, read_file
 from tests.families import TEMPLATES, save_model
 
 MAX_LENGTH = 40
@@ -182,5 +182,5 @@ def test_an_invalid_row_is_of_no_format(tmp_path, row):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps(ROWS[name]) + "\n" for name in ("good", row, "text", "tokens"))
     )
-    formats.read_file(tmp_path / "a.jsonl", skip_bad_rows=0.5, report=report)
+    read_file(tmp_path / "a.jsonl", skip_bad_rows=0.5, report=report)
     assert report.rows == 4 == report.formats.total() + report.bad.total()

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from test_conversations import GOOD, HELLO, READ, assistant, calling, lines, user
 
 from config import UserError
-from conversations.formats import ReadReport, parse_columns, read_conversations, read_file
+from conversations.formats import ReadReport, parse_columns, read_conversations
 from conversations.sources import Source
 from storage import hub
+from tests.conftest import read_file
 
 
 def refusal(read, *rows, **options):

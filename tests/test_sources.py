@@ -20,12 +20,12 @@ import data as data_command
 import eval as eval_command
 import train as train_command
 from config import UserError, with_absolute_paths
-from conversations.formats import ReadReport, parse_columns, read_file
+from conversations.formats import ReadReport, parse_columns
 from conversations.sources import Source, name_sources, parse_source
 from conversations.tokenizer import load_tokenizer
 from evaluation.facts import run_facts
 from storage.records import read_metrics
-from tests.conftest import a_chat, encode_each, to_flags
+from tests.conftest import a_chat, encode_each, read_file, to_flags
 
 # --- names
 
