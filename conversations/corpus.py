@@ -82,7 +82,7 @@ class Corpus:
 
 def load_corpus(sources, config, tokenizer, may_lack_columns=False):
     """The `Corpus` of some sources under the settings of a `Config`: from the cache, or made and put there."""
-    max_length = config.max_length or tokenizer.model_max_length
+    max_length = min(config.max_length or tokenizer.model_max_length, np.iinfo(np.int32).max)
     reading = reading_options(config, tokenizer)
     key = cache_key(sources, tokenizer, {**reading, "supervise": config.supervise, "max_length": max_length})
 

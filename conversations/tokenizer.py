@@ -59,7 +59,7 @@ def load_tokenizer(path, local_files_only=False, chat_template="chatml", templat
         tokenizer.chat_template = chatml_template(tokenizer)
     tokenizer.add_special_tokens({"eos_token": end, "pad_token": padding})
     longest = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
-    tokenizer.model_max_length = longest if longest > 0 else NO_LIMIT
+    tokenizer.model_max_length = min(longest, NO_LIMIT) if longest > 0 else NO_LIMIT
     if problem := next(find_problems(tokenizer, list(map(str, control or [end])), config), None):
         raise UserError(f"--model {path}: {problem}; it cannot be used")
     return tokenizer

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_templates import GEMMA, GEMMA_TOKENS, QWEN3, QWEN_TOKENS, tokenizer_with
+from transformers import MambaConfig
 
 import data as data_command
 import eval as eval_command
@@ -188,6 +189,18 @@ def test_tokens_lost_to_max_length_are_counted(tiny_tokenizer, write):
     share = data.train.supervised_lost / (data.train.supervised_lost + data.train.supervised)
     assert losing.startswith(f"{share:.0%} of the supervised tokens are lost to --max-length")
     assert truncated.endswith("training conversations are truncated by --max-length")
+
+
+@pytest.mark.parametrize("longest", [0, 2**62 - 1])
+def test_a_model_without_a_limit_of_positions_truncates_nothing(tiny_model_dir, write, tmp_path, longest):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    MambaConfig(vocab_size=259).save_pretrained(tmp_path / "model")  # as Bloom's, it has no max_position_embeddings
+    tokenizer = load_tokenizer(str(tmp_path / "model"), local_files_only=True)
+    chats = write("a.jsonl", [a_chat(f"{number}", f"{number} " * 300) for number in range(20)])
+    data = prepared(tokenizer, chats, write("texts.jsonl", [{"text": "Once. " * 300}]), max_length=longest)
+    assert [len(split.examples) for split in data.splits.values()] == [13, 5, 3]
+    assert not any(split.truncated for split in data.splits.values())
+    assert not data.leaks
 
 
 def test_settings_without_effect_are_warned_about(tiny_tokenizer, write):
