@@ -110,11 +110,10 @@ def reading_options(config, tokenizer):
 
 def cache_key(sources, tokenizer, options):
     """SHA-256 over everything that a corpus depends on."""
-    contents = []
+    parts = [options, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     for source in sources:
         files = [(str(file), sha256(file)) for file in find_files(source.name)]
-        contents.append(files or load_from_hub(source, options["split"])._fingerprint)
-    parts = [contents, options, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
+        parts.append(files or load_from_hub(source, options["split"])._fingerprint)
     return json_sha256([*parts, *map(sha256, SOURCE_FILES)])
 
 

@@ -113,10 +113,13 @@ def test_a_changed_file_template_or_code_is_encoded_again(tiny_tokenizer, tiny_m
     assert prepared(tiny_tokenizer, path).fingerprint != first.fingerprint
     known = set((cache_directory() / "corpora").glob("[!.]*"))
     changed = load_tokenizer(str(tiny_model_dir), local_files_only=True)
-    changed.chat_template += " "
+    changed.bos_token = "<|im_start|>"  # which a template may write
+    other = load_tokenizer(str(tiny_model_dir), local_files_only=True)
+    other.chat_template += " "
     monkeypatch.setattr(corpus, "make_corpus", lambda directory, *_: (_ for _ in ()).throw(LookupError(directory)))
-    with pytest.raises(LookupError):
-        prepared(changed, path)
+    for tokenizer in (changed, other):
+        with pytest.raises(LookupError):
+            prepared(tokenizer, path)
     monkeypatch.setattr(corpus, "SOURCE_FILES", [*corpus.SOURCE_FILES, "train.py"])
     with pytest.raises(LookupError):
         prepared(tiny_tokenizer, path)
