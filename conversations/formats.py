@@ -193,10 +193,10 @@ def parse_row(row, report, reading):
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("not a JSON object")
-    row = {name: value for name, value in row.items() if value is not None}  # a table's way to leave a key out
+    given, row = row, {name: value for name, value in row.items() if value is not None}  # None: an empty cell
     name, keys, more, parse = next((entry for entry in FORMATS if row.keys() >= {*entry[1]}), FORMATS[-1])
     if name == "text":  # which beside a known shape is not what the row is about
-        explain_format(row)
+        explain_format(row, given)
     unused = {key: value for key, value in row.items() if key not in keys and key not in more}
     check_columns(row, unused)
     if ignored := unused.keys() & {*reading.columns.values()}:
@@ -212,8 +212,14 @@ def parse_row(row, report, reading):
     return messages
 
 
-def explain_format(row):
-    """Raise `InvalidRow` for a row in no format, with what to do if its shape is a known one; a text may be read."""
+def explain_format(row, given):
+    """Raise `InvalidRow` for a row in no format, with what to do if its shape is a known one; a text may be read.
+
+    `given` is the row with its empty cells.
+    """
+    for _, keys, _, _ in FORMATS:
+        if given.keys() >= {*keys} and row.keys() & {*keys} and (missing := {*keys} - row.keys()):
+            raise InvalidRow("its content is empty", f'"{min(missing)}"')
     texts = [key for key, value in row.items() if isinstance(value, str)]
     question, answer = (next((key for key in keys if key in texts), "") for keys in (QUESTION_KEYS, ANSWER_KEYS))
     if question and answer:

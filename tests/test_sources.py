@@ -261,6 +261,10 @@ def test_a_text_beside_another_shape_is_not_what_the_row_is_about(read):
         with pytest.raises(UserError, match="1: no known format: it has "):
             read({**row, "text": "t"})
         assert read({**row, "text": "t"}, drop=tuple(row))[0][0]["content"] == "t"
+    for row in ({"prompt": "q", "completion": None}, {"instruction": "q", "input": None, "output": None}):
+        with pytest.raises(UserError, match=r'1: "(completion|output)": its content is empty'):
+            read({**row, "text": "t"})
+        assert read({**dict.fromkeys(row), "text": "t"})[0][0]["content"] == "t"  # a table's row of another format
     for row, reason in (({"text": " "}, '"text": its content is empty'), ({"text": 1}, "is not a string")):
         with pytest.raises(UserError, match=reason):
             read(row)
