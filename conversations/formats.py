@@ -365,8 +365,8 @@ def parse_message(given, where):
     """A message, and the keys it has that are not used."""
     if not isinstance(given, dict):
         raise InvalidRow("not an object with a role and a content", where)
-    if "role" not in given or None in given.values():
-        names = {} if given.get("role") is not None else KEY_NAMES
+    if not {"role", "content"} <= given.keys() or None in given.values():
+        names = {old: new for old, new in KEY_NAMES.items() if given.get(new) is None}
         given = {names.get(name, name): value for name, value in given.items() if value is not None}
     if "role" not in given:
         raise InvalidRow('no "role"', where)

@@ -54,6 +54,8 @@ FORMATS = {
     "messages": {"messages": HELLO},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
     "ShareGPT with roles": {"conversations": HELLO},
+    "roles and values": {"messages": [{"role": "user", "value": "Hi"}, {"role": "gpt", "value": "Hello."}]},
+    "both pairs": {"messages": [{"value": "x", **user("Hi")}, {"from": "gpt", "content": "Hello.", "value": "x"}]},
     "ShareGPT under messages": {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
     "prompt and completion": {"prompt": "Hi", "completion": "Hello."},
     "prompt and completion, messages": {"prompt": HELLO[:1], "completion": HELLO[1:]},
