@@ -174,7 +174,8 @@ def read_rows(source, split):
     if not files:
         # As Arrow has it: what `datasets` makes of a value does not keep the nulls of JSON apart from those of a table.
         dataset = load_from_hub(source, split).with_format("arrow")
-        yield from read_table(f"{source.name} ({source.split or split})", dataset.iter(batch_size=1000))
+        name = f"{source.name}:{source.config}" if source.config else source.name
+        yield from read_table(f"{name} ({source.split or split})", dataset.iter(batch_size=1000))
     for path in files:
         try:
             if hub.is_lfs_pointer(path):
@@ -236,20 +237,21 @@ def read_json(path, stream):
         UserError: an array over many lines is not valid JSON: where its next row begins is then unknown.
     """
     lines = io.BufferedReader(stream)
-    if lines.peek(1024)[:1024].removeprefix(BOM).lstrip().startswith(b"["):
-        content = lines.read()
-        if content.removeprefix(BOM).split() == [b"[]"]:
-            return
-        lines = content.splitlines(keepends=True)
-        if isinstance(parse_json(next(filter(bytes.strip, lines))), InvalidRow):  # not one array on each line
-            value = parse_json(content.rstrip())
-            if isinstance(value, InvalidRow):
-                raise UserError(f"{path}:{value.line}: {value}; {CORRECT_FILE}")
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(split_array(value)))
-            return
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield from ((f"{path}:{number}", row) for row in split_array(parse_json(line)))
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.removeprefix(BOM).strip())
+    begin, first = next(numbered, (1, b""))
+    head = first.removeprefix(BOM).strip()[:3]
+    if head in (b"", b"[]") and not lines.peek(1):
+        return
+    if head == b"{" or (head[:1] == b"[" and isinstance(parse_json(first), InvalidRow)):  # one value over many lines
+        value = parse_json((first + lines.read()).rstrip())
+        if isinstance(value, InvalidRow):
+            raise UserError(f"{path}:{begin - 1 + value.line}: {value}; {CORRECT_FILE}")
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(split_array(value)))
+        return
+    for number, line in itertools.chain([(begin, first)], numbered):
+        rows = split_array(parse_json(line))
+        for place, row in enumerate(rows):
+            yield f"{path}:{number}" + f" row {place}" * (len(rows) > 1), row
 
 
 def read_csv(path, stream, delimiter=","):

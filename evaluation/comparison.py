@@ -4,6 +4,7 @@ Both are scored on each conversation, so the comparison is paired. The uncertain
 out: intervals come from a bootstrap, which draws the conversations anew with replacement.
 """
 
+import re
 import sys
 
 import numpy as np
@@ -76,7 +77,7 @@ def compare(before, after, examples, locations, excerpts):
         "lost": int((per_token >= TIE).sum()),
         "tied": int((abs(per_token) < TIE).sum()),
         "by_turn": by_turn(before, after, examples),
-        "by_source": by_group(sums, tokens, [location.rpartition(":")[0] for location in locations]),
+        "by_source": by_group(sums, tokens, [re.sub(r"(:\d+)?( row \d+)?$", "", location) for location in locations]),
         "better": [row for row in rows[:MAX_SHOWN] if row["after"] < row["before"]],
         "worse": [row for row in rows[::-1][:MAX_SHOWN] if row["after"] > row["before"]],
     }

@@ -129,7 +129,7 @@ def test_a_comparison_shows_what_got_better_and_worse():
     examples = [example(-100, 1, 2), example(-100, 1, -100, 3), example(-100, 1, 2, 3, 4)]
     before = [torch.tensor(losses) for losses in ([2.0, 2.0], [3.0, 3.0], [1.0, 1.0, 1.0, 1.0])]
     after = [torch.tensor(losses) for losses in ([1.0, 1.0], [3.0, 4.0], [1.0, 1.0, 1.0, 1.0])]
-    found = compare(before, after, examples, ["a:1", "a:2", "b:1"], ["one", "two", "three"])
+    found = compare(before, after, examples, ["a:1", "a:2", "b row 1"], ["one", "two", "three"])
     assert (found["won"], found["lost"], found["tied"]) == (1, 1, 1)
     assert found["better"] == [{"location": "a:1", "opening": "one", "before": 2.0, "after": 1.0}]
     assert [row["location"] for row in found["worse"]] == ["a:2"]

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import tracemalloc
 from collections import Counter
 
 import pyarrow
@@ -15,7 +16,7 @@ import eval as eval_command
 import train as train_command
 from config import UserError
 from conversations.formats import ReadReport, read_conversations
-from conversations.sources import InvalidRow, Source, find_files, notes_on_directories, parse_source
+from conversations.sources import InvalidRow, Source, find_files, notes_on_directories, parse_source, read_rows
 from storage import hub
 from tests.conftest import read_file
 
@@ -257,6 +258,39 @@ def test_rows_of_an_array_over_many_lines_are_numbered(tmp_path):
     assert locations == [f"{tmp_path}/a.json row 0", f"{tmp_path}/a.json row 1"]
 
 
+PLACES = {  # rows in a file: where each of them is
+    "lines": (lines(GOOD, GOOD), [":1", ":2"]),
+    "blank lines before": (b"\n\n" + lines(GOOD, HELLO), [":3", ":4"]),
+    "an array on one line": (lines([GOOD, HELLO, GOOD]), [":1 row 0", ":1 row 1", ":1 row 2"]),
+    "arrays on lines": (lines([GOOD, GOOD], [GOOD], HELLO), [":1 row 0", ":1 row 1", ":2", ":3"]),
+    "an array over many lines": (b"\n\n" + ARRAY, [" row 0", " row 1"]),
+    "an object over many lines": (json.dumps(GOOD, indent=1).encode(), [" row 0"]),
+}
+
+
+@pytest.mark.parametrize(("content", "places"), PLACES.values(), ids=PLACES)
+def test_each_row_has_a_place_of_its_own(tmp_path, content, places):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    assert [location for location, _, _ in read_conversations([Source(str(path))])] == [f"{path}{at}" for at in places]
+
+
+def test_a_syntax_error_below_blank_lines_has_its_own_line(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\n\n" + ARRAY[:-2] + b",\n{]")
+    with pytest.raises(UserError, match=rf"a\.json:{2 + len(ARRAY.splitlines())}: column 2, "):
+        read_file(tmp_path / "a.json")
+
+
+def test_lists_of_messages_on_lines_are_read_line_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(HELLO) * 100_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(Source(str(tmp_path / "a.jsonl")), "train")) == 100_000
+        assert tracemalloc.get_traced_memory()[1] < 1e6  # of 9 MB
+    finally:
+        tracemalloc.stop()
+
+
 def test_an_existing_name_has_no_quantity(tmp_path):
     path = tmp_path / "a.jsonl:2"
     path.touch()
@@ -356,6 +390,8 @@ BROKEN = {  # file name: content, the line it must give after the path
     "array_cut.json": (b"[\n" + lines(GOOD).strip() + b",\n", ":2: the file ends within this row: it is truncated"),
     "array_latin1.json": (b'[\n"\xe9"]', ":2: byte 2: not UTF-8"),
     "object.json": (b'{"data": []}', f":1: keys data: {NO_FORMAT}"),
+    "object_of_lines.json": (b'{\n"data": []\n}', f" row 0: keys data: {NO_FORMAT}"),
+    "objects_of_lines.json": (b'{\n"text": "a"\n}\n' * 2, ":4: column 1, Extra data: not valid JSON"),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,8 +21,9 @@ import data as data_command
 import eval as eval_command
 import train as train_command
 from config import UserError, with_absolute_paths
+from conversations import sources
 from conversations.formats import ReadReport, parse_columns
-from conversations.sources import Source, name_sources, parse_source
+from conversations.sources import Source, name_sources, parse_source, read_rows
 from conversations.tokenizer import load_tokenizer
 from evaluation.facts import run_facts
 from storage.records import read_metrics
@@ -268,6 +270,13 @@ def test_a_text_beside_another_shape_is_not_what_the_row_is_about(read):
     for row, reason in (({"text": " "}, '"text": its content is empty'), ({"text": 1}, "is not a string")):
         with pytest.raises(UserError, match=reason):
             read(row)
+
+
+def test_rows_of_two_configurations_on_the_hub_have_places_of_their_own(monkeypatch):
+    rows = datasets.Dataset.from_list([GOOD, GOOD])
+    monkeypatch.setattr(sources, "load_from_hub", lambda *_: rows)
+    places = [place for name in ("o/n:a", "o/n:b", "o/n") for place, _ in read_rows(parse_source(name), "test")]
+    assert places == [f"{name} (test) row {number}" for name in ("o/n:a", "o/n:b", "o/n") for number in range(2)]
 
 
 # --- token ids
