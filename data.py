@@ -145,6 +145,9 @@ def load_data(config, tokenizer):
     warnings = warnings_about(splits, tokenizer.model_max_length)
     if config.split != Config().split and all(source.split or find_files(source.name) for source in sources):
         warnings.append(f"--split {config.split} has no effect: files have no splits")
+    if unused := [text for number, text in enumerate(config.dataset) if number not in source_of]:
+        reason = "it has none, or --max-examples is reached before"
+        warnings.append(f"no conversation of {' '.join(unused)} is used: {reason}")
     return Data(**splits, notes=notes, warnings=warnings, eval_sources=eval_sources)
 
 

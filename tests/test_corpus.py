@@ -215,6 +215,10 @@ def test_settings_without_effect_are_warned_about(tiny_tokenizer, write):
     assert too_long.startswith("--max-length: there are conversations of ")
     assert too_long.endswith(" tokens; the context length is 40")
     assert split == "--split test has no effect: files have no splits"
+    empty = write("empty.jsonl", [])
+    for files, flags in (([chats, empty], {}), ([chats, chats, empty], {}), ([chats, empty], {"max_examples": 20})):
+        (unused,) = prepared(tiny_tokenizer, *files, **flags).warnings
+        assert unused.startswith(f"no conversation of {empty} is used: ")
 
 
 def test_an_implausible_share_is_warned_about(tiny_tokenizer, write):
