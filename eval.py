@@ -27,7 +27,7 @@ from conversations.preview import check_page_path
 from conversations.sources import check_sources
 from conversations.tokenizer import load_tokenizer
 from data import DATA_FLAGS, load_data, load_split
-from evaluation.candidates import find_candidate, find_model_and_run, push
+from evaluation.candidates import Candidate, find_candidate, find_model_and_run, push
 from evaluation.chat import Chat, run_chat
 from evaluation.comparison import compare_models, mean_over_runs
 from evaluation.exact import compare_right, judge
@@ -227,17 +227,15 @@ def chat(candidate, options):
 
 
 def get_sampling(options, seed):
-    if options.greedy:
-        return GREEDY
-    return Sampling(options.temperature, options.top_p, options.repetition_penalty, seed)
+    return GREEDY if options.greedy else Sampling(options.temperature, options.top_p, options.repetition_penalty, seed)
 
 
 def report_on(candidate, against, options):
     """The report on a candidate, compared with the model `against` unless that is None; also writes the page."""
-    evaluated = evaluate_model(candidate.model, candidate.config, options)
+    evaluated = evaluate_model(candidate, options)
     report = evaluated.report
     if against:
-        other = evaluate_model(against, candidate.config, options)
+        other = evaluate_model(Candidate(against, None, candidate.config), options)
         report |= {"against": other.report, **compare_models(other, evaluated)}
         for name, right in report.get("exact", {}).items():
             right["against"] = compare_right(other.report["exact"][name], right)
@@ -256,14 +254,15 @@ class ModelReport(NamedTuple):
     evaluations: dict  # of `Evaluation`, by the same names
 
 
-def evaluate_model(model_name, config, options):
-    """The `ModelReport` on a model: its losses on the splits and on a plain text, and its answers."""
+def evaluate_model(candidate, options):
+    """The `ModelReport` on a candidate: its losses on the splits and on a plain text, and its answers."""
+    config = candidate.config
     precision = choose_precision(config.device, config.dtype)
-    path, local_files_only = hub.find_model(model_name, may_be_adapter=True)
+    path, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)
     prompts = load_prompts(tokenizer, options)
     text = load_text(options.text, tokenizer, config.max_length) if options.text else []
-    splits = load_splits(config, tokenizer, options)
+    splits = load_splits(candidate, tokenizer, options)
     examples = {name: split.examples for name, split in splits.items()} | {"text": text}
     longest = max([len(one.input_ids) for one in text] + [split.longest for split in splits.values()], default=256)
     model, layout = load_for_evaluation(path, local_files_only, tokenizer, precision, config, longest)
@@ -276,7 +275,7 @@ def evaluate_model(model_name, config, options):
     limits = options.most_tokens, config.micro_batch_tokens
     right = options.exact and {name: judge(model, tokenizer, held_out[name], *limits) for name in losses}
     report = {
-        "model": model_name,
+        "model": candidate.model,
         "precision": precision.name,
         "dataset": list(config.dataset) if splits else [],
         "splits": losses,
@@ -345,7 +344,7 @@ def compare_with_server(candidate, options):
     if options.prompts or (candidate.run is None and options.own_data):
         chats = [(prompt, make_messages(prompt, options.system)) for prompt in load_prompts(tokenizer, options)]
     else:
-        splits = load_splits(config, tokenizer, options)
+        splits = load_splits(candidate, tokenizer, options)
         chats, left_out = choose_conversations(splits, config, tokenizer, options.max_new_tokens)
     model = load_model(path, tokenizer, choose_precision(config.device).device, local_files_only)
     report = compare_served(model, tokenizer, server, chats, options.max_new_tokens)
@@ -354,15 +353,18 @@ def compare_with_server(candidate, options):
     return int(report["verdict"] != "equal")
 
 
-def load_splits(config, tokenizer, options):
+def load_splits(candidate, tokenizer, options):
     """The splits of the run's dataset by name, or all of the user's as one.
 
     A missing dataset is an error only where nothing else is to be evaluated, neither prompts nor a text.
     """
     try:
         if options.own_data:
-            return load_data(config, tokenizer).splits
-        return {"all": load_split(config, tokenizer)}
+            data = load_data(candidate.config, tokenizer)
+            if candidate.fingerprint not in ("", data.fingerprint):
+                print("warning: the dataset has changed; the run may have learned these splits", file=sys.stderr)
+            return data.splits
+        return {"all": load_split(candidate.config, tokenizer)}
     except UserError as error:
         if options.exact or not (options.own_data and (options.prompts or options.text)):
             raise

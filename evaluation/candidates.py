@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from config import DATASET_SETTINGS, Config, UserError, flag_name, resolve
+from config import DATASET_SETTINGS, Config, UserError, flag_name, format_value, resolve
 from conversations.sources import pin_commits
+from data import DATA_FLAGS
 from storage import hub
 from storage.adapter import BASE, read_json
 from storage.durable import MANIFEST, verify
@@ -18,6 +19,7 @@ class Candidate(NamedTuple):
     model: str
     run: Path | None
     config: Config
+    fingerprint: str = ""  # of the run's own data, where no flag asks for other data
 
 
 def find_candidate(name, overrides):
@@ -32,11 +34,12 @@ def find_candidate(name, overrides):
     if "dataset" in overrides:
         settings = {key: value for key, value in settings.items() if key not in DATASET_SETTINGS}
     else:
-        for key in ("seed", "eval_fraction", "test_fraction"):
+        for key in ("seed", "eval_fraction", "test_fraction", *DATASET_SETTINGS):
             if overrides.get(key, settings[key]) != settings[key]:
                 why = "gives other splits than the run's, which may have learned what it is evaluated on"
-                print(f"warning: {flag_name(key)} {overrides[key]} {why}", file=sys.stderr)
-    return Candidate(model, run, resolve({**settings, **overrides}, settings["preset"]))
+                print(f"warning: {flag_name(key)} {format_value(overrides[key])} {why}", file=sys.stderr)
+    fingerprint = "" if overrides.keys() & {*DATA_FLAGS} else record["data"]["fingerprint"]
+    return Candidate(model, run, resolve({**settings, **overrides}, settings["preset"]), fingerprint)
 
 
 def find_model_and_run(name):

@@ -21,7 +21,7 @@ from eval import Evaluation
 from model import Precision
 from running import checkpoint, setup, validation
 from running.run import Run
-from tests.conftest import to_flags
+from tests.conftest import a_chat, to_flags
 
 TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "peak_memory"}
 STEPS = 12  # 30 training conversations, windows of 5, two epochs
@@ -246,12 +246,19 @@ def test_a_finished_run_with_nothing_left_to_train_stays_as_it_is(finished, caps
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_other_splits_than_the_runs_are_warned_of(finished, capsys):
+def test_other_splits_than_the_runs_are_warned_of(finished, chats, capsys):
     run, _ = finished
-    assert not eval_command.main([str(run), "--seed", "7", "--eval-fraction", "0.2", "--prompts", "Hi"])
+    assert not eval_command.main([str(run), *"--seed 7 --eval-fraction 0.2 --max-examples 30 --prompts Hi".split()])
     err = capsys.readouterr().err
-    assert "warning: --seed 7 gives other splits than the run's" in err
+    for flag in ("--seed 7", "--max-examples 30"):
+        assert f"warning: {flag} gives other splits than the run's" in err
     assert "--eval-fraction" not in err  # as the run's
+    assert not eval_command.main([str(run), "--prompts", "Hi"])
+    assert "warning" not in capsys.readouterr().err
+    with open(chats, "a") as file:
+        file.write(json.dumps(a_chat("One more")) + "\n")
+    assert not eval_command.main([str(run), "--prompts", "Hi"])
+    assert "warning: the dataset has changed; the run may have learned these splits" in capsys.readouterr().err
 
 
 def test_without_an_eval_split_the_last_model_is_the_best(flags, tmp_path, capsys):
