@@ -345,6 +345,6 @@ def with_conversation(messages):
     try:
         yield
     except TemplateError as error:
-        quoted = " | ".join(f"{message['role']}: {message['content']:.40}" for message in messages[:4])
+        quoted = " | ".join(f"{each['role']}: {' '.join(each['content'].split()):.40}" for each in messages[:4])
         where = f", in the conversation «{quoted}»" if messages else ""
         raise UserError(f"--chat-template: the template cannot be masked: {error}{where}") from error

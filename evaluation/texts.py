@@ -18,7 +18,7 @@ def read_prompts(texts):
     prompts = []
     for text in texts:
         if os.path.exists(text) or re.fullmatch(r"\S+\.(txt|md)", text):
-            lines = [line for line in read_text("--prompts", text).splitlines() if line.strip()]
+            lines = [line for line in read_text("--prompts", text).split("\n") if line.strip()]
             if not lines:
                 raise UserError(f"--prompts {text}: there are no prompts in it")
             prompts += lines

@@ -55,8 +55,8 @@ def test_perplexity_and_accuracy_are_means_over_tokens():
 
 
 def test_a_prompt_may_be_a_file_of_prompts(tmp_path):
-    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
-    assert read_prompts(["zero", str(tmp_path / "prompts.txt")]) == ["zero", "one", "two"]
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\u2028still\n", encoding="utf-8")
+    assert read_prompts(["zero", str(tmp_path / "prompts.txt")]) == ["zero", "one", "two\u2028still"]
 
 
 def test_the_command_compares_two_models_on_a_file(tiny_model_dir, chats, capsys):
