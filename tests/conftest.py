@@ -1,9 +1,12 @@
 """A tiny random model with a byte-level tokenizer for the mechanics, and the quickstart's real one for the rest."""
 
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import json
 import os
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -17,6 +20,7 @@ from conversations.formats import parse_columns, read_conversations
 from conversations.masking import Example, encode_as_lists
 from conversations.sources import Source
 from conversations.tokenizer import load_tokenizer
+from evaluation import comparison, facts
 from evaluation.generation import GREEDY, generate_answers
 from storage import hub
 from storage.quickstart import quickstart_model
@@ -29,16 +33,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
 
-def shorten_answers():
-    """Have a run's answers end after 4 tokens: with 50 they are half of what a small run computes."""
+def shorten_runs():
+    """Leave out of a small run what takes most of its time and is tested elsewhere.
+
+    Answers end after 4 tokens of 50, the intervals in its records have 200 draws of 2,000, and the version of a package
+    is read once.
+    """
     generate_answers.__defaults__ = (GREEDY, 4, "")
+    facts.difference = difference_in_few_draws
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
+
+
+def difference_in_few_draws(*losses_and_tokens):
+    with mock.patch.object(comparison, "RESAMPLES", 200):
+        return comparison.difference(*losses_and_tokens)
 
 
 def pytest_collection_finish():
     gc.freeze()  # what was imported stays: looking at it again takes a collection a third of a second
 
 
-shorten_answers()
+shorten_runs()
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

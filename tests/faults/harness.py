@@ -18,7 +18,7 @@ from torch import distributed
 import train as train_command
 from config import run_command
 from running.checkpoint import list_checkpoints
-from tests.conftest import shorten_answers
+from tests.conftest import shorten_runs
 
 BOUND = 15  # seconds between the end of a first process and that of the last
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -32,7 +32,7 @@ def program(argv, output, faults, environment):
         os.dup2(os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
     gc.freeze()
-    shorten_answers()
+    shorten_runs()
     os.environ.update(environment)
     for fault in faults:
         fault()
