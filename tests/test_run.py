@@ -1,10 +1,13 @@
 """Whole runs of a tiny model: the files they leave, the best checkpoint, resuming, stopping."""
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,15 +24,17 @@ from eval import Evaluation
 from model import Precision
 from running import checkpoint, setup, validation
 from running.run import Run
-from tests.conftest import a_chat, to_flags
+from storage.records import read_record
+from tests.conftest import a_chat, to_flags, write_chats
 
 TIMINGS = {"tokens_per_second", "seconds", "seconds_data", "peak_memory"}
 STEPS = 12  # 30 training conversations, windows of 5, two epochs
 
 
-@pytest.fixture
-def flags(tiny_model_dir, chats):
+@pytest.fixture(scope="module")
+def flags(tiny_model_dir, tmp_path_factory):
     """The command line of a small run, but for its directory."""
+    chats = write_chats(tmp_path_factory.mktemp("run"))
     settings = {"model": tiny_model_dir, "dataset": chats, "eval-fraction": 0.2, "test-fraction": 0.05, "batch-size": 5}
     settings |= {"warmup-steps": 2, "eval-every": 4, "save-every": 3, "dtype": "fp32", "lr": 1e-2, "seed": 3}
     return to_flags({**settings, "micro-batch-tokens": 200})
@@ -50,12 +55,13 @@ def forget_the_end(run):
     (run / "answers.json").write_text(json.dumps({"before": answers["before"]}))
 
 
-@pytest.fixture
-def finished(flags, tmp_path, capsys):
-    """A run to the end: its directory and what it printed."""
-    run = tmp_path / "run"
-    assert train_command.main([*flags, "--output-dir", str(run)]) == 0
-    return run, capsys.readouterr().out
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """A run to the end, which no test changes: its directory and what it printed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train_command.main([*flags, "--output-dir", str(run)]) == 0
+    return run, printed.getvalue()
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
@@ -246,7 +252,7 @@ def test_a_finished_run_with_nothing_left_to_train_stays_as_it_is(finished, caps
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_other_splits_than_the_runs_are_warned_of(finished, chats, capsys):
+def test_other_splits_than_the_runs_are_warned_of(finished, capsys):
     run, _ = finished
     assert not eval_command.main([str(run), *"--seed 7 --eval-fraction 0.2 --max-examples 30 --prompts Hi".split()])
     err = capsys.readouterr().err
@@ -255,9 +261,13 @@ def test_other_splits_than_the_runs_are_warned_of(finished, chats, capsys):
     assert "--eval-fraction" not in err  # as the run's
     assert not eval_command.main([str(run), "--prompts", "Hi"])
     assert "warning" not in capsys.readouterr().err
-    with open(chats, "a") as file:
-        file.write(json.dumps(a_chat("One more")) + "\n")
-    assert not eval_command.main([str(run), "--prompts", "Hi"])
+    chats = Path(read_record(run)["config"]["dataset"][0])
+    rows = chats.read_text()
+    try:
+        chats.write_text(rows + json.dumps(a_chat("One more")) + "\n")
+        assert not eval_command.main([str(run), "--prompts", "Hi"])
+    finally:  # other tests have the same run
+        chats.write_text(rows)
     assert "warning: the dataset has changed; the run may have learned these splits" in capsys.readouterr().err
 
 
