@@ -40,7 +40,7 @@ def main(argv):
     chats = [messages for _, _, messages in read_conversations([parse_source(options.dataset)])]
     # Only conversations that the reference masks right, so that nothing but the two loops is compared.
     chats = [messages for messages in chats if not reference.mistakes(messages, tokenizer)]
-    chats, eval_chats = chats[: BATCH * ACCUMULATION * options.updates], chats[-4:]
+    chats = chats[: BATCH * ACCUMULATION * options.updates]
 
     def model():
         loaded = load_model(path, tokenizer, device, local)
@@ -51,9 +51,9 @@ def main(argv):
     shared = {"learning_rate": 2e-4, "warmup_steps": 2, "max_steps": options.updates}
     with tempfile.TemporaryDirectory() as directory:
         theirs, our = model(), model()
-        rows, eval_rows = ([reference.encode(chat, tokenizer) for chat in part] for part in (chats, eval_chats))
+        rows = [reference.encode(chat, tokenizer) for chat in chats]
         sizes = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION}
-        trainers, _ = reference.train(theirs, rows, eval_rows, tokenizer.pad_token_id, directory, **shared, **sizes)
+        trainers, _ = reference.train(theirs, rows, [], tokenizer.pad_token_id, directory, **shared, **sizes)
         config = Config(
             lr=2e-4,
             warmup_steps=2,
@@ -63,7 +63,7 @@ def main(argv):
             micro_batch_tokens=512,
             output_dir=str(Path(directory) / "ours"),
         )
-        ours = parity.train(our, encode(chats, tokenizer), encode(eval_chats, tokenizer), tokenizer, config)
+        ours = parity.train(our, encode(chats, tokenizer), tokenizer, config)
     print(
         f"{options.model} in {'fp64' if options.double else 'fp32'} on {device} ({platform.machine()}), "
         f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -16,7 +16,7 @@ from tests.reference import Witness
 from train import make_optimizer, updates
 
 
-def train(model, examples, eval_examples, tokenizer, config):
+def train(model, examples, tokenizer, config):
     """Train a model with this project's loop, `train.updates`.
 
     Returns:
@@ -27,7 +27,7 @@ def train(model, examples, eval_examples, tokenizer, config):
     layout = choose_layout(model, token_loss, config, tokenizer.pad_token_id, precision)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    data = Data(Split(examples, 0, 0), Split(eval_examples, 0, 0), Split([], 0, 0))
+    data = Data(Split(examples, 0, 0), Split([], 0, 0), Split([], 0, 0))
     optimizer = make_optimizer(model, config.weight_decay, config.adam_beta2)
     run = Run(config, precision, layout, tokenizer, data, model, optimizer, precision.grad_scaler())
     for step, metrics in enumerate(updates(run)):

@@ -8,6 +8,7 @@ import copy
 import itertools
 import tempfile
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import transformers
@@ -217,7 +218,7 @@ def train(model, rows, eval_rows, pad_id, directory, **arguments):
         arguments: `TrainingArguments` that differ from the reference's.
 
     Returns:
-        The list of its `Update`s, and the eval loss at the end.
+        The list of its `Update`s, and the eval loss at the end; None without `eval_rows`.
     """
     settings = {
         "num_train_epochs": 2,
@@ -244,13 +245,14 @@ def train(model, rows, eval_rows, pad_id, directory, **arguments):
             TrainingArguments(str(directory), **(settings | arguments)),
             data_collator=collator(pad_id),
             train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(eval_rows),
+            eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
             callbacks=[Listener(witness)],
             compute_loss_func=double_loss if double else None,
         )
         trainer.remove_callback(PrinterCallback)  # the witness keeps what it would print
-        trainer.train()
-        return witness.updates, trainer.evaluate()["eval_loss"]
+        with mock.patch("gc.collect"):  # accelerate's, at the end, which takes as long as a small run
+            trainer.train()
+        return witness.updates, trainer.evaluate()["eval_loss"] if eval_rows else None
 
 
 def double_loss(outputs, labels, num_items_in_batch):

@@ -95,16 +95,14 @@ def test_every_update_is_that_of_peft_and_trainer(tiny_tokenizer, tmp_path, kind
     """In bf16 our frozen matrices are held in 16 bits, and PEFT's in fp32."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     arguments = USUAL | {"learning_rate": 2e-3, "num_train_epochs": 1, "bf16": precision == "bf16"}
-    chats, eval_chats = conversations(21), conversations(5, seed=1)
+    chats = conversations(21)
     our = build(kind, settings, dtype)
     add_adapters(our, Lora(8, 32, seed=3), torch.bfloat16 if precision == "bf16" else None)
     theirs = with_peft(build(kind, settings, dtype), 8, 32, trained_parameters(our))
-    rows, eval_rows = ([reference.encode(chat, tiny_tokenizer) for chat in each] for each in (chats, eval_chats))
-    trainers, _ = reference.train(
-        theirs, rows, eval_rows, tiny_tokenizer.pad_token_id, tmp_path / "trainer", **arguments
-    )
+    rows = [reference.encode(chat, tiny_tokenizer) for chat in chats]
+    trainers, _ = reference.train(theirs, rows, [], tiny_tokenizer.pad_token_id, tmp_path / "trainer", **arguments)
     config = our_settings(arguments, output_dir=str(tmp_path / "ours"), micro_batch_tokens=400)
-    ours = parity.train(our, encode(chats, tiny_tokenizer), encode(eval_chats, tiny_tokenizer), tiny_tokenizer, config)
+    ours = parity.train(our, encode(chats, tiny_tokenizer), tiny_tokenizer, config)
     adapters = [torch.nn.ParameterList(w for w in m.parameters() if w.requires_grad) for m in (our, theirs)]
     assert any(name.endswith("lora_B.weight") and weights.any() for name, weights in our.named_parameters())
     loss, grad_norm, weights = TOLERANCES[precision]

@@ -94,19 +94,16 @@ def our_settings(arguments, **named):
 def both(tokenizer, directory, arguments, examples=None, model=a_model, dtype=torch.float32):
     """Train with both loops; returns what `parity.compare` takes."""
     arguments = USUAL | arguments
-    chats, eval_chats = conversations(21), conversations(5, seed=1)
+    chats = conversations(21)
     rows = [reference.encode(chat, tokenizer) for chat in chats]
     if examples:
         rows = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in examples]
-    eval_rows = [reference.encode(chat, tokenizer) for chat in eval_chats]
     examples = examples or encode(chats, tokenizer)
     theirs, our = model(dtype), model(dtype)  # two of the same, in this order
     with parity.GradientFloor(theirs) as floor:
-        trainers, _ = reference.train(
-            theirs, rows, eval_rows, tokenizer.pad_token_id, directory / "trainer", **arguments
-        )
+        trainers, _ = reference.train(theirs, rows, [], tokenizer.pad_token_id, directory / "trainer", **arguments)
     config = our_settings(arguments, output_dir=str(directory / "ours"), micro_batch_tokens=400)
-    ours = parity.train(our, examples, encode(eval_chats, tokenizer), tokenizer, config)
+    ours = parity.train(our, examples, tokenizer, config)
     return ours, trainers, our, theirs, floor.values if dtype == torch.float32 else None
 
 
