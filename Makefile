@@ -14,9 +14,10 @@ quickstart: $(VENV)/quickstart.installed
 test: $(VENV)/dev.installed
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
+# What may happen to a run, all of it, and every other slow test wherever it is.
 faults: $(VENV)/dev.installed
-	$(PYTHON) -m pytest tests/faults tests/test_processes.py tests/test_self_check.py tests/test_causal_models.py \
-		tests/test_plain_transformers.py tests/test_attention_of_models.py tests/test_compile.py tests/test_hub.py tests/test_network.py -m "slow or not slow"
+	$(PYTHON) -m pytest tests/faults -m "slow or not slow"
+	$(PYTHON) -m pytest --ignore tests/faults -m slow
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
