@@ -107,8 +107,8 @@ def flat_difference(weights, others, floor=None, rate=1.0):
         return apart.max().item()
     beyond_rounding = (apart - 8 * torch.finfo(weights.dtype).eps * others.abs()).clamp(min=0)
     compared = floor > 1e-2
-    assert compared.float().mean() > 0.3, "most gradients are rounding: too few weights can be compared"
-    return beyond_rounding[compared].max().item() / rate
+    assert compared.sum() > 0.3 * len(compared), "most gradients are rounding: too few weights can be compared"
+    return beyond_rounding.where(compared, 0.0).max().item() / rate
 
 
 def flatten(tensors):
