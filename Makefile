@@ -10,9 +10,10 @@ smoke: $(VENV)/quickstart.installed
 quickstart: $(VENV)/quickstart.installed
 	$(PYTHON) train.py --preset quickstart --epochs 2 --lr 2e-4
 
-# By file, because the runs that a file's tests share are made once by each process that takes some of them.
+# Each process takes one half of the tests in their order, as the runs that a file's tests share are made once by each
+# process that takes some of them; the one that has finished takes over half of what the other has left.
 test: $(VENV)/dev.installed
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 # What may happen to a run, all of it, and every other slow test wherever it is.
 faults: $(VENV)/dev.installed
@@ -26,7 +27,7 @@ lint: $(VENV)/dev.installed
 
 # The oldest supported libraries, in an environment of their own: of each package the first line counts.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 .venv-oldest/installed: requirements-oldest.txt requirements.txt requirements-dev.txt requirements-quickstart.txt
 	python3 -m venv .venv-oldest
