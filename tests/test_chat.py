@@ -1,6 +1,5 @@
 """Chatting with a model: what it remembers, what stops it, and how it reads prompts from a pipe and a terminal."""
 
-import fcntl
 import io
 import json
 import os
@@ -8,21 +7,18 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
-import termios
-from pathlib import Path
 
 import pytest
 
 import eval as eval_command
-from config import UserError
+from config import UserError, run_command
 from evaluation import chat as chat_module
 from evaluation.chat import Chat
 from evaluation.generation import GREEDY, generate_answers
+from tests.faults.harness import CONTEXT
 from tests.test_generation import always_generating
 
-ROOT = Path(__file__).parents[1]
 LETTER = 70  # the byte tokenizer's id of some letter
 
 
@@ -115,34 +111,39 @@ def test_piped_it_reads_prompts_line_by_line_and_prints_nothing_but_answers(tiny
     assert "/undo" in printed.err
 
 
+def chat_in_terminal(name, argv):
+    """`python eval.py` in a terminal, the one that its session then has."""
+    os.setsid()
+    for number in range(3):
+        os.dup2(os.open(name, os.O_RDWR), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    os.environ["TERM"] = "xterm"
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = ["eval.py", *argv]
+    run_command(eval_command.main)
+
+
 @pytest.fixture
 def terminal():
-    """Our end of a terminal, and a function that starts a command in it, which is killed at the end."""
+    """Our end of a terminal, and a function that starts `chat_in_terminal`, which is killed at the end."""
     (ours, theirs), started = pty.openpty(), []
 
-    def take_terminal():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-        os.setsid()
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-
-    def start(*command):
-        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        started.append(
-            subprocess.Popen(command, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"})
-        )
+    def start(*argv):
+        started.append(CONTEXT.Process(target=chat_in_terminal, args=(os.ttyname(theirs), argv)))
+        started[-1].start()
         return started[-1]
 
     yield ours, start
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
     for descriptor in (ours, theirs):
         os.close(descriptor)
 
 
 def test_in_a_terminal_ctrl_d_quits_and_lines_can_be_edited(tiny_model_dir, terminal):
     ours, start = terminal
-    process, output = start(sys.executable, str(ROOT / "eval.py"), str(tiny_model_dir), "--chat"), b""
+    process, output = start(str(tiny_model_dir), "--chat"), b""
 
     def until(text):
         nonlocal output
@@ -160,7 +161,8 @@ def test_in_a_terminal_ctrl_d_quits_and_lines_can_be_edited(tiny_model_dir, term
     until(b"there is nothing to undo")
     until(b"> ")
     os.write(ours, b"\x04")
-    assert process.wait(120) == 0
+    process.join(120)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize(
