@@ -110,8 +110,32 @@ def both(tokenizer, directory, arguments, examples=None, model=a_model, dtype=to
 # --- update by update
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "fp64"])
-@pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
+# What these change is seen in fp64 to 1e-12; in fp32 it is the same arithmetic.
+SEEN_IN_FP64 = {
+    "one conversation an update",
+    "no warm-up",
+    "ended by max_steps",
+    "strong weight decay",
+    "no weight decay",
+    "clipping never bites",
+    "another seed",
+    "beta2 of 0.95",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        pytest.param(
+            arguments,
+            dtype,
+            id=f"{name}-{'fp64' if dtype == torch.float64 else 'fp32'}",
+            marks=pytest.mark.slow if dtype == torch.float32 and name in SEEN_IN_FP64 else (),
+        )
+        for name, arguments in CASES.items()
+        for dtype in TOLERANCES
+    ],
+)
 def test_every_update_is_that_of_trainer(tiny_tokenizer, tmp_path, arguments, dtype):
     runs = both(tiny_tokenizer, tmp_path, arguments, dtype=dtype)
     parity.compare(*runs, **TOLERANCES[dtype])

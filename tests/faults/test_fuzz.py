@@ -218,7 +218,7 @@ def files_of(run):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("seed", some(range(200), fast=12))
+@pytest.mark.parametrize("seed", some(range(200), fast=8))
 def test_a_damaged_run_resumes_exactly_or_says_why_not(killed, uninterrupted, tmp_path, seed):
     chance, run = random.Random(seed), tmp_path / "run"
     shutil.copytree(killed, run)

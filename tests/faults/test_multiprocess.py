@@ -118,7 +118,7 @@ def test_rank_0_is_killed_at_every_change_that_a_save_makes(flags, start_group, 
 # --- signalled
 
 
-@pytest.mark.parametrize(("number", "rank"), zip(SIGNALS, (1, 0, 1), strict=True))
+@pytest.mark.parametrize(("number", "rank"), some(zip(SIGNALS, (1, 0, 1), strict=True), fast=2))
 def test_a_signal_to_one_stops_all_after_the_same_update(
     flags, start_group, uninterrupted_group, tmp_path, number, rank
 ):
