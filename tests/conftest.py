@@ -57,6 +57,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(*gc.get_threshold()[:2], 100)  # 10 by default; such a look takes as long as some tests
         gc.enable()
 
 
