@@ -435,7 +435,8 @@ class DetachableFile(io.FileIO):
 
 
 def protect_output():
-    """Let the program go on where stdout or stderr is closed, or cannot encode a character."""
+    """Let the program go on where stdin, stdout or stderr is closed, or cannot encode a character."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  for the rest of the process
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)  # None where it was closed
         number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)

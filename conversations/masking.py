@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from config import UserError
 from conversations.chatml import encode_chatml, find_opening, is_chatml
 from conversations.encoding import FIRST
 from conversations.templates import get_template
@@ -133,6 +134,10 @@ def make_examples(turns, ids):
 def encode_prompt(prompt: str | list, tokenizer) -> torch.Tensor:
     """A user's prompt, or messages, with the header of the answer, which the model generates next: ids (T,)."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        "".join(message["content"] for message in messages).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("a prompt or the system message is not UTF-8; write it in UTF-8") from error
     if is_chatml(tokenizer):
         (example,) = encode([[*messages, {"role": "assistant", "content": "x"}]], tokenizer, "last")
         return example.input_ids[: example.supervised.nonzero()[0]]

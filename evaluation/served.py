@@ -129,7 +129,7 @@ class Server:
                 ids=parse_ids(choice.get("token_ids")),
                 logprobs=[(str(each["token"]), float(each["logprob"])) for each in pieces],
             )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             shown = json.dumps(reply)[:100]
             raise UserError(f"--served {self.root}: its answer is not a chat completion: {shown}") from error
 

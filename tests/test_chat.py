@@ -7,7 +7,9 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from evaluation.generation import GREEDY, generate_answers
 from tests.faults.harness import CONTEXT
 from tests.test_generation import always_generating
 
+ROOT = Path(__file__).parents[1]
 LETTER = 70  # the byte tokenizer's id of some letter
 
 
@@ -109,6 +112,23 @@ def test_piped_it_reads_prompts_line_by_line_and_prints_nothing_but_answers(tiny
     printed = capsys.readouterr()
     assert printed.out == "answer\nanswer\n"
     assert "/undo" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "status", "locale"), [("caf\\351", 1, "C"), (None, 0, "C.UTF-8")], ids=["not UTF-8", "closed"]
+)
+def test_stdin_that_is_not_utf8_is_one_line_and_a_closed_one_is_the_end(tiny_model_dir, typed, status, locale):
+    stdin = f"printf '{typed}' |" if typed else "exec <&-;"
+    command = f"{stdin} LC_ALL={locale} {sys.executable} {ROOT}/eval.py {tiny_model_dir} --chat"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stderr == ("error: a prompt or the system message is not UTF-8; write it in UTF-8\n" if typed else "")
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--system"])
+def test_an_argument_that_is_not_utf8_is_refused(tiny_model_dir, chats, flag):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        eval_command.main([str(tiny_model_dir), "--dataset", str(chats), flag, "caf\udce9"])
 
 
 def chat_in_terminal(name, argv):

@@ -280,7 +280,8 @@ def test_a_dataset_named_twice_is_both():
 def test_output_that_cannot_be_encoded_is_escaped(monkeypatch, tmp_path):
     with open(tmp_path / "output", "w", encoding="ascii") as output:
         monkeypatch.setattr(sys, "stdout", output)
-        monkeypatch.setattr(sys, "stderr", None)  # which may be closed
+        for closed in ("stdin", "stderr"):
+            monkeypatch.setattr(sys, closed, None)
         protect_output()
         print("caf\u00e9 \u2026")
         print("nobody reads this", file=sys.stderr)

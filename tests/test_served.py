@@ -476,6 +476,10 @@ FAILURES = {
     "500": ((500, b"Internal\n\nServer Error " * 99), "the server answers 500 Internal Server Error: Internal Server"),
     "no choices": ((200, {"choices": []}), "its answer is not a chat completion: .*choices"),
     "an error as an answer": ((200, {"error": "out of memory"}), "is not a chat completion: .*out of memory"),
+    "an endless prompt": (
+        (200, b'{"choices": [{"message": {"content": "Hi"}}], "usage": {"prompt_tokens": 1e999}}'),
+        "its answer is not a chat completion",
+    ),
     "no message": ((200, {"choices": [{"text": "Hi"}]}), "its answer is not a chat completion"),
     "log-probabilities of another form": (
         (200, {"choices": [{"message": {"content": "Hi"}, "logprobs": {"content": [{"token": "H"}]}}]}),
