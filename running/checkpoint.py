@@ -131,8 +131,8 @@ def link_best(directory, best_step):
     """Let a run's `best` point to the model of a step, atomically; 0: there is no best model yet."""
     if best_step:
         replace_link(directory / BEST, checkpoint_path("", best_step) / MODEL)
-    else:
-        (directory / BEST).unlink(missing_ok=True)
+    elif (directory / BEST).is_symlink():  # a directory is a copy that followed the link: all that is left of a model
+        (directory / BEST).unlink()
 
 
 def prune(directory, step, keep):

@@ -158,6 +158,18 @@ def test_a_lost_best_model_is_a_warning(interrupted, uninterrupted, start_proces
     assert tensors_in(interrupted / "best") == tensors_in(uninterrupted / "best")
 
 
+def test_a_copy_of_the_lost_best_model_stays_until_there_is_a_better_one(interrupted, start_process):
+    """The run was copied by a program that follows links."""
+    run = Path(shutil.copytree(interrupted, interrupted.with_name("copied")))
+    before = tensors_in(run / "best")
+    flip_a_bit(run / "checkpoints/step-4/model/model.safetensors")
+    assert start_process(["--resume", run], partial(on_call, "train.fit", 1, kill)).wait() == 128 + 9
+    assert tensors_in(run / "best") == before
+    process = start_process(["--resume", run])
+    assert process.wait() == 0, process.stderr
+    assert (run / "best").readlink() == Path("checkpoints/step-10/model")
+
+
 def test_the_best_model_of_discarded_updates_is_not_the_best(interrupted, uninterrupted, start_process):
     """Killed after update 8 became the best; resumed from 6, whose best is 4, and it never comes to an 8 again."""
     start_process(["--resume", interrupted], partial(on_call, "train.train_step", 3, kill)).wait()
