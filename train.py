@@ -312,7 +312,6 @@ def resume_run(path, named, allow_changes, dry_run, signals):
         if finished and run.step >= run.total_steps:  # its record would name settings it was not trained with
             what = f"nothing is left to train with {', '.join(changed)}"
             raise UserError(f"{path} is finished; {what}; raise --epochs or --max-steps")
-        run.changes = recorded.get("changes", []) + run.changes
         run.resumed = recorded.get("resumed", []) + run.resumed
         return 0 if dry_run else train(run, signals)
 

@@ -21,7 +21,7 @@ class ResumePoint:
     """The checkpoint from which a run resumes; path is None where it died before the first one and begins again."""
 
     path: Path | None
-    described: dict  # the run when that was written, as `records.describe` describes it
+    described: dict  # the run when that was written, as `records.describe` describes it, and all changes so far
     best_is_lost: bool = False  # its best model so far is corrupt
 
     @property
@@ -43,7 +43,7 @@ def find_resume_point(directory, recorded):
         problem = find_corruption(checkpoint_path(directory, best)) if best not in (0, manifest["step"]) else None
         if problem:
             print(f"warning: {problem}; the best model so far is lost; the best from here on is kept", file=sys.stderr)
-        return ResumePoint(checkpoint, manifest, best_is_lost=problem is not None)
+        return ResumePoint(checkpoint, manifest | {"changes": recorded.get("changes", [])}, problem is not None)
     if checkpoints:
         raise UserError(f"--resume {directory}: none of its checkpoints is valid; start a new run in another directory")
     logged = max((line["step"] for line in read_metrics(directory)), default=0)
@@ -152,18 +152,19 @@ def summarize_data(data):
 
 
 def check_same_run(run, before, allow_changes):
-    """Print and return the `list_changes` of a run since its record; raise `UserError` unless they are allowed."""
+    """Print the changes of a run since its record; returns all so far. `UserError` if they were never allowed."""
     now = describe(run.config, run.precision, run.data)
     changed = list_changes(before, now)
     for name in ("lora_rank", "lora_alpha"):
         if before["config"][name] != now["config"][name]:
             what = f"{flag_name(name)} cannot change, as its checkpoints depend on it"
             raise UserError(f"--resume {run.directory}: {what}")
-    if changed and not allow_changes:
+    change, recorded = {"step": before.get("step", 0), "changed": changed}, before.get("changes", [])
+    if changed and not allow_changes and change not in recorded:
         advice = "it would be a different run; leave that out, or allow it with --allow-changes"
         raise UserError("\n".join([f"--resume {run.directory}: {advice}", *changed]))
     for line in changed:
         print(f"changed: {line}")
     if versions := list_version_changes(before, now):
         print(f"library versions differ ({', '.join(versions)}): results are equal within rounding, not bit for bit")
-    return changed
+    return recorded + [change] * (changed != [] and change not in recorded)

@@ -64,8 +64,7 @@ def load_run(config, start=None, allow_changes=False):
     path, local_files_only, tokenizer = load_run_tokenizer(pinned, start)
     data = load_data(pinned, tokenizer)
     run = Run(config, precision, None, tokenizer, data, None, scaler=precision.grad_scaler(), commits=commits)
-    if start and (changed := check_same_run(run, start.described, allow_changes)):
-        run.changes = [{"step": start.described.get("step", 0), "changed": changed}]
+    run.changes = check_same_run(run, start.described, allow_changes) if start else []
     run.eval_every, run.save_every = choose_cadence(run, start)
     print(report.plan_of_data(run))
     longest = max(split.longest for split in data.splits.values())

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import signal
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from storage.durable import MANIFEST, write_checksummed
 from tests.faults.harness import assert_same, lines, on_dataset, steps_saved
-from tests.faults.inject import kill, on_call
+from tests.faults.inject import kill, on_call, send
 
 CHANGES = {  # flags, and the lines that name them
     "--lr 0.02": "--lr 0.01 -> 0.02",
@@ -49,6 +50,19 @@ def test_an_allowed_change_is_printed_applied_and_recorded(interrupted, uninterr
     assert (record["config"]["lr"], record["config"]["weight_decay"]) == (0.02, 0.0)
     ours, theirs = (lines(run, "train")[3:] for run in (interrupted, uninterrupted))
     assert [line["lr"] for line in ours] == pytest.approx([2 * line["lr"] for line in theirs])
+
+
+def test_an_allowed_change_is_not_asked_for_again(interrupted, start_process):
+    """The run is stopped before it has a checkpoint with the change."""
+    term = partial(on_call, "train.fit", 1, partial(send, signal.SIGTERM))
+    assert start_process(["--resume", interrupted, "--lr", "0.02", "--allow-changes"], term).wait() == 143
+    assert steps_saved(interrupted) == [4, 6]
+    assert start_process(["--resume", interrupted, "--lr", "0.03"]).wait() == 1
+    process = start_process(["--resume", interrupted])
+    assert process.wait() == 0, process.stderr
+    assert "changed: --lr 0.01 -> 0.02\n" in process.stdout
+    record = json.loads((interrupted / "config.json").read_text())
+    assert record["changes"] == [{"step": 6, "changed": ["--lr 0.01 -> 0.02"]}]
 
 
 def test_a_changed_weight_decay_is_applied(interrupted, uninterrupted, start_process):
