@@ -52,10 +52,11 @@ class Log:
         self.draw_line(**line)
 
     def write_answers(self, when, step, answers):
-        """Log answers generated "before" or "after" training, in `answers.json` and as text for TensorBoard."""
+        """Log answers generated "before" or "after" training; `report.write_report` saves the latter."""
         self.show_answers(f"answers of the {'untrained' if when == 'before' else 'best'} model", step, answers)
         self.answers[when] = [asdict(answer) for answer in answers]
-        self.save_answers()
+        if when == "before":
+            self.save_answers()
 
     def save_answers(self):
         replace_file(self.directory / "answers.json", json.dumps(self.answers, indent=2, ensure_ascii=False) + "\n")

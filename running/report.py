@@ -13,7 +13,7 @@ from compute.memory import count_parameters
 from config import LORA_RATE, PRESETS, Config, format_value
 from data import describe_leaks, window_at
 from evaluation.comparison import MIN_CONVERSATIONS, smallest_difference
-from evaluation.facts import format_bytes, run_facts
+from evaluation.facts import format_bytes, pair_answers, run_facts
 from evaluation.format import side_by_side
 from evaluation.page import REPORT, page
 from storage.durable import replace_file
@@ -196,7 +196,9 @@ def write_report(run):
     """Close a finished run's log and write its page; returns its summary. Only rank 0 does it."""
     if not is_rank0():
         return ""
-    facts = run_facts(run.directory)
+    facts = run_facts(run.directory) | {"answers": pair_answers(run.log.answers)}
     run.log.close(facts)
     replace_file(run.directory / REPORT, page(facts, run.data.train.examples[:3], run.tokenizer))
+    run.log.sync()
+    run.log.save_answers()
     return summary(run.directory)

@@ -142,6 +142,7 @@ def assert_same(run, uninterrupted):
     run, uninterrupted = Path(run), Path(uninterrupted)
     assert lines(run) == lines(uninterrupted)
     assert curves(run) == curves(uninterrupted)
+    assert (run / "report.html").exists()
     assert (run / "answers.json").read_bytes() == (uninterrupted / "answers.json").read_bytes()
     assert tensors_in(run / "best") == tensors_in(uninterrupted / "best") != {}
     ours = list(list_checkpoints(run).values())[-1]

@@ -60,6 +60,7 @@ FAILING_WRITES = [
     ("running.checkpoint.link_best", 3),
     ("running.metrics.Log.write", 8),
     ("running.metrics.replace_file", 10),  # the answers at the end
+    ("running.report.replace_file", 1),
     ("torch.save", 3),
     ("storage.durable.write_manifest", 3),
     ("storage.durable.sync", 35),
@@ -67,7 +68,7 @@ FAILING_WRITES = [
 ]
 
 
-@pytest.mark.parametrize(("function", "call"), some(FAILING_WRITES, fast=5))
+@pytest.mark.parametrize(("function", "call"), some(FAILING_WRITES, fast=6))
 def test_a_write_that_fails(flags, uninterrupted, start_process, tmp_path, function, call):
     run = tmp_path / "run"
     process = start_process([*flags, "--output-dir", run], partial(on_call, function, call, full_disk))

@@ -161,14 +161,15 @@ def test_killed_again_before_anything_new_was_saved(interrupted, uninterrupted, 
 INTERRUPTIONS = [
     ("running.validation.evaluate", 2),
     ("running.metrics.Log.save_answers", 2),
+    ("running.report.page", 1),
     ("running.validation.evaluate", 3),
     ("eval.generate_answers", 2),
 ]
 
 
-@pytest.mark.parametrize(("function", "call"), some(INTERRUPTIONS, fast=2))
+@pytest.mark.parametrize(("function", "call"), some(INTERRUPTIONS, fast=3))
 def test_killed_in_an_evaluation_or_an_answer(interrupted, uninterrupted, start_process, function, call):
-    """At the eval split after update 10, writing the answers, the test split at the end, the second answer."""
+    """At the eval split after update 10, writing answers or page, the test split at the end, the second answer."""
     process = start_process(["--resume", interrupted], partial(on_call, function, call, kill))
     assert process.wait() == 128 + 9
     assert start_process(["--resume", interrupted]).wait() == 0
