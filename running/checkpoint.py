@@ -52,7 +52,8 @@ def save(run):
     if run.saver.saved == run.step:  # as a signal interrupted the evaluation that now finds it to be the best
         if is_rank0():
             card = checkpoint_path(run.directory, run.step) / MODEL / "README.md"
-            replace_file(card, model_card(run_facts(run.directory)))
+            if not card.exists():  # else the manifest has its SHA-256
+                replace_file(card, model_card(run_facts(run.directory)))
             link_best(run.directory, run.best_step)
         return
     run.saver.start(run.step, write_checkpoint, run.model, run.tokenizer, *take_snapshot(run))

@@ -31,7 +31,7 @@ def new_directory(config):
             directory = make_unique(directory)
             missing.insert(0, directory)
         make_directory(directory)
-        tempfile.TemporaryDirectory(dir=directory).cleanup()
+        tempfile.TemporaryDirectory(prefix=f".{PARTIAL}", dir=directory).cleanup()
     except OSError as error:
         raise UserError(f"--output-dir {directory}: cannot write to it ({error.strerror})") from error
     try:

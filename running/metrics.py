@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import threading
+import time
 from dataclasses import asdict
 
 import torch
@@ -32,9 +33,9 @@ class Log:
             print(f"warning: {self.path} was changed: its first {lines} lines are not what was logged", file=sys.stderr)
         self.answers = {"before": (answers or {}).get("before", [])}
         self.save_answers()
-        self.losses = read_losses(directory)
-        self.lines = len(kept)
+        self.losses, self.lines = read_losses(directory), len(kept)
         threading.excepthook = hide_tensorboard_traceback
+        rename_files_of_the_future(directory)
         # TensorBoard discards its events from `step` on; the lines kept of that step are drawn again.
         self.tensorboard = SummaryWriter(directory, purge_step=step)
         if not step:
@@ -125,6 +126,15 @@ class NullLog:
         pass
 
     write = write_answers = write_losses = show_answers = draw_line = state = sync = close = ignore
+
+
+def rename_files_of_the_future(directory):
+    """Where the clock was set back since, number TensorBoard's files: it reads them by the seconds in their names."""
+    now = directory / f"events.out.tfevents.{int(time.time()):010}"
+    files = sorted(directory.glob("events.out.tfevents.*"))
+    if files and files[-1] > now:
+        for number, file in enumerate(files):
+            file.rename(directory / f"events.out.tfevents.{number:010}.earlier")
 
 
 def hide_tensorboard_traceback(failure):

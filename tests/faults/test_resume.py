@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -149,6 +150,31 @@ def test_killed_before_its_first_checkpoint_it_begins_again(flags, uninterrupted
     assert process.wait() == 0, process.stderr
     assert f"resuming {run} from its beginning: it has no checkpoint\n" in process.stdout
     assert_same(run, uninterrupted)
+
+
+def set_clock_back(days):
+    """A machine's clock is wrong after a reboot."""
+    real = time.time
+    time.time = lambda: real() - days * 86_400
+
+
+def test_a_clock_that_was_set_back(interrupted, uninterrupted, start_process):
+    """TensorBoard reads its files in the order of the seconds in their names."""
+    start_process(["--resume", interrupted], partial(set_clock_back, 9), partial(on_call, "train.fit", 1, kill)).wait()
+    assert start_process(["--resume", interrupted], partial(set_clock_back, 99)).wait() == 0
+    assert_same(interrupted, uninterrupted)
+
+
+def test_a_run_without_an_evaluation_ends_without_its_base_model(flags, start_process, tiny_model_dir, tmp_path):
+    """The card of its last checkpoint, which has the license of the base model, stays as it was written."""
+    base, run = Path(shutil.copytree(tiny_model_dir, tmp_path / "base")), tmp_path / "run"
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    flags = [*flags, "--model", base, "--eval-fraction", "0", "--output-dir", run]
+    start_process(flags, partial(on_call, "train.evaluate_best", 1, kill)).wait()
+    shutil.rmtree(base)
+    process = start_process(["--resume", run])
+    assert process.wait() == 0, process.stderr
+    assert "license: mit" in (run / "best" / "README.md").read_text()
 
 
 def test_killed_again_before_anything_new_was_saved(interrupted, uninterrupted, start_process):
