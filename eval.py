@@ -344,6 +344,8 @@ def compare_with_server(candidate, options):
     if options.prompts or (candidate.run is None and options.own_data):
         chats = [(prompt, make_messages(prompt, options.system)) for prompt in load_prompts(tokenizer, options)]
     else:
+        if options.system:
+            raise UserError("--system has no effect on a run's conversations; leave it out, or add --prompts")
         splits = load_splits(candidate, tokenizer, options)
         chats, left_out = choose_conversations(splits, config, tokenizer, options.max_new_tokens)
     model = load_model(path, tokenizer, choose_precision(config.device).device, local_files_only)

@@ -233,6 +233,11 @@ def test_a_model_that_is_no_run_is_compared_on_prompts(tiny_model_dir, capsys):
     assert asked[0] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
 
+def test_a_system_message_beside_the_conversations_of_a_run_is_refused(compare):
+    with pytest.raises(UserError, match="--system has no effect"):
+        compare("--system", "Be brief.")
+
+
 # --- servers with one fault
 
 
