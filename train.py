@@ -212,14 +212,14 @@ def fit(run, signals):
 
 
 def evaluate_and_save(run, signals):
-    """Evaluate and save where that is due after `run.step` updates; the best model is saved at once."""
+    """Evaluate and save where that is due after `run.step` updates; the best model and the last are saved at once."""
     is_best, is_last = False, run.step >= run.total_steps
     if not run.data.eval.examples:
         is_best = is_last  # without an evaluation, each saved model counts as the best so far
     elif run.evaluated < run.step and (run.step % run.eval_every == 0 or is_last):
         is_best = evaluate_and_log(run, signals)
     run.saver.check()
-    if is_best or checkpoint.is_due(run):
+    if is_best or (is_last and run.saver.started < run.step) or checkpoint.is_due(run):
         checkpoint.save(run)
     signals.check()
 
@@ -269,7 +269,7 @@ def train(run, signals):
             signals.check()
     except Stopped as stop:
         with diagnostics.explain_failed_write(run):
-            if run.saver.started < run.step and run.optimizer:  # `evaluate_best` has freed it
+            if run.saver.started < run.step:
                 checkpoint.save(run)
             run.saver.wait()
             run.log.close()

@@ -289,6 +289,27 @@ def test_without_an_eval_split_the_last_model_is_the_best(flags, tmp_path, capsy
     assert "the last one" in (run / "report.html").read_text()
 
 
+def test_a_run_that_is_stopped_at_its_end_has_saved_all_updates(flags, tmp_path, monkeypatch):
+    """Also where its last model is not its best, and no checkpoint was due."""
+    evaluate_and_log = train_command.evaluate_and_log
+
+    def is_fourth(run, signals):
+        evaluate_and_log(run, signals)
+        run.best_step = 4
+        return run.step == 4
+
+    def stop(_run, signals):
+        signal.raise_signal(signal.SIGTERM)
+        signals.check()
+
+    monkeypatch.setattr(train_command, "evaluate_and_log", is_fourth)
+    monkeypatch.setattr(train_command, "evaluate_best", stop)
+    run = tmp_path / "run"
+    assert train_command.main([*flags, "--save-every", "100", "--output-dir", str(run)]) == 128 + signal.SIGTERM
+    assert list(checkpoint.list_checkpoints(run)) == [4, STEPS]
+    assert (run / "best").resolve().parent.name == "step-4"
+
+
 def test_cadences_below_one_are_shares_of_the_run(flags, tmp_path):
     run = tmp_path / "run"
     flags = [*flags, "--eval-every", "0.25", "--save-every", "0.3", "--keep", "9", "--output-dir", str(run)]
