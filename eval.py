@@ -82,9 +82,7 @@ def evaluate(
     """Evaluate a model over examples: the sum of the token losses over the number of supervised tokens.
 
     The ranks share the examples, and each returns the result over all of them. The model's mode is restored.
-
-    Args:
-        before_each: called before each micro-batch, equally often on every rank; it may raise.
+    `before_each` is called before each micro-batch, equally often on every rank; it may raise.
     """
     examples, scores = list(examples), []
     partition = layout.partition(examples)
@@ -333,10 +331,7 @@ def export(candidate, directory, dtype):
 
 
 def compare_with_server(candidate, options):
-    """Print how a server's model differs from a model, on held-out conversations or --prompts; the exit status.
-
-    It is 0 only if what every server can report was reported, and nothing differs.
-    """
+    """Print how a server's model differs from a model, on held-out conversations or --prompts; 0 if they are equal."""
     server, config = Server(options.served), candidate.config
     path, local_files_only = hub.find_model(candidate.model, may_be_adapter=True)
     tokenizer = load_tokenizer(path, local_files_only, config.chat_template, config.template_option)

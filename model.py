@@ -284,11 +284,7 @@ def warn_of_other_files(path):
 
 
 def check_loaded_weights(path, report, ignored=()):
-    """Raise `UserError` if a model's files lack weights, by the `output_loading_info`; warn of those not used.
-
-    Args:
-        ignored: names of further weights that are not used.
-    """
+    """Refuse files that lack weights, by the `output_loading_info`; warn of those not used, or ignored."""
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(f"--model {path}: its weights {name} have shape {tuple(found)}, the model {tuple(expected)}")
     missing, unused = sorted(report["missing_keys"]), sorted({*report["unexpected_keys"], *ignored})
@@ -311,10 +307,8 @@ def check_loaded_weights(path, report, ignored=()):
 def save_model(model, tokenizer, directory, weights=None):
     """Write an ordinary Hugging Face model directory: fp32 weights, tokenizer with its template, generation config.
 
-    Of a model with adapters it is PEFT's: they alone, and no config.json.
-
-    Args:
-        weights: by name, tied ones once, where the model is sharded or is trained meanwhile; None: the model's.
+    Of a model with adapters it is PEFT's: they alone, and no config.json. `weights`, by name and tied ones once, are
+    given where the model is sharded or is trained meanwhile; None: the model's.
     """
     try:
         if adapters.get_lora(model):

@@ -20,8 +20,7 @@ BLOCK = 64  # tokens of a text that the bootstrap draws together, because neighb
 def difference(before, after, tokens):
     """The difference of two losses per token over the same conversations (below 0 is better), with its 95 % interval.
 
-    Args:
-        before, after, tokens: (n,) each: both loss sums of each conversation, and its number of tokens.
+    Both loss sums of each conversation, and its number of tokens, are (n,) each.
     """
     before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (before, after, tokens))
     n, change, interval = len(tokens), after - before, None

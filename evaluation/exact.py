@@ -114,12 +114,7 @@ def find_references(examples, tokenizer, most_tokens):
 
 
 def judge(model, tokenizer, examples, most_tokens, budget=0):
-    """The report on a model's greedy answers to a split, a `data.Examples`, as JSON.
-
-    Args:
-        most_tokens: of an answer.
-        budget: as in `generate_batches`.
-    """
+    """The report on a model's greedy answers to a split, a `data.Examples`, as JSON; budget: of `generate_batches`."""
     prompts, limits, rows, skipped = find_references(examples, tokenizer, most_tokens)
     began, tokens = time.monotonic(), 0
     batches = generate_batches(model, tokenizer, prompts, limits, budget=budget)

@@ -78,9 +78,8 @@ def generate_answers(
 def generate_batches(model, tokenizer, prompts, limits, sampling=GREEDY, budget=0):
     """Yield a list for each batch: of each prompt its number, its answer, whether that is finished, and its tokens.
 
-    Args:
-        prompts, limits: ids, (T,) each, and the most tokens of each answer; together they fit into the context length.
-        budget: the most tokens of a batch: prompts, padding and new ones; 0: `BATCH_TOKENS`.
+    A prompt's ids, (T,), and its limit, the most tokens of its answer, fit into the context length. A batch has at most
+    `budget` tokens: prompts, padding and new ones; 0: `BATCH_TOKENS`.
     """
     budget, longest, stops = budget or BATCH_TOKENS, max(limits, default=0), torch.tensor(stop_ids(tokenizer))
 
@@ -108,9 +107,8 @@ def make_messages(prompt, system=""):
 def generate(model, tokenizer, prompts, sampling, max_new_tokens, streamer=None):
     """The generated ids for each prompt, a list of (T,), up to and including its stop token.
 
-    Args:
-        prompts: ids, (T,) each; they are padded on the left to the longest.
-        streamer: a `BaseStreamer` of transformers; receives the ids of a single prompt's answer as they are generated.
+    Prompts are ids, (T,) each; they are padded on the left to the longest. A `BaseStreamer` of transformers receives
+    the ids of a single prompt's answer as they are generated.
     """
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = pad(prompts, padding_value=tokenizer.pad_token_id)  # (B, T)
