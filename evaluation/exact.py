@@ -27,10 +27,11 @@ from evaluation.comparison import answer_starts
 from evaluation.generation import generate_batches
 
 TAG = re.compile(r"</?tool_call>|```(?:json)?")  # around calls (Hermes, Qwen) and around JSON: a part of the answer
-# Thousands, decimals, a fraction, an exponent; not the 2 of x2, nor of 1.0.2.
-NUMBER = r"(?<![\w./])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:/[1-9]\d*|(?:\.\d+)?(?:e[-+]?\d{1,3})?)|\.\d+)(?!\d|\.\d)"
+# Thousands, decimals, a fraction, an exponent; not the 2 of x2, nor of 1.0.2. From U+0590 on there may be no spaces.
+BEGIN = r"(?<![^\W\u0590-\U0010ffff])(?<![\d./])"
+NUMBER = BEGIN + r"[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:/[1-9]\d*|(?:\.\d+)?(?:e[-+]?\d{1,3})?)|\.\d+)(?!\d|\.\d)"
 BEFORE = r"####|[\d)]\s*=|\\boxed{|answer is:?"  # a result
-RESULT = re.compile(rf"(?:.*(?:{BEFORE}))?[\s$]*{NUMBER}\s?[%}}$.]*", re.DOTALL | re.IGNORECASE)
+RESULT = re.compile(rf"(?:.*(?:{BEFORE}))?[\s$]*{NUMBER}\s?[%}}$.。]*", re.DOTALL | re.IGNORECASE)
 Z = 1.959964  # of 95 %, in a standard normal distribution
 INTERVAL = 30  # seconds between two lines of progress, where there is no terminal
 
@@ -61,7 +62,8 @@ def parse_json(text):
 def parse_last_number(text):
     """The value of the last number in a text; None without one."""
     numbers = re.findall(NUMBER, text, re.IGNORECASE)
-    return Fraction(re.sub("[$,]", "", numbers[-1]).replace("−", "-")) if numbers else None
+    text = re.sub("[$,]", "", numbers[-1]).replace("−", "-") if numbers else ""
+    return Fraction(text) if 0 < len(text) <= sys.int_info.default_max_str_digits else text or None
 
 
 def normalize(text):
@@ -70,7 +72,7 @@ def normalize(text):
     SQuAD's measure (https://arxiv.org/abs/1606.05250) also leaves out all other punctuation, and articles.
     """
     text = " ".join(unicodedata.normalize("NFC", text).lower().split())
-    return text.rstrip(".!?… ") or text
+    return text.rstrip(".!?…。．｡！？।؟۔ ") or text
 
 
 PARSERS = {"json": parse_json, "number": parse_last_number, "text": normalize}  # equal answers have equal values

@@ -47,6 +47,15 @@ def is_right(reference, answer):
         ("48/2 = <<48/2=24>>24\n#### 1,024", "number", ["1024", "#### 1024.0", "1,024 apples"], ["1,0245", "1", "24"]),
         ("The answer is -0.5.", "number", ["-.5", "−1/2", "-$0.50"], ["0.5", "5", "1-0.5", "", "none", "1.0.5"]),
         (r"So \boxed{1/42}", "number", ["1/42"], ["1", "42", "1/420"]),
+        (
+            "#### 42",
+            "number",
+            ["答案是42。", "共有42个", "答えは-42足す84で42です", "ทั้งหมด42บาท"],
+            ["答案是4.2", "x42", "я42", "版本1.42.0"],
+        ),
+        ("42。", "number", ["42", "42."], ["4"]),
+        ("你好。", "text", ["你好", "你好！"], ["你好吗"]),
+        ("नमस्ते।", "text", ["नमस्ते"], ["नमस्"]),
         ("1e3", "number", ["1000"], ["1", "3"]),
         ("Hello,  World!", "text", ["hello, world", "Hello,\nworld ."], ["hello world", "Hello, World! Yes"]),
         ("caf\u00e9", "text", ["cafe\u0301", "CAF\u00c9."], ["cafe"]),
@@ -115,6 +124,14 @@ def test_any_text_has_a_rule_and_is_equal_to_itself(text):
     assert is_right(text, text)
     for parse in PARSERS.values():
         parse(text)
+
+
+@pytest.mark.parametrize("text", ["{}", "1/{}", "1.{}", "#### {}", "-{}"])
+def test_a_number_of_more_digits_than_python_converts_is_judged(text):
+    long = text.format(5000 * "9")
+    assert is_right(long, long)
+    assert not is_right(long, long + "9")
+    assert not is_right("5", long)
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(0, 4))
