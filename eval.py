@@ -173,10 +173,11 @@ def check_options(options, overrides):
     defaults, values = vars(Config()) | vars(Sampling()), overrides | vars(options)
     given = {name for name, value in values.items() if value and value != defaults.get(name)}
     sampled, reported = {"temperature", "top_p", "repetition_penalty"}, {"against", "text", "exact", "html"}
+    answered = {*sampled, "greedy", "system", "prompts", "json"}
     actions = {  # what is done instead of a report, by its flag, and the other flags that have no effect on it
         "chat": ("is a conversation", {*reported, "prompts", "json"}),
-        "push_to_hub": ("only uploads", {*reported, *sampled, "prompts", "json"}),
-        "export": ("only writes a model", {*reported, *sampled, "prompts", "json"}),
+        "push_to_hub": ("only uploads", {*reported, *answered}),
+        "export": ("only writes a model", {*reported, *answered}),
         "served": (
             "only compares with a server, greedily and in fp32",
             {*reported, *sampled, "dtype", "layout", "micro_batch_tokens"},
@@ -186,6 +187,8 @@ def check_options(options, overrides):
         what, others = actions[action]
         if clashing := sorted(given & (others | actions.keys() - {action})):
             raise UserError(f"{flag_name(action)} {what}; leave {flag_name(clashing[0])} out")
+    if options.greedy and given & sampled:
+        raise UserError(f"--greedy samples nothing; leave {flag_name(min(given & sampled))} out")
     for name, valid, rule in (
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
         ("temperature", 0 < options.temperature < math.inf, "above 0 (--greedy: the likeliest token every time)"),

@@ -199,6 +199,7 @@ def test_in_a_terminal_ctrl_d_quits_and_lines_can_be_edited(tiny_model_dir, term
 )
 def test_invalid_options_are_refused(tiny_model_dir, arguments, message):
     with pytest.raises(UserError) as raised:
+        (["--greedy", "--temperature", "2"], "--greedy samples nothing; leave --temperature out"),
         eval_command.main([str(tiny_model_dir), *arguments])
     assert message in str(raised.value)
 

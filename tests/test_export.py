@@ -105,7 +105,10 @@ def test_weights_beyond_fp16_are_one_line(run, tmp_path):
     assert not (tmp_path / "served").exists()
 
 
-@pytest.mark.parametrize("flags", [["--chat"], ["--served", "http://x"], ["--push-to-hub", "a/b"], ["--json"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--chat"], ["--served", "http://x"], ["--push-to-hub", "a/b"], ["--json"], ["--greedy"], ["--system", "x"]],
+)
 def test_what_it_cannot_be_combined_with_is_refused(run, tmp_path, flags):
     with pytest.raises(UserError, match="leave --"):
         export(run, tmp_path / "new", *flags)
