@@ -48,7 +48,10 @@ def find_model_and_run(name):
     run = next((each for each in (path, *path.parents[:3]) if is_run(each)), None)  # the run, or a model in it
     if run == path:
         return str(find_best(run)), run
-    return (str(path / "model") if (path / MANIFEST).exists() else name), run
+    checkpoint = path if (path / MANIFEST).exists() else path.resolve().parent
+    if run and (checkpoint / MANIFEST).exists():
+        verify(checkpoint)
+    return (str(path / "model") if checkpoint == path else name), run
 
 
 def is_run(path):

