@@ -124,7 +124,7 @@ def main(argv):
         if overrides.keys() & {"dataset", "eval_dataset"}:
             check_sources(candidates[0].config)
         if options.export:
-            return export(candidates[0], options.export, overrides.get("dtype", "auto"))
+            return export(candidates[0], options, overrides.get("dtype", "auto"))
         if options.served:
             return compare_with_server(candidates[0], options)
         if options.chat:
@@ -295,12 +295,12 @@ def load_for_evaluation(path, local_files_only, tokenizer, precision, config, lo
     return model, choose_layout(model, loss_and_correct, config, pad_id, precision, longest=longest, training=False)
 
 
-def export(candidate, directory, dtype):
+def export(candidate, options, dtype):
     """Write a model for servers, any adapters merged in fp32, and print the loss as trained, and as it is stored.
 
     It is stored in `dtype`, "auto" for bf16. Returns the exit status.
     """
-    config, path = candidate.config, Path(directory).expanduser()
+    config, path = candidate.config, Path(options.export).expanduser()
     if path.exists() or path.is_symlink():
         raise UserError(f"--export {path}: it exists already; name a new directory")
     stored, losses, split = "bf16" if dtype == "auto" else dtype, {}, None
@@ -308,7 +308,9 @@ def export(candidate, directory, dtype):
     template = (config.chat_template, config.template_option) if candidate.run else ("model", ())  # as it was saved
     tokenizer = load_tokenizer(place, local_files_only, *template)
     if candidate.run:
-        facts, split = run_facts(candidate.run), load_data(config, tokenizer).eval
+        facts = run_facts(candidate.run)
+        of_run = candidate._replace(fingerprint=facts["data"]["fingerprint"])
+        split = load_splits(of_run, tokenizer, options).get("eval")
         precision = choose_precision(config.device, facts["precision"])
         losses["as trained"] = (facts["losses"]["eval"]["after"] or {}).get("loss")
 
@@ -323,8 +325,11 @@ def export(candidate, directory, dtype):
         merge_adapters(model)
     stops = model.generation_config.eos_token_id
     stops = tokenizer.convert_ids_to_tokens(stops if isinstance(stops, list) else [stops])
+    for name, weights in model.to(Precision(stored, model.device).dtype).named_parameters():
+        if not weights.isfinite().all():
+            raise UserError(f"--export {path}: in {stored} weight {name} contains NaN or Inf; use another --dtype")
     with atomic_directory(path, None) as partial:
-        save_model(model.to(Precision(stored, model.device).dtype), tokenizer, partial)
+        save_model(model, tokenizer, partial)
         (partial / "Modelfile").write_text(make_modelfile(tokenizer, stops), encoding="utf-8")
         add_loss(f"stored in {stored}", partial)
     known = [f"{loss:.4f} {what}" for what, loss in losses.items() if loss is not None]
@@ -356,17 +361,17 @@ def compare_with_server(candidate, options):
 def load_splits(candidate, tokenizer, options):
     """The splits of the run's dataset by name, or all of the user's as one.
 
-    A missing dataset is an error only where nothing else is to be evaluated, neither prompts nor a text.
+    A missing dataset is an error only where nothing else is to be done: no prompts, no text, no --export.
     """
     try:
-        if options.own_data:
+        if options.own_data or options.export:  # a run's data may have moved
             data = load_data(candidate.config, tokenizer)
             if candidate.fingerprint not in ("", data.fingerprint):
                 print("warning: the dataset has changed; the run may have learned these splits", file=sys.stderr)
             return data.splits
         return {"all": load_split(candidate.config, tokenizer)}
     except UserError as error:
-        if options.exact or not (options.own_data and (options.prompts or options.text)):
+        if options.exact or not (options.own_data and (options.prompts or options.text or options.export)):
             raise
         print(f"warning: no losses, as the model's dataset is missing: {error}", file=sys.stderr)
         return {}

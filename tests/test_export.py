@@ -1,6 +1,7 @@
 """A model written for servers: cast once, judged after the cast, with what each server must be told."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,42 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
             with pytest.raises(OSError, match="No space left"):
                 export(run, tmp_path / "new")
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_without_its_data_is_exported_and_changed_data_are_named(run, tmp_path, capsys):
+    copy, chats = shutil.copytree(run, tmp_path / "run", symlinks=True), tmp_path / "chats.jsonl"
+    shutil.copy(run.parent / "chats.jsonl", chats)
+    record = json.loads((copy / "config.json").read_text())
+    record["config"]["dataset"] = [str(tmp_path / "gone.jsonl")]
+    (copy / "config.json").write_text(json.dumps(record))
+
+    def losses(name, *flags):
+        assert export(copy, tmp_path / name, "--dtype", "fp32", *flags) == 0
+        found = capsys.readouterr()
+        return re.findall(r"(\d\.\d{4}) ", found.out.splitlines()[0].split("eval loss")[1]), found.err
+
+    known, warned = losses("first")
+    assert len(known) == 1
+    assert f"warning: no losses, as the model's dataset is missing: --dataset {tmp_path}/gone.jsonl" in warned
+    found, warned = losses("second", "--dataset", str(chats))
+    assert (found, warned) == (3 * known, "")  # it has moved
+    chats.write_text("".join(chats.read_text().splitlines(keepends=True)[3:]))
+    found, warned = losses("third", "--dataset", str(chats))
+    assert len(found) == 3
+    assert "warning: the dataset has changed" in warned
+    with pytest.raises(UserError, match=r"nowhere.jsonl: there is no such file"):
+        losses("fourth", "--dataset", str(tmp_path / "nowhere.jsonl"))
+
+
+def test_weights_of_a_model_beyond_fp16_are_one_line(tiny_model_dir, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_model_dir), True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = tiny_llama(len(tokenizer))
+    model.model.norm.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"in fp16 weight model.norm.weight contains NaN or Inf; use another --dtype"):
+        export(tmp_path / "model", tmp_path / "served", "--dtype", "fp16")
+    assert not (tmp_path / "served").exists()
 
 
 def test_weights_beyond_fp16_are_one_line(run, tmp_path):
