@@ -477,6 +477,8 @@ def report_error(error: BaseException) -> int:
         message = str(error)
     elif isinstance(error, OSError):  # a full disk, a vanished directory: the machine's state and not a bug
         message = f"{error.strerror}: {error.filename}" if error.filename else first_line(error)
+    elif isinstance(error, UnicodeEncodeError):  # what `os.fsdecode` makes of a name of other bytes
+        message = f"a name or a text is not UTF-8: {ascii(error.object)[:200]}; rename it, or write it in UTF-8"
     else:
         traceback.print_exception(error)
         return 1

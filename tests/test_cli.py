@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from config import (
     run_command,
     with_absolute_paths,
 )
+from conversations.tokenizer import load_tokenizer
 from running import setup
 from storage import hub
 from storage.records import read_record
@@ -247,6 +250,20 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1(tiny_model_dir, tmp_p
 def test_a_message_of_several_lines_keeps_them(capsys):
     assert report_error(UserError("a  b\n c")) == 1
     assert capsys.readouterr().err == "error: a b\n  c\n"
+
+
+@pytest.mark.parametrize("command", ["eval.py", "train.py"])
+def test_a_directory_whose_name_is_not_utf8_is_one_line(tmp_path, tiny_model_dir, chats, command):
+    load_tokenizer(str(tiny_model_dir), True).save_pretrained(tmp_path / "model")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model_dir / name, tmp_path / "model")
+    flags = {"eval.py": ["--export"], "train.py": ["--dataset", chats, "--output-dir"]}[command]
+    model = ["--model"] * (command == "train.py") + [tmp_path / "model"]
+    arguments = [*model, *flags, os.fsencode(tmp_path / "new") + b"\xe9"]
+    done = subprocess.run([sys.executable, ROOT / command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    expected = r"error: a name or a text is not UTF-8: '.*new.*udce9.*; rename it, or write it in UTF-8\n"
+    assert re.fullmatch(expected, done.stderr), done.stderr
 
 
 def test_named_settings_are_separated_from_a_commands_own_options():
