@@ -238,7 +238,7 @@ def adapt_generation_config(path, base, tokenizer):
     """
     settings = base.to_diff_dict()
     further = settings.get("eos_token_id") or []
-    further = [further] if isinstance(further, int) else further
+    further = further if isinstance(further, list) else [further]
     control = tokenizer.added_tokens_decoder.keys() - {tokenizer.pad_token_id}  # others may be a part of a text
     stops = list(dict.fromkeys([*stop_ids(tokenizer), *(token for token in further if token in control)]))
     for name in {"suppress_tokens", "begin_suppress_tokens"} & settings.keys():  # with which it might not stop
