@@ -23,7 +23,7 @@ class Chat:
         self.messages = []
 
     def respond(self, prompt):
-        """Stream the answer to a prompt to stdout and keep both; Ctrl-C ends the answer where it is.
+        """Stream the answer to a prompt and keep both; Ctrl-C ends the answer where it is (in a pipe, the chat).
 
         The first exchanges are dropped when the conversation is longer than the context length.
         """
@@ -38,6 +38,8 @@ class Chat:
             generate(self.model, self.tokenizer, [ids], self.sampling, self.max_new_tokens, streamer)
         except KeyboardInterrupt:
             streamer.end()  # prints what is held back
+            if not sys.stdin.isatty():  # nobody goes on typing
+                raise
         if answer := streamer.text.strip():
             self.messages.append({"role": "assistant", "content": answer})
         else:

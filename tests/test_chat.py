@@ -1,5 +1,6 @@
 """Chatting with a model: what it remembers, what stops it, and how it reads prompts from a pipe and a terminal."""
 
+import copy
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,11 +65,15 @@ def test_ctrl_c_stops_the_answer_and_its_beginning_is_remembered(chat, capsys, m
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(chat_module.Streamer, "put", interrupted)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     chat.respond("Hi")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAnd?\n"))
+    with pytest.raises(KeyboardInterrupt):  # in a pipe it ends the chat, not one of many answers
+        chat_module.run_chat(copy.deepcopy(chat))
     signal.signal(signal.SIGINT, before)
     two = 2 * chat.tokenizer.decode([LETTER])
-    assert capsys.readouterr().out == two + "\n"
+    assert capsys.readouterr().out == 2 * (two + "\n")
     assert chat.messages[-1] == {"role": "assistant", "content": two}
     assert chat.model.training  # as it was made
 
@@ -193,13 +199,13 @@ def test_in_a_terminal_ctrl_d_quits_and_lines_can_be_edited(tiny_model_dir, term
         (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, not 1.5"),
         (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--greedy", "--temperature", "2"], "--greedy samples nothing; leave --temperature out"),
         (["--chat", "--json"], "--chat is a conversation; leave --json out"),
         (["--chat", "--against", "x"], "leave --against out"),
     ],
 )
 def test_invalid_options_are_refused(tiny_model_dir, arguments, message):
     with pytest.raises(UserError) as raised:
-        (["--greedy", "--temperature", "2"], "--greedy samples nothing; leave --temperature out"),
         eval_command.main([str(tiny_model_dir), *arguments])
     assert message in str(raised.value)
 
