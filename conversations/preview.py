@@ -20,12 +20,17 @@ def preview(example, tokenizer, color):
     text = ""
     tokens = zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
     for is_supervised, run in itertools.groupby(tokens, key=lambda token: token[1]):
-        part = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], tokenizer.decode([number for number, _ in run]))
+        part = escape_controls(tokenizer.decode([number for number, _ in run]))
         if color:
             text += (GREEN if is_supervised else RED) + part + PLAIN
         else:
             text += f"[[{part}]]" if is_supervised else part
     return text
+
+
+def escape_controls(text):
+    """A text for a terminal: control characters but for tabs and line ends as Python writes them."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def check_page_path(path):

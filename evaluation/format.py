@@ -4,6 +4,7 @@ import textwrap
 from itertools import zip_longest
 
 from config import format_value
+from conversations.preview import escape_controls
 from evaluation.comparison import verdict
 from evaluation.facts import answer_text
 
@@ -29,7 +30,7 @@ def format_report(report):
         lines += side_by_side(answer_text(other["answers"][number]), text) if other else [f"  {text}"]
     ended = f", of {other['model']} {other['finished']}" if other else ""
     lines.append(f"\n  {report['finished']} of {len(answers)} answers ended by themselves{ended}")
-    return "\n".join(lines)
+    return escape_controls("\n".join(lines))
 
 
 def format_losses(report):

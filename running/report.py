@@ -11,6 +11,7 @@ from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
 from compute.memory import count_parameters
 from config import LORA_RATE, PRESETS, Config, format_value
+from conversations.preview import escape_controls
 from data import describe_leaks, window_at
 from evaluation.comparison import MIN_CONVERSATIONS, smallest_difference
 from evaluation.facts import format_bytes, pair_answers, run_facts
@@ -189,7 +190,7 @@ def summary(directory):
         f"  read its report  {facts['directory']}/{REPORT}",
         f"  see the curves   tensorboard --logdir {shlex.quote(str(Path(facts['directory']).parent))}",
     ]
-    return "\n".join(lines)
+    return escape_controls("\n".join(lines))
 
 
 def write_report(run):

@@ -230,3 +230,11 @@ def test_a_loss_that_one_run_lacks_has_no_mean():
 
 def test_columns_are_wrapped():
     assert side_by_side("a b", "c", width=1) == ["  a | c", "  b |"]
+
+
+def test_a_report_shows_control_characters_instead_of_obeying_them():
+    answer = {"prompt": "\x1b[31mHi", "text": "a\x07\tb\nc", "finished": True, "greedy": True}
+    report = {"model": "m", "precision": "fp32", "dataset": [], "splits": {}, "answers": [answer], "finished": 1}
+    shown = format_report(report)
+    assert "> \\x1b[31mHi\n" in shown
+    assert "a\\x07\tb\nc" in shown
