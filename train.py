@@ -141,11 +141,10 @@ def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_
 
 def make_optimizer(model, weight_decay, adam_beta2=0.999):
     """Fused AdamW of what is trained; matrices and embeddings decay, but not biases and norms (of one dimension)."""
-    trained = [weights for weights in model.parameters() if weights.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, weights in model.named_parameters():
+        if weights.requires_grad:  # the biases of experts have two dimensions
+            groups[weights.ndim <= 1 or name.endswith("bias")]["params"].append(weights)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
 

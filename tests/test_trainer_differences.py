@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from test_trainer_parity import CPU, USUAL, a_model, both, conversations, trainers_eval_loss
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import train
 from conversations.masking import IGNORE, Example, encode
@@ -95,6 +95,19 @@ def test_it_logs_the_mean_of_several_losses_as_one(tiny_tokenizer, rows, tmp_pat
     assert len(third) == 2
     assert third[0].loss == pytest.approx(sum(update.loss for update in each[:3]) / 3, rel=1e-6)
     assert third[0].grad_norm == each[2].grad_norm
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("gpt_oss", {"sinks"}), ("mamba2", {"A_log", "D", "weight"})])
+def test_weights_of_one_dimension_decay_with_it_unless_their_name_is_a_norms(kind, ends, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 259, "num_heads": 4}
+    shape |= {"head_dim": 16} if kind == "mamba2" else {"num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    decayed = {name for name in trainer.get_decay_parameter_names(model) if model.get_parameter(name).ndim == 1}
+    assert {name.rpartition(".")[2] for name in decayed} == ends  # Mamba's last norm is norm_f.weight
+    ours, rest = (group["params"] for group in train.make_optimizer(model, 0.1).param_groups)
+    assert {weights.ndim for weights in ours} <= {2, 3}
+    assert {id(model.get_parameter(name)) for name in decayed} <= set(map(id, rest))
 
 
 def test_we_keep_its_first_update_without_a_learning_rate(tiny_tokenizer, tmp_path):
