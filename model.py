@@ -140,7 +140,7 @@ def broadcast_sharded(full, shard_count, precision):
         lambda: (full.config, full.generation_config, full.dtype, adapters.get_lora(full))
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_()  # all, as those that are loaded
     if lora:
         adapters.add_adapters(model, lora, precision.dtype)
     model.get_input_embeddings().padding_idx, model.generation_config = None, generation_config

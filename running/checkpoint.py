@@ -93,7 +93,7 @@ def gather_state(model, optimizer):
     is_adapted = get_lora(model) is not None
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapted)
     weights = state_dict.get_model_state_dict(model, options=options)
-    named_once = trained_parameters(model) | ({} if is_adapted else dict(model.named_buffers()))
+    named_once = trained_parameters(model) if is_adapted else dict([*model.named_parameters(), *model.named_buffers()])
     moments = state_dict.get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     return {name: tensor for name, tensor in weights.items() if name in named_once}, moments
 

@@ -25,6 +25,7 @@ from compute.self_check import use_layout
 from config import UserError
 from conversations.tokenizer import load_tokenizer
 from model import load_model, save_model
+from running.checkpoint import gather_state
 from storage.durable import verify
 from tests.conftest import CONTROL, byte_tokenizer, layout_of, tiny_llama
 
@@ -316,6 +317,14 @@ def test_a_quantized_base_is_refused_in_a_line_or_saved_as_what_it_was_trained_i
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
     saved = json.loads((save_again(base, tmp_path / "saved") / "config.json").read_text())
     assert not saved.keys() & {"quantization_config"}
+
+
+def test_frozen_weights_are_saved_with_the_others():
+    model = tiny_llama(262)
+    model.model.layers[0].requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(False)
+    weights, _ = gather_state(model, train_command.make_optimizer(model, 0.1))
+    assert weights.keys() == dict(model.named_parameters()).keys()
 
 
 def test_a_base_on_the_hub_keeps_its_small_files(base, monkeypatch, tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AfmoeConfig, AfmoeForCausalLM
 
+from compute.adapters import trained_parameters
 from compute.distributed import full_tensor, is_rank0
 from conversations.tokenizer import load_tokenizer
 from model import Precision, load_model, load_on_ranks
@@ -15,6 +17,20 @@ from tests.conftest import tiny_llama, tiny_moe
 FP32 = Precision("fp32", torch.device("cpu"))
 TOKENS = 259
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def tiny_afmoe(vocabulary):
+    """A mixture whose routers have biases that no gradient moves."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
+    model = AfmoeForCausalLM(AfmoeConfig(vocab_size=vocabulary, num_experts_per_tok=2, num_dense_layers=1, **shape))
+    bias = model.model.layers[1].mlp.expert_bias
+    assert not bias.requires_grad
+    bias.normal_()
+    return model
+
+
 MODELS = {
     "tied": tiny_llama,
     "untied": partial(tiny_llama, tie_word_embeddings=False),
@@ -22,6 +38,7 @@ MODELS = {
     "new rows": lambda _: tiny_llama(TOKENS - 2),
     "new rows, untied": lambda _: tiny_llama(TOKENS - 2, tie_word_embeddings=False),
     "mixture of experts": tiny_moe,
+    "a router's bias that its architecture freezes": tiny_afmoe,
 }
 
 
@@ -32,6 +49,7 @@ def differences(path):
     found = {name: full_tensor(each.detach()) for name, each in ours.named_parameters()} | dict(ours.named_buffers())
     expected = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
     assert found.keys() == expected.keys()
+    assert {name for name, _ in theirs.named_parameters()} == trained_parameters(ours).keys()
     different = {name for name, each in found.items() if not torch.equal(each, expected[name])}
     for settings in ("config", "generation_config"):
         one, other = getattr(ours, settings).to_dict(), getattr(theirs, settings).to_dict()
