@@ -173,23 +173,25 @@ def load_model(path, tokenizer, device, local_files_only=False, lora=None, froze
         return load_adapters(path, tokenizer, device, frozen_dtype)
     try:
         options = {**pretrained(path, local_files_only), "dtype": torch.float32, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            **options, ignore_mismatched_sizes=True
-        )  # mismatched sizes are refused below, by name
+        options |= {"ignore_mismatched_sizes": True}  # which are refused below, by name
+        model, report = AutoModelForCausalLM.from_pretrained(**options)
         directory = model_directory(path, local_files_only, KEPT)
         ignored = ignored_weights(model, directory)
     except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: {explain_load_error(path, error)}") from error
     check_loaded_weights(path, report, ignored)
+    if is_quantized := getattr(model, "is_quantized", None):
+        raise UserError(f"--model {path}: its weights are quantized; use a copy of it in 16 or 32 bits")
+    if is_quantized is False:  # its files are, and transformers has converted them, perhaps to 16 bits
+        model.float()._weight_conversions = None  # by which plain weights would get the names of quantized ones
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise UserError(f"--model {path}: weight {name} contains NaN or Inf")
     new_rows = len(tokenizer) - model.get_input_embeddings().num_embeddings
+    reason = f"its tokenizer has {new_rows:,} more tokens than the model has embeddings"
     if new_rows > MAX_NEW_EMBEDDINGS:
-        reason = f"its tokenizer has {new_rows:,} more tokens than the model has embeddings"
         raise UserError(f"--model {path}: {reason}; they do not belong together")
     if new_rows > 0 and lora:
-        reason = f"its tokenizer has {new_rows:,} more tokens than the model has embeddings"
         raise UserError(f"--model {path}: {reason}, and --lora-rank trains no embeddings; leave it out")
     if new_rows > 0:
         torch.manual_seed(0)  # the new rows are drawn around the mean of the old

@@ -102,9 +102,7 @@ def merge_adapters(model):
     """
     layers = list_matrices(model)
     if len({layer.weight for layer in layers.values()}) < len(layers):
-        raise UserError(
-            "--export: layers of this model share a matrix and have adapters of their own; use them as they are"
-        )
+        raise UserError("--export: layers of this model share a matrix but not their adapters; use them as they are")
     for layer in layers.values():
         change = layer.lora_B.weight.data @ layer.lora_A.weight.data * layer.lora_scale  # (outputs, inputs)
         layer.weight.data += change.T if isinstance(layer, Conv1D) else change

@@ -14,8 +14,11 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4Config,
     Llama4ForConditionalGeneration,
+    LlamaForCausalLM,
     Qwen2Config,
     Qwen3MoeConfig,
 )
@@ -317,6 +320,59 @@ def test_a_quantized_base_is_refused_in_a_line_or_saved_as_what_it_was_trained_i
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
     saved = json.loads((save_again(base, tmp_path / "saved") / "config.json").read_text())
     assert not saved.keys() & {"quantization_config"}
+
+
+def quantize_in_fp8(directory):
+    """Replace a model's files by those of its matrices in 8 bits, 1/10 of their size; returns what they stand for."""
+    stored, expected = load_file(directory / "model.safetensors"), {}
+    weights = {name: each.bfloat16() for name, each in stored.items()}
+    for name in list(weights):
+        if "proj" in name:
+            eighths = (10 * weights[name]).to(torch.float8_e4m3fn)
+            weights |= {name: eighths, f"{name}_scale_inv": torch.tensor([[0.1]])}
+            expected[name] = 0.1 * eighths.float()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    change_config(directory, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    return expected
+
+
+def quantize_in_mxfp4(directory):
+    """Make a directory that of a gpt-oss, whose experts' matrices are blocks of 4 bits; returns what they stand for."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"num_hidden_layers": 1, "head_dim": 8, "num_local_experts": 2, "intermediate_size": 32}
+    GptOssForCausalLM(GptOssConfig(**shape)).save_pretrained(directory)
+    weights, expected = load_file(directory / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = weights.pop(name).shape
+        weights[f"{name}_blocks"] = torch.full((experts, outputs, inputs // 32, 16), 0x22, dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 122, dtype=torch.uint8)
+        expected[name] = torch.full((experts, inputs, outputs), 2.0**-5)  # 4 bits of 1.0, and 2^(122 - 127)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    change_config(directory, quantization_config={"quant_method": "mxfp4"})
+    return expected
+
+
+def change_config(directory, **settings):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | settings))
+
+
+@pytest.mark.parametrize("quantize", [quantize_in_fp8, quantize_in_mxfp4])
+def test_a_base_that_transformers_dequantizes_is_trained_and_saved_in_fp32(base, tmp_path, quantize):
+    expected = quantize(base)
+    model = load_model(str(base), load_tokenizer(str(base), True), torch.device("cpu"), True)
+    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
+    saved, report = AutoModelForCausalLM.from_pretrained(save_again(base, tmp_path / "saved"), output_loading_info=True)
+    assert not any(report.values())
+    for name, weights in saved.named_parameters():
+        assert torch.equal(weights, model.get_parameter(name))
+        torch.testing.assert_close(weights, expected.get(name, weights), rtol=0.01, atol=0)  # its code is in bf16
+
+
+def test_weights_that_stay_quantized_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)  # as on a GPU with the right kernels
+    with pytest.raises(UserError, match=r"its weights are quantized; use a copy of it in 16 or 32 bits"):
+        save_again(base, tmp_path / "refused")
 
 
 def test_frozen_weights_are_saved_with_the_others():
