@@ -141,10 +141,12 @@ def learning_rate(step, peak, warmup_steps, total_steps, schedule="cosine", min_
 
 def make_optimizer(model, weight_decay, adam_beta2=0.999):
     """Fused AdamW of what is trained; matrices and embeddings decay, but not biases and norms (of one dimension)."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    decayed, others = [], []
     for name, weights in model.named_parameters():
-        if weights.requires_grad:  # the biases of experts have two dimensions
-            groups[weights.ndim <= 1 or name.endswith("bias")]["params"].append(weights)
+        if weights.requires_grad:
+            is_bias = weights.ndim <= 1 or name.endswith("bias")  # those of experts have two dimensions
+            (others if is_bias else decayed).append(weights)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
 
