@@ -3,7 +3,7 @@
 Hu et al., 2021, https://arxiv.org/abs/2106.09685, for every matrix but the output head and the embeddings, as PEFT has
 it with `target_modules="all-linear"`. Nothing is wrapped or renamed: A and B are children of the layer that holds W,
 and a forward hook adds what they give. The experts of a mixture are often one tensor, and no such layer: they stay
-frozen.
+frozen, and so do the layers of such a model that PEFT would take for its experts.
 """
 
 import contextlib
@@ -16,6 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from compute.distributed import full_tensor
 from config import UserError
+
+# The names of experts' matrices before transformers 5 made one tensor of them. PEFT (0.21) takes every layer of such a
+# name for them, also dense layers and shared experts, and would drop the adapters of these.
+EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,21 @@ def add_adapter_output(layer, inputs, output):
 
 
 def list_matrices(model):
-    """The layers of a model that are a product with a matrix, by name, without its output head and embeddings."""
+    """The layers of a model that have adapters, or may, by name: products with a matrix but the head and embeddings."""
+    left_out = EXPERT_NAMES if has_fused_experts(model) else ()
     ends = [each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-        and not name.endswith((".lora_A", ".lora_B"))
+        and name.rpartition(".")[2] not in {"lora_A", "lora_B", *left_out}
         and all(module.weight is not end for end in ends)
     }
+
+
+def has_fused_experts(model):
+    """True for a mixture that keeps its experts as one tensor."""
+    return any("expert" in name and weights.ndim > 2 for name, weights in model.named_parameters())
 
 
 @contextlib.contextmanager

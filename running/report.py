@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from compute.adapters import list_untrained
+from compute.adapters import has_fused_experts, list_untrained
 from compute.distributed import is_rank0, world_size
 from compute.layers import list_extra_losses
 from compute.memory import count_parameters
@@ -107,8 +107,8 @@ def describe_adapters(model, trained, held):
     """What is trained of a model with adapters, and the bytes that are held of both, for reading."""
     lora, beside = model.lora, f"{format_bytes(held)} with gradients, moments and the frozen ones"
     text = f"{trained:,} parameters of rank {lora.rank}, alpha {lora.alpha:g}; {beside}"
-    if any("expert" in name and weights.ndim > 2 for name, weights in model.named_parameters()):
-        text += "; the experts stay frozen"
+    if has_fused_experts(model):
+        text += "; the experts stay frozen, and other layers of their names"
     if lora.rank > 16:
         text += f"; vLLM needs --max-lora-rank {lora.rank}"
     return text

@@ -1,5 +1,6 @@
 """Adapters: PEFT and `Trainer` make the same updates; the frozen matrices; files that PEFT, vLLM and llama.cpp read."""
 
+import copy
 import json
 import re
 import shutil
@@ -21,8 +22,8 @@ from compute.layers import checkpoint_activations
 from compute.self_check import choose_layout, use_layout
 from config import Config, UserError
 from conversations.masking import encode
-from model import Precision, load_model, save_model, token_loss
-from tests import parity, reference
+from model import Precision, load_model, save_adapters, save_model, token_loss
+from tests import parity, reference, test_causal_models
 from tests.conftest import layout_of, one_batch, tiny_llama
 from tests.faults.harness import some
 from tests.test_trainer_parity import USUAL, conversations, our_settings
@@ -316,6 +317,19 @@ def test_vllms_rules_of_names_and_shapes(base, tiny_tokenizer, tmp_path):
         assert layer.rpartition(".")[2] in config["target_modules"]
         outputs, inputs = layers[layer].weight.shape
         assert tensor.shape == ((4, inputs) if part == "lora_A" else (outputs, 4))
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "glm4_moe", "qwen3_next", "ernie4_5_moe", "mixtral"])
+def test_peft_loads_all_adapters_of_a_mixture(tmp_path, kind):
+    model, ids = test_causal_models.build(kind, 1.0), torch.arange(3, 20)[None]
+    ours, before = copy.deepcopy(model), model(input_ids=ids).logits
+    add_adapters(ours, Lora(4, 8, base={"model": "acme/base", "files": {}}))
+    draw_b(ours)
+    save_adapters(ours, tmp_path / "adapters", trained_parameters(ours))
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapters")
+    adapted = ours(input_ids=ids).logits
+    assert torch.equal(theirs(input_ids=ids).logits, adapted)
+    assert not adapted.equal(before)
 
 
 def test_names_are_whole_where_their_ends_would_name_other_layers(tmp_path, tiny_tokenizer):
