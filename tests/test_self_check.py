@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from eval import evaluate
 from evaluation.generation import generate_answers
 from model import Precision, load_model, loss_and_correct, save_model, token_loss
 from storage import hub
-from tests import fake_cuda
+from tests import fake_cuda, test_causal_models
 from tests.conftest import layout_of, one_batch, tiny_llama
 from train import make_optimizer, train_step
 
@@ -235,6 +236,14 @@ def test_structure_is_compared_in_fp32(precision):
     layout = choose_layout(model, token_loss, Config(), 0, Precision(precision, CPU))
     assert not layout.packed
     assert layout.why.startswith("a gradient of all weights is off by ")
+
+
+def test_a_weight_that_a_layout_leaves_out_is_noticed_however_small_its_gradient():
+    """With logits this small, that of Doge's mask is 0.07 % of the gradient of all weights."""
+    model = test_causal_models.build("doge", 0.02)
+    layout = choose_layout(model, token_loss, Config(), 0, FP32)
+    assert not layout.packed
+    assert re.fullmatch(r"weight model\.layers\.\d\.self_attn\.\S+ gets no gradient", layout.why)
 
 
 def test_positions_that_go_on_in_the_next_conversation_are_detected():
