@@ -68,7 +68,8 @@ def plan_of_model(run):
     """The lines of a run's plan that its model decides: how an update is computed."""
     config, layout, ranks = run.config, run.layout, world_size()
     window = window_at(0, run.data.train.examples, config.batch_size, config.seed)
-    of_each = "" if ranks == 1 else " of each process"
+    count = len(layout.partition(window)[0])
+    micro_batches = f"{count} micro-batch{'' if count == 1 else 'es'}{'' if ranks == 1 else ' of each process'}"
     sharded = f", {config.shard} to a copy of the weights" if config.shard > 1 else ""
     trained, frozen, held = count_parameters(run.model)
     model, weights = f"{trained + frozen:,} parameters", "weights"
@@ -78,8 +79,7 @@ def plan_of_model(run):
         "model": f"{config.model}: {model}",
         "device": f"{f'{ranks} processes{sharded}, each on ' if ranks > 1 else ''}{run.precision.describe()}, "
         f"over fp32 {weights}",
-        "layout": f"{layout.describe()}; the first window in {len(layout.partition(window)[0])} micro-batches{of_each} "
-        "(gradient accumulation)",
+        "layout": f"{layout.describe()}; the first window in {micro_batches} (gradient accumulation)",
     }
     if config.lora_rank:
         lines["adapters"] = describe_adapters(run.model, trained, held)
