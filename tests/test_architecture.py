@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 CHAIN = ("config", "storage", "conversations", "data", "compute", "model", "evaluation", "eval", "running", "train")
 OTHERS = ("tests", "benchmarks", "examples")
 FILES = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("[!.]*/*.py") if path.parent.name not in OTHERS)]
-MAX_PRODUCT_LINES, MAX_TRAIN_LINES, MAX_TRAIN_IMPORTS = 9_970, 400, 35
+MAX_PRODUCT_LINES, MAX_TRAIN_LINES, MAX_TRAIN_IMPORTS = 9_980, 400, 35
 
 
 def project_imports(path):
