@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 
 from compute.adapters import frozen_as, frozen_dtype
 from compute.attention import PACKED
@@ -354,17 +355,13 @@ def compare(model, loss_function, layout, expected):
 
 
 def find_left_out(model, gradients, expected):
-    """The name of a weight whose gradient is zero where one beyond rounding in fp32 is expected; None if there is none.
-
-    Gradients and expected ones are in the order of `model.parameters()`.
-    """
-    rounding = 1e-5 * torch.stack([each.norm() for each in expected]).norm()
-    named = zip(model.named_parameters(), gradients, expected, strict=True)
+    """The name of a weight whose gradient is zero where one beyond rounding in fp32 is expected; None without any."""
+    rounding = 1e-5 * get_total_norm(expected)
+    named = zip(model.named_parameters(), gradients, expected, strict=True)  # all in the model's order
     return next((name for (name, _), ours, own in named if own.norm() > rounding and not ours.any()), None)
 
 
 def relative_difference(tensors, expected):
     """The norm of the differences between two lists of tensors, relative to the norm of the expected ones."""
     differences = [ours - own for ours, own in zip(tensors, expected, strict=True)]
-    norm, of_expected = (torch.stack([each.norm() for each in all_of]).norm() for all_of in (differences, expected))
-    return (norm / of_expected).item()
+    return (get_total_norm(differences) / get_total_norm(expected)).item()
