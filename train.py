@@ -144,8 +144,8 @@ def make_optimizer(model, weight_decay, adam_beta2=0.999):
     decayed, others = [], []
     for name, weights in model.named_parameters():
         if weights.requires_grad:
-            is_bias = weights.ndim <= 1 or name.endswith("bias")  # those of experts have two dimensions
-            (others if is_bias else decayed).append(weights)
+            decays = weights.ndim > 1 and not name.endswith("bias")  # the biases of experts have two dimensions
+            (decayed if decays else others).append(weights)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
