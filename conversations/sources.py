@@ -251,7 +251,7 @@ def read_json(path, stream):
     for number, line in itertools.chain([(begin, first)], numbered):
         rows = split_array(parse_json(line))
         for place, row in enumerate(rows):
-            yield f"{path}:{number}" + f" row {place}" * (len(rows) > 1), row
+            yield f"{path}:{number} row {place}" if len(rows) > 1 else f"{path}:{number}", row
 
 
 def read_csv(path, stream, delimiter=","):

@@ -167,4 +167,4 @@ def check_same_run(run, before, allow_changes):
         print(f"changed: {line}")
     if versions := list_version_changes(before, now):
         print(f"library versions differ ({', '.join(versions)}): results are equal within rounding, not bit for bit")
-    return recorded + [change] * (changed != [] and change not in recorded)
+    return recorded if not changed or change in recorded else [*recorded, change]
