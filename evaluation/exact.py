@@ -60,10 +60,12 @@ def parse_json(text):
 
 
 def parse_last_number(text):
-    """The value of the last number in a text; None without one."""
+    """The value of the last number in a text, or its text where it has too many digits for one; None without any."""
     numbers = re.findall(NUMBER, text, re.IGNORECASE)
-    text = re.sub("[$,]", "", numbers[-1]).replace("−", "-") if numbers else ""
-    return Fraction(text) if 0 < len(text) <= sys.int_info.default_max_str_digits else text or None
+    if not numbers:
+        return None
+    text = re.sub("[$,]", "", numbers[-1]).replace("−", "-")
+    return Fraction(text) if len(text) <= sys.int_info.default_max_str_digits else text
 
 
 def normalize(text):
